@@ -1,0 +1,124 @@
+"""What does an epoch cost beside plain Trainer? Seconds and memory at equal draws, for both ways of measuring losses.
+
+    make bench-overhead                     # or: make bench-overhead ARGS="--quick --json -"
+
+`training losses` keeps the losses that training computes anyway (as InfoBatch does, Qin et al. 2023, arXiv:2303.04947,
+who report a cost near zero: its row is that claim, measured here); `forward losses` scores all rows before each epoch.
+Contenders take turns within one process, A B C D A B C D, and a ratio is always to `plain` of the same round. The peak of
+memory is measured in a process for each contender.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+
+# This process stays small (no torch): a child's peak of memory would otherwise begin at its parent's.
+TASK_NAMES = ("bert", "llama")
+QUICK_ROWS = 128
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def run_child(mode: str, task: str, contender: str, arguments: argparse.Namespace) -> dict:
+    command = [sys.executable, __file__, "--child", mode, "--task", task, "--contender", contender]
+    command += ["--rounds", str(arguments.rounds)] + ["--quick"] * arguments.quick
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def child_times(arguments: argparse.Namespace) -> dict:
+    """Returns, for each contender, (processor, wall) seconds of an epoch in each round; medians within a round."""
+    import contenders
+
+    num_rows = QUICK_ROWS if arguments.quick else contenders.TASKS[arguments.task].num_rows
+    seconds: dict[str, list[list[float]]] = {name: [] for name in contenders.CONTENDERS}
+    for _ in range(arguments.rounds):
+        for name, rounds in seconds.items():
+            epochs = contenders.time_epochs(arguments.task, name, num_rows, num_epochs=3)
+            rounds.append([statistics.median(column) for column in zip(*epochs, strict=True)])
+    return seconds
+
+
+def child_memory(arguments: argparse.Namespace) -> dict:
+    """Returns the peak of resident memory before and after training, in MiB."""
+    import contenders
+
+    task = contenders.TASKS[arguments.task]
+    num_rows = QUICK_ROWS if arguments.quick else task.num_rows
+    trainer = contenders.build_trainer(task, arguments.contender, num_rows, num_epochs=2)
+    before = peak_mib()
+    trainer.train()
+    return {"before_mib": before, "peak_mib": peak_mib()}
+
+
+def peak_mib() -> float:
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibibytes / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes
+
+
+def measure(task: str, arguments: argparse.Namespace) -> dict:
+    seconds = run_child("times", task, "all", arguments)
+    memory = {name: run_child("memory", task, name, arguments) for name in seconds}
+    results = {}
+    for name, rounds in seconds.items():
+        together = list(zip(rounds, seconds["plain"], strict=True))
+        results[name] = {
+            "epoch_wall_s": spread([wall for _, wall in rounds]),
+            "processor_ratio": spread([ours[0] / plain[0] for ours, plain in together]),
+            "wall_ratio": spread([ours[1] / plain[1] for ours, plain in together]),
+            **memory[name],
+            "peak_ratio": memory[name]["peak_mib"] / memory["plain"]["peak_mib"],
+        }
+    return results
+
+
+def report(task: str, results: dict) -> None:
+    print(f"\n{task:16s} {'epoch, s':>9s}   {'processor ratio':^20s}   {'wall ratio':^20s}   {'peak memory':^18s}")
+    print(
+        f"{'':16s} {'median':>9s}   {'min median    max':>20s}   {'min median    max':>20s}   {'MiB':>8s} {'ratio':>9s}"
+    )
+    for name, row in results.items():
+        ratios = "   ".join(
+            " ".join(f"{row[kind][place]:6.3f}" for place in ("min", "median", "max"))
+            for kind in ("processor_ratio", "wall_ratio")
+        )
+        print(
+            f"{name:16s} {row['epoch_wall_s']['median']:9.2f}   {ratios}   {row['peak_mib']:8.0f} {row['peak_ratio']:9.3f}"
+        )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROWS} rows: shows that it runs, proves little")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--task", choices=TASK_NAMES, help="one model only")
+    parser.add_argument("--json", metavar="PATH", help="also write the numbers to PATH, or - for standard output only")
+    parser.add_argument("--child", choices=("times", "memory"), help=argparse.SUPPRESS)
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.child:
+        print(json.dumps(child_times(arguments) if arguments.child == "times" else child_memory(arguments)))
+        return
+    results = {}
+    for task in [arguments.task] if arguments.task else TASK_NAMES:
+        results[task] = measure(task, arguments)
+        if arguments.json != "-":
+            report(task, results[task])
+    if arguments.json == "-":
+        print(json.dumps(results, indent=2))
+    elif arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

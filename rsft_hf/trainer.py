@@ -1,0 +1,215 @@
+"""Rejection sampling inside the `Trainer` loop: with `callbacks.py`, the file that knows Trainer's internals.
+
+train() -> _inner_training_loop: bind the resampler, load its state from the checkpoint if there is one
+        -> for each epoch: on_epoch_begin -> ResampleCallback -> begin_epoch
+               -> resampler.resample(epoch) -> rows arranged as `train_sampling_strategy` says -> EpochSampler
+               -> iter(train_dataloader), sharded by accelerate -> training_step, Trainer's own, observed
+        -> every checkpoint: _save_rng_state, on every process -> <checkpoint>/resampler
+"""
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.utils import logging
+
+from rsft_hf.callbacks import ResampleCallback
+from rsft_hf.checkpoints import EpochClock, last_complete_checkpoint, load_clock, run_facts, save_clock
+from rsft_hf.lengths import example_lengths
+from rsft_hf.resampling import EpochSampler, Resampler, replaced_directory, run_seed
+from rsft_hf.support import refuse_dataset, refuse_setting
+from rsft_hf.weighted.resampler import LossResampler
+
+logger = logging.get_logger(__name__)
+
+STATE_DIRECTORY = "resampler"
+
+
+class RejectionSamplingMixin:
+    """Adds rejection sampling to any Trainer: `class X(RejectionSamplingMixin, SFTTrainer): pass`.
+
+    Args:
+        *args: As the trainer's own.
+        resampler: Decides which rows each epoch reads; `LossResampler()` where None.
+        **kwargs: As the trainer's own.
+
+    Raises:
+        TypeError: If `resampler` is not a Resampler.
+        ValueError: If the training set or the set-up cannot be resampled.
+    """
+
+    args: TrainingArguments
+    train_dataset: Any
+
+    def __init__(self, *args: Any, resampler: Resampler | None = None, **kwargs: Any) -> None:
+        if resampler is not None and not isinstance(resampler, Resampler):
+            raise TypeError(
+                f"`resampler` must be a Resampler object such as LossResampler(), got {resampler!r}. A weighting goes "
+                "inside: LossResampler(weighting=...)."
+            )
+        self.resampler = LossResampler() if resampler is None else resampler
+        refuse_dataset(kwargs.get("train_dataset"))  # before Trainer complains of max_steps
+        super().__init__(*args, **kwargs)
+        refuse_setting(self.args)
+        refuse_dataset(self.train_dataset)
+        self._sampler: EpochSampler | None = None
+        self._train_loader: DataLoader[Any] | None = None
+        self._clock = EpochClock()
+        self._step_model: torch.nn.Module | None = None
+        self.add_callback(ResampleCallback(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains as `Trainer.train` does; `resume_from_checkpoint=True` passes over checkpoints cut off in saving."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, STATE_DIRECTORY)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def begin_epoch(self, loader: DataLoader[Any]) -> None:
+        """Gives the sampler of the training loader the rows of the coming epoch. Collective.
+
+        A resumed run goes on with the rows of the epoch it was interrupted in, which were drawn from weights that
+        the model no longer has.
+        """
+        self.log_waiting_metrics()
+        clock, num_skipped = self._clock, 0
+        if clock.is_resumed:
+            num_skipped = self._num_skipped_steps(loader)
+        if clock.is_resumed and (num_skipped or (self.args.ignore_data_skip and clock.num_steps_done < len(loader))):
+            if num_skipped != clock.num_steps_done and not self.args.ignore_data_skip:
+                logger.warning(
+                    f"Trainer resumes after {num_skipped} micro-batches of an epoch that had done "
+                    f"{clock.num_steps_done}, because an epoch was stopped early. The rest of the epoch differs."
+                )
+        else:
+            clock.epoch += 1
+            clock.indices = self._arrange(self.resampler.resample(clock.epoch))
+            clock.has_waiting_metrics = True
+        clock.is_resumed, clock.num_steps_done = False, num_skipped
+        self._epoch_sampler().replace(clock.indices)
+        # The order is known, so a count of micro-batches names the rows of each: no index travels in the batches.
+        clock.batches = list(loader.batch_sampler) if self.resampler.observes_rows else []
+
+    def log_waiting_metrics(self) -> None:
+        """Logs the epoch's figures by themselves if no line with a loss has carried them."""
+        if self._clock.has_waiting_metrics and self.args.logging_strategy != "no":
+            self._clock.has_waiting_metrics = False
+            Trainer.log(self, self.resampler.metrics())  # a subclass's log would flush figures of its own too early
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs as the trainer does, with the epoch's `resampling/...` figures on the first line that has a loss."""
+        if self._clock.has_waiting_metrics and "loss" in logs:
+            self._clock.has_waiting_metrics = False
+            logs.update(self.resampler.metrics())
+        super().log(logs, *args, **kwargs)
+
+    def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Takes the trainer's own step, while the resampler may observe its loss."""
+        self._step_model = model
+        try:
+            return super().training_step(model, *args, **kwargs)
+        finally:
+            self._step_model = None
+            self._clock.num_steps_done += 1
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        """Surrounds the training loss with the resampler's observation, whoever overrides `compute_loss`."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(super().compute_loss_context_manager())
+        if self._step_model is not None and self.resampler.observes_rows:
+            rows = self._clock.batches[self._clock.num_steps_done]
+            stack.enter_context(self.resampler.observe_loss(self._step_model, rows))
+        return stack
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Returns the trainer's own training loader, over the rows that are drawn."""
+        self._train_loader = super().get_train_dataloader()
+        return self._train_loader
+
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        """Returns the rows of an epoch: for the training loader those drawn, which may be fewer than there are."""
+        if dataloader is self._train_loader:
+            return self.resampler.draws_per_epoch()
+        return super().num_examples(dataloader)
+
+    def _inner_training_loop(
+        self, batch_size: int | None = None, args: Any = None, resume_from_checkpoint: str | None = None, **kwargs: Any
+    ) -> Any:
+        # Here the path of the checkpoint is resolved, and a batch size found by trial begins anew.
+        refuse_dataset(self.train_dataset)
+        self._clock, self._sampler = EpochClock(), None
+        self.train_dataset = self.resampler.bind(self)
+        if resume_from_checkpoint is not None:
+            directory = Path(resume_from_checkpoint) / STATE_DIRECTORY
+            self._clock = load_clock(directory, run_facts(self, self.resampler.draws_per_epoch()))
+            self.resampler.load(directory)
+        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> EpochSampler:
+        return self._epoch_sampler()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # The one hook of a checkpoint that runs on every process, before old checkpoints are deleted.
+        super()._save_rng_state(output_dir)
+        is_writer = self.args.should_save
+        with replaced_directory(Path(output_dir) / STATE_DIRECTORY, is_writer) as directory:
+            self.resampler.save(directory, is_writer)
+            if is_writer:
+                save_clock(directory, self._clock, run_facts(self, self.resampler.draws_per_epoch()))
+
+    def _epoch_sampler(self) -> EpochSampler:
+        if self._sampler is None:
+            if self.train_dataset is None:
+                raise ValueError("Training needs a `train_dataset`.")
+            if not self.is_in_train:
+                self.train_dataset = self.resampler.bind(self)
+            self._sampler = EpochSampler(self.resampler.draws_per_epoch(), len(self.train_dataset))
+        return self._sampler
+
+    def _num_skipped_steps(self, loader: DataLoader[Any]) -> int:
+        """Micro-batches of the resumed epoch that Trainer passes over."""
+        if self.args.ignore_data_skip:
+            return 0
+        accumulation = self.args.gradient_accumulation_steps
+        return self.state.global_step % math.ceil(len(loader) / accumulation) * accumulation
+
+    def _arrange(self, indices: torch.Tensor) -> torch.Tensor:
+        """Orders the accepted rows as `train_sampling_strategy` says; "random" is the order of acceptance."""
+        strategy = self.args.train_sampling_strategy
+        if strategy == "sequential":
+            return indices.sort().values
+        if strategy == "group_by_length":
+            lengths = self._lengths()
+            # Trainer's own sampler draws from the global generator and so does not resume exactly.
+            generator = torch.Generator().manual_seed(run_seed(self) + self._clock.epoch)
+            positions = get_length_grouped_indices(
+                [lengths[row] for row in indices.tolist()],
+                self.args.train_batch_size * self.args.gradient_accumulation_steps,
+                generator=generator,
+            )
+            return indices[positions]
+        return indices
+
+    def _lengths(self) -> list[int]:
+        lengths = example_lengths(self.train_dataset, self.args.length_column_name)
+        if lengths is not None:
+            return lengths
+        name = "input_ids" if self.processing_class is None else self.processing_class.model_input_names[0]
+        if name not in self.train_dataset[0]:
+            raise ValueError(
+                f'`train_sampling_strategy="group_by_length"` finds no {name!r} in the rows of the training set. Add a '
+                f"column {self.args.length_column_name!r} (`length_column_name`) with the length of each row."
+            )
+        return [len(self.train_dataset[row][name]) for row in range(len(self.train_dataset))]
+
+
+class RejectionSamplingTrainer(RejectionSamplingMixin, Trainer):
+    """A `Trainer` that resamples its training set each epoch by rejection sampling."""
+
+
+class RejectionSamplingSeq2SeqTrainer(RejectionSamplingMixin, Seq2SeqTrainer):
+    """A `Seq2SeqTrainer` that resamples its training set each epoch by rejection sampling."""

@@ -1,0 +1,1 @@
+"""The weighted half: examples -> losses -> weights -> indices."""

@@ -1,0 +1,89 @@
+"""What was measured and drawn in every epoch, for those who want to look.
+
+Vectors in data-set order enter once per epoch; data sets to filter, sort and plot leave.
+"""
+
+import datasets
+import numpy as np
+import torch
+
+
+class EpochHistory:
+    """Losses, margins, weights and counts of every epoch, in single precision."""
+
+    def __init__(self) -> None:
+        self.epochs: list[int] = []
+        self._columns: dict[str, list[torch.Tensor]] = {"loss": [], "margin": [], "weight": [], "count": []}
+
+    def append(
+        self, epoch: int, losses: torch.Tensor, margins: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor
+    ) -> None:
+        """Notes an epoch: losses (NaN where unknown), margins and weights of shape (N,), indices of shape (draws,)."""
+        counts = torch.bincount(indices, minlength=len(weights))
+        for values, column in zip(
+            (losses, margins, weights / weights.sum()), ("loss", "margin", "weight"), strict=True
+        ):
+            self._columns[column].append(values.float())
+        self._columns["count"].append(counts.int())
+        self.epochs.append(epoch)
+
+    def table(self) -> datasets.Dataset:
+        """Returns one line per epoch and row: `epoch`, `row`, `loss`, `margin`, `weight` (sums to 1), `count`."""
+        if not self.epochs:
+            raise RuntimeError("Nothing has been resampled yet. Call `table()` after `train()` has begun an epoch.")
+        num_rows = len(self._columns["loss"][0])
+        columns = {
+            "epoch": np.repeat(np.array(self.epochs, dtype=np.int64), num_rows),
+            "row": np.tile(np.arange(num_rows, dtype=np.int64), len(self.epochs)),
+        }
+        columns |= {name: torch.cat(values).numpy() for name, values in self._columns.items()}
+        return datasets.Dataset.from_dict(columns)
+
+    def suspects(self, num_suspects: int) -> datasets.Dataset:
+        """Returns the rows whose loss stays highest over the median of its epoch, worst first.
+
+        A row that is merely hard is learnt in the end; one whose loss stays high while the others fall is often
+        mislabelled. The margins tell the same story as the area under them (Pleiss et al. 2020, arXiv:2001.10528).
+
+        Args:
+            num_suspects: Number of rows to return, at least 1.
+
+        Returns:
+            Columns `row`, `excess_loss` (mean over the measured epochs, in the unit of the loss), `losses` and
+            `margins` (lists, one entry per measured epoch).
+
+        Raises:
+            RuntimeError: If no epoch has been measured.
+            ValueError: If `num_suspects` is below 1.
+        """
+        if num_suspects < 1:
+            raise ValueError(f"`num_suspects`={num_suspects} must be at least 1.")
+        measured = [number for number, losses in enumerate(self._columns["loss"]) if bool(losses.isfinite().any())]
+        if not measured:
+            raise RuntimeError("No epoch has been measured yet. Call `suspects()` after a resampled epoch.")
+        losses = torch.stack([self._columns["loss"][number] for number in measured])
+        margins = torch.stack([self._columns["margin"][number] for number in measured])
+        excess = (losses - losses.nanmedian(dim=1, keepdim=True).values).nanmean(dim=0)
+        excess = torch.where(excess.isnan(), float("-inf"), excess)
+        num_known = int(excess.isfinite().sum())
+        rows = excess.topk(min(num_suspects, num_known)).indices
+        return datasets.Dataset.from_dict(
+            {
+                "row": rows.tolist(),
+                "excess_loss": excess[rows].tolist(),
+                "losses": losses[:, rows].T.tolist(),
+                "margins": margins[:, rows].T.tolist(),
+            }
+        )
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns the columns as tensors of shape (epochs, N)."""
+        if not self.epochs:
+            return {}
+        return {f"history_{name}": torch.stack(values) for name, values in self._columns.items()}
+
+    def load(self, epochs: list[int], state: dict[str, torch.Tensor]) -> None:
+        """Takes up the columns that `state` returned."""
+        self.epochs = list(epochs)
+        for name in self._columns:
+            self._columns[name] = list(state[f"history_{name}"].unbind(0)) if epochs else []

@@ -1,0 +1,126 @@
+"""Chooses how per-example losses are read, by trying it on rows of the data set.
+
+A trainer, a model and a data set enter, a `Reading` leaves, or an error if the loss belongs to no example.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import Trainer
+from transformers.utils import logging
+
+from rsft_hf.distributed import forked_rng
+from rsft_hf.weighted.losses import (
+    Batch,
+    Collate,
+    Reading,
+    Recording,
+    compute_loss,
+    logits_of,
+    row_losses,
+    slice_rows,
+)
+
+logger = logging.get_logger(__name__)
+
+_NUM_PROBED = 4
+_MAX_PROBES = 16
+
+
+class NotPerExampleError(ValueError):
+    """The loss compares the examples of a batch with each other, so no example has a loss of its own."""
+
+
+def find_reading(
+    trainer: Trainer, model: torch.nn.Module, dataset: Sequence[Any], collate: Collate, seed: int
+) -> Reading:
+    """Returns the fastest reading that reproduces batches of one, tried on a few labelled rows of the data set.
+
+    Args:
+        trainer: Computes the loss.
+        model: In evaluation mode.
+        dataset: Rows as the training loader sees them.
+        collate: The collator of the training loader. If it is random (masking, say), rows of the collated batch
+            stand for batches of one.
+        seed: Seed of the collator's randomness while it is probed.
+
+    Raises:
+        NotPerExampleError: If the loss belongs to the batch and not to its examples.
+        ValueError: If none of the probed rows has a label.
+    """
+    width = min(_NUM_PROBED, len(dataset))
+    for attempt in range(min(_MAX_PROBES, -(-len(dataset) // width))):
+        first = attempt * len(dataset) // _MAX_PROBES
+        rows = [(first + i * max(1, len(dataset) // width)) % len(dataset) for i in range(width)]
+        batch, singles = _collate_both_ways([dataset[row] for row in rows], collate, seed)
+        references, reference_recordings = [], []
+        for single in singles:
+            loss, recording = compute_loss(trainer, model, single, 1)
+            references.append(loss)
+            reference_recordings.append(recording)
+        expected = torch.tensor(references, dtype=torch.float64)
+        scalar, recording = compute_loss(trainer, model, batch, width)
+        _refuse_batch_losses(scalar, recording, expected, reference_recordings)
+        if bool((expected.isfinite() & (expected != 0)).any()):
+            return _first_that_agrees(recording, expected, width)
+    raise ValueError(
+        f"None of {_MAX_PROBES * width} rows spread over the data set has a loss: all labels are missing or ignored. "
+        "Check that the label column survives `remove_unused_columns` and the collator."
+    )
+
+
+def _first_that_agrees(recording: Recording, expected: torch.Tensor, width: int) -> Reading:
+    candidates = [
+        Reading("criterion", is_mean, is_averaged) for is_averaged in (False, True) for is_mean in (True, False)
+    ]
+    for reading in [*candidates, Reading("outputs")]:
+        losses = row_losses(recording, reading, width)
+        # A row without a label is 0 here, and NaN or 0 in a batch of one, as its mean is guarded or not.
+        if losses is not None and torch.allclose(
+            losses.losses.double().cpu(), expected.nan_to_num(0.0), rtol=_tolerance(recording), atol=1e-5
+        ):
+            return reading
+    logger.warning(
+        "The loss of single examples cannot be read from a batch of this model (a term is added for the whole batch, "
+        "or the outputs depend on the padding). Each example is scored in a batch of its own: exact, but slower. "
+        "Pass `per_example_loss` to LossResampler to avoid it."
+    )
+    return Reading("single")
+
+
+def _tolerance(recording: Recording) -> float:
+    logits = logits_of(recording.outputs)
+    is_half = logits is not None and logits.dtype in (torch.float16, torch.bfloat16)
+    return 3e-2 if is_half or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") else 1e-4
+
+
+def _refuse_batch_losses(scalar: float, recording: Recording, expected: torch.Tensor, ones: list[Recording]) -> None:
+    sizes = [[call.num_classes for call in one.calls] for one in (recording, *ones)]
+    has_candidates_from_batch = len({len(row) for row in sizes}) == 1 and any(row != sizes[0] for row in sizes)
+    vanishes_alone = scalar > 0 and bool((expected == 0).all())
+    if has_candidates_from_batch or (vanishes_alone and recording.calls and not _is_unlabelled(ones)):
+        raise NotPerExampleError(
+            f"The loss compares the examples of a batch with each other: {len(expected)} examples together have loss "
+            f"{scalar:.4g}, alone {expected[0]:.4g}. Such a loss (contrastive, triplet) belongs to no example; train "
+            "with the plain Trainer, or pass `per_example_loss` with a score of your own."
+        )
+
+
+def _is_unlabelled(recordings: list[Recording]) -> bool:
+    return all(float(call.normalisers.sum()) == 0 for one in recordings for call in one.calls)
+
+
+def _collate_both_ways(examples: list[Any], collate: Collate, seed: int) -> tuple[Batch, list[Batch]]:
+    def collated(rows: list[Any], shift: int = 0) -> Batch:
+        with forked_rng(seed + shift):
+            return collate([dict(row) if isinstance(row, Mapping) else row for row in rows])
+
+    batch = collated(examples)
+    if _same(batch, collated(examples, shift=1)):
+        return batch, [collated([example]) for example in examples]
+    return batch, [slice_rows(batch, row, len(examples)) for row in range(len(examples))]
+
+
+def _same(left: Batch, right: Batch) -> bool:
+    return all(torch.equal(left[key], right[key]) for key in left if isinstance(left[key], torch.Tensor))

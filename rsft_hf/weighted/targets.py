@@ -1,0 +1,143 @@
+"""From what was measured of a data set to one weight per row, and from weights to what is reported of them.
+
+Losses in data-set order, NaN for rows that cannot be scored, and a rule enter; checked weights leave.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+import torch
+from transformers import Trainer
+from transformers.utils import logging
+
+from rsft_hf.rejection import effective_sample_size, envelope_constant
+from rsft_hf.weighted.predictions import PREDICTION_STATISTICS
+from rsft_hf.weighted.scores import ExampleStatistics
+from rsft_hf.weighted.weights import Weighting
+
+logger = logging.get_logger(__name__)
+
+
+def target_weights(
+    weighting: Weighting, losses: torch.Tensor, predictions: Mapping[str, torch.Tensor], labels: torch.Tensor | None
+) -> torch.Tensor:
+    """Returns the weight of every row, 0 for those without a loss; uniform over the others if the rule gives all 0.
+
+    Args:
+        weighting: The rule.
+        losses: Shape (N,), float64, NaN where a row has no label.
+        predictions: Prediction statistics by name, each of shape (N,).
+        labels: Class of each row, shape (N,), if the rule needs it.
+
+    Raises:
+        ValueError: If no row has a loss, or the rule returns another shape, a negative, NaN or infinite weight.
+    """
+    rows = (~losses.isnan()).nonzero().squeeze(1)
+    if len(rows) == 0:
+        raise ValueError("No row of the training set has a loss: all labels are missing or ignored (-100).")
+    statistics = ExampleStatistics(
+        **{name: values[rows] for name, values in predictions.items()},
+        labels=None if labels is None else labels[rows],
+        rows=rows,
+    )
+    scored = _checked(weighting, weighting(losses[rows], statistics), rows)
+    if not bool(scored.any()):
+        logger.info(f"{weighting!r} gives all {len(rows)} rows weight 0 (every loss is 0): drawing uniformly.")
+        scored = torch.ones_like(scored)
+    return torch.zeros_like(losses).index_copy_(0, rows, scored)
+
+
+def try_weighting(weighting: Weighting, num_rows: int, labels: torch.Tensor | None) -> None:
+    """Calls the rule on made-up losses, so that one that returns nonsense is found before the first step."""
+    losses = torch.linspace(0.5, 1.5, num_rows, dtype=torch.float64)
+    predictions = {name: torch.linspace(0.25, 0.75, num_rows, dtype=torch.float64) for name in PREDICTION_STATISTICS}
+    target_weights(weighting, losses, predictions, labels)
+
+
+def class_labels(trainer: Trainer, dataset: Any) -> torch.Tensor:
+    """Returns the class of every row, shape (N,), int64; -100 where a row has none.
+
+    Raises:
+        ValueError: If the rows have no label column, or labels that are not single classes.
+    """
+    names = [*(trainer.label_names or []), "labels", "label"]
+    columns = dataset.column_names if isinstance(dataset, datasets.Dataset) else list(dataset[0])
+    name = next((name for name in names if name in columns), None)
+    if name is None:
+        raise ValueError(
+            f"ClassBalanced needs a column with the class of each row: none of {names} is in {columns}. Rename the "
+            "column or name it in `TrainingArguments.label_names`."
+        )
+    values = dataset[name] if isinstance(dataset, datasets.Dataset) else [row[name] for row in dataset]
+    labels = torch.tensor([-100 if value is None else value for value in values])
+    if labels.ndim != 1 or labels.is_floating_point():
+        raise ValueError(
+            f"ClassBalanced needs one integer class per row, but column {name!r} holds {labels.dtype} of shape "
+            f"{tuple(labels.shape)}. Use a rule without classes."
+        )
+    return labels
+
+
+def draw_metrics(weights: torch.Tensor, proposal: torch.Tensor | None, indices: torch.Tensor) -> dict[str, float]:
+    """Returns the figures to log of one epoch's draws.
+
+    Args:
+        weights: Shape (N,), >= 0.
+        proposal: Shape (N,) or None for uniform.
+        indices: The rows drawn, shape (num_draws,).
+
+    Returns:
+        `envelope_M`, `acceptance_rate` (1/M), `effective_sample_size` (rows), `unique_fraction` (distinct rows over
+        draws), `max_repeats` (of one row), `top_1_percent_share` (of the weight).
+    """
+    envelope = envelope_constant(weights, proposal)
+    counts = torch.bincount(indices, minlength=len(weights))
+    num_top = max(1, len(weights) // 100)
+    return {
+        "envelope_M": envelope,
+        "acceptance_rate": 1 / envelope,
+        "effective_sample_size": effective_sample_size(weights),
+        "unique_fraction": int((counts > 0).sum()) / len(indices),
+        "max_repeats": int(counts.max()),
+        "top_1_percent_share": float(weights.topk(num_top).values.sum() / weights.sum()),
+    }
+
+
+def correction_factors(weights: torch.Tensor, exponent: float) -> torch.Tensor:
+    """Returns (1 / (n p_i)) ** exponent, which makes the gradient of the drawn rows unbiased at exponent 1.
+
+    E[L_i / (n p_i)] over i ~ p is the mean loss of the n rows that can be drawn. Katharopoulos & Fleuret 2018,
+    arXiv:1803.00942.
+
+    Args:
+        weights: Shape (N,), >= 0.
+        exponent: In [0, 1]; 0 is no correction.
+
+    Returns:
+        Factors, shape (N,), float32; 0 for rows of weight 0, which are never drawn.
+
+    Example:
+        >>> correction_factors(torch.tensor([1.0, 3.0]), 1.0).tolist()  # 1 / (2 * 1/4), 1 / (2 * 3/4)
+        [2.0, 0.6666666865348816]
+    """
+    num_drawable = int((weights > 0).sum())
+    relative = num_drawable * weights / weights.sum()
+    return torch.where(weights > 0, relative.clamp(min=1e-300) ** -exponent, 0.0).float()
+
+
+def _checked(weighting: Weighting, weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    weights = torch.as_tensor(weights).detach().to("cpu", torch.float64)
+    if weights.shape != rows.shape:
+        raise ValueError(
+            f"{weighting!r} returned weights of shape {tuple(weights.shape)} for {len(rows)} losses. It must return "
+            f"one weight per loss, shape ({len(rows)},)."
+        )
+    wrong = ~(weights.isfinite() & (weights >= 0))
+    if bool(wrong.any()):
+        position = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{weighting!r} gave row {int(rows[position])} the weight {float(weights[position])}. Weights must be "
+            "finite and >= 0: end the rule with a clamp, or use Softmax for scores of either sign."
+        )
+    return weights

@@ -1,0 +1,237 @@
+"""Rules from losses to weights: what enters is one loss per example, what leaves is one weight per example.
+
+Every rule is a frozen dataclass that is called with `(scores, statistics)`. The scores are the losses for the first
+rule and the previous rule's weights for the next one in a `Chain`; `statistics` holds what else was measured. Rules
+see only the rows that can be scored; how a loss is measured, and what is done with the weights, is not known here.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+
+from rsft_hf.weighted.scores import ExampleStatistics, finite, non_negative, read_statistic
+
+
+class Weighting(Protocol):
+    """A rule from scores to weights; write your own as a frozen dataclass with `requires` and `__call__`."""
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Names of the `ExampleStatistics` that the rule reads; empty if it reads only the scores."""
+        ...
+
+    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
+        """Returns weights, shape (N,), float64, >= 0, not normalised, for scores of shape (N,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Proportional:
+    """w = L: a row is drawn in proportion to its loss. The plain law of the weighted half; mind label noise."""
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
+        """Returns the scores themselves, which must be >= 0.
+
+        Example:
+            >>> Proportional()(torch.tensor([1.0, 3.0])).tolist()
+            [1.0, 3.0]
+        """
+        return non_negative(scores, "Proportional")
+
+
+@dataclass(frozen=True)
+class Tempered:
+    """w = L ** alpha: alpha in (0, 1) softens the preference for high losses, 0 is uniform, above 1 sharpens it.
+
+    Raises:
+        ValueError: If `alpha` is negative or not finite.
+    """
+
+    alpha: float = 0.5
+    requires: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        _in_range("alpha", self.alpha, 0.0, float("inf"), open_high=True)
+
+    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
+        """Returns the scores, >= 0, to the power `alpha`, relative to the largest.
+
+        Example:
+            >>> Tempered(0.5)(torch.tensor([1.0, 4.0])).tolist()  # (1/4)^.5, (4/4)^.5
+            [0.5, 1.0]
+        """
+        scores = non_negative(scores, "Tempered")
+        # Relative to the largest, so that no power overflows; a common factor changes no draw.
+        return (scores / scores.max().clamp(min=torch.finfo(torch.float64).tiny)) ** self.alpha
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """w = exp(L / temperature): takes any finite score, negative ones too.
+
+    Raises:
+        ValueError: If `temperature` is not positive and finite.
+    """
+
+    temperature: float = 1.0
+    requires: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        _in_range("temperature", self.temperature, 0.0, float("inf"), open_low=True, open_high=True)
+
+    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
+        """Returns softmax(scores / temperature).
+
+        Example:
+            >>> Softmax(1.0)(torch.tensor([5.0, 5.0])).tolist()
+            [0.5, 0.5]
+        """
+        return torch.softmax(finite(scores, "Softmax") / self.temperature, dim=0)
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """w = min(L, the given quantile of L): no row is drawn more often than the one at the quantile.
+
+    Raises:
+        ValueError: If `quantile` is outside [0, 1].
+    """
+
+    quantile: float = 0.95
+    requires: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        _in_range("quantile", self.quantile, 0.0, 1.0)
+
+    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
+        """Returns the scores, >= 0, capped at their quantile (the next lower order statistic).
+
+        Example:
+            >>> Clipped(0.5)(torch.tensor([1.0, 2.0, 9.0])).tolist()
+            [1.0, 2.0, 2.0]
+        """
+        scores = non_negative(scores, "Clipped")
+        return scores.clamp(max=_order_statistic(scores, int(self.quantile * (len(scores) - 1))))
+
+
+@dataclass(frozen=True)
+class DropTop:
+    """Gives weight 0 to the highest-scoring fraction, where mislabelled rows gather; the rest keep their score.
+
+    Raises:
+        ValueError: If `fraction` is outside [0, 1).
+    """
+
+    fraction: float = 0.05
+    requires: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        _in_range("fraction", self.fraction, 0.0, 1.0, open_high=True)
+
+    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
+        """Returns the scores, >= 0, with the top floor(fraction N) at 0; rows that tie with a kept one are kept.
+
+        Example:
+            >>> DropTop(0.34)(torch.tensor([1.0, 9.0, 2.0])).tolist()  # floor(.34 * 3) = 1 row
+            [1.0, 0.0, 2.0]
+        """
+        scores = non_negative(scores, "DropTop")
+        num_dropped = int(self.fraction * len(scores))
+        highest_kept = _order_statistic(scores, len(scores) - num_dropped - 1)
+        return torch.where(scores > highest_kept, 0.0, scores)
+
+
+@dataclass(frozen=True)
+class Floored:
+    """w = (1 - fraction) w / sum w + fraction / N: every row keeps a share of uniform attention.
+
+    Raises:
+        ValueError: If `fraction` is outside [0, 1].
+    """
+
+    fraction: float = 0.2
+    requires: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        _in_range("fraction", self.fraction, 0.0, 1.0)
+
+    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
+        """Returns the mixture of the normalised scores, >= 0, and the uniform distribution; it sums to 1.
+
+        Example:
+            >>> Floored(0.5)(torch.tensor([0.0, 2.0])).tolist()  # .5 * (0, 1) + .5 * (1/2, 1/2)
+            [0.25, 0.75]
+        """
+        scores = non_negative(scores, "Floored")
+        uniform = torch.full_like(scores, 1 / len(scores))
+        total = scores.sum()
+        return (1 - self.fraction) * (scores / total if total > 0 else uniform) + self.fraction * uniform
+
+
+@dataclass(frozen=True)
+class ClassBalanced:
+    """Scales the weights so that every class is drawn equally often; within a class the scores decide."""
+
+    requires: ClassVar[frozenset[str]] = frozenset({"labels"})
+
+    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
+        """Returns scores, >= 0, over the total of their class; a class whose scores are all 0 is uniform.
+
+        Example:
+            >>> labels = torch.tensor([0, 0, 1])
+            >>> ClassBalanced()(torch.tensor([1.0, 3.0, 7.0]), ExampleStatistics(labels=labels)).tolist()
+            [0.25, 0.75, 1.0]
+        """
+        scores = non_negative(scores, "ClassBalanced")
+        labels = read_statistic(statistics, "labels", "ClassBalanced")
+        _, classes, sizes = labels.unique(return_inverse=True, return_counts=True)
+        totals = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, classes, scores)
+        return torch.where(totals[classes] > 0, scores / totals[classes], 1 / sizes[classes].double())
+
+
+@dataclass(frozen=True, init=False)
+class Chain:
+    """Applies several rules in turn, each to the weights of the one before.
+
+    Raises:
+        ValueError: If no rule is given.
+    """
+
+    rules: tuple[Weighting, ...]
+
+    def __init__(self, *rules: Weighting) -> None:
+        if not rules:
+            raise ValueError("Chain() needs at least one rule, such as Chain(DropTop(0.05), Floored(0.2)).")
+        object.__setattr__(self, "rules", rules)
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The statistics that any of the rules needs."""
+        return frozenset[str]().union(*(rule.requires for rule in self.rules))
+
+    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
+        """Returns the last rule's weights.
+
+        Example:
+            >>> Chain(DropTop(0.34), Floored(0.5))(torch.tensor([1.0, 9.0, 3.0])).tolist()  # (1/4, 0, 3/4), floored
+            [0.29166666666666663, 0.16666666666666666, 0.5416666666666666]
+        """
+        for rule in self.rules:
+            scores = rule(scores, statistics)
+        return scores
+
+
+def _order_statistic(scores: torch.Tensor, position: int) -> torch.Tensor:
+    return scores.kthvalue(position + 1).values  # torch.quantile stops at 2^24 elements
+
+
+def _in_range(
+    name: str, value: float, low: float, high: float, open_low: bool = False, open_high: bool = False
+) -> None:
+    is_inside = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
+    if not is_inside:
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+        raise ValueError(f"`{name}`={value} must lie in {interval}.")

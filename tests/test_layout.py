@@ -1,0 +1,183 @@
+"""The shape of the repository: layers, sizes and docstrings, read from the source without importing it."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import rsft_hf
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "rsft_hf"
+MAX_LINES_PER_FILE = 250
+MAX_LINES_PER_FUNCTION = 50
+MAX_PARAMETERS = 8
+
+# 0 formulas, 1 stages, 2 the order of stages, 3 what knows Trainer, 4 the public names.
+LAYERS = {
+    "__init__.py": 4,
+    "trainer.py": 3,
+    "callbacks.py": 3,
+    "resampling.py": 2,
+    "rejection.py": 0,
+    "distributed.py": 1,
+    "weighted/__init__.py": 1,
+    "weighted/weights.py": 0,
+    "weighted/losses.py": 1,
+    "weighted/resampler.py": 2,
+}
+PURE_IMPORTS = sys.stdlib_module_names | {"__future__", "torch", "numpy", "rsft_hf"}
+HALVES = ("weighted", "generative")
+
+PACKAGE_FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+SOURCES = sorted(
+    path for folder in (PACKAGE, ROOT / "tests", ROOT / "recipes", ROOT / "benchmarks") for path in folder.rglob("*.py")
+)
+name_of = lambda path: path.relative_to(ROOT).as_posix()  # noqa: E731 - the id of a parametrised case
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def module_file(module: str) -> str | None:
+    """The package's own file that a dotted name stands for, or None if it is no module of the package."""
+    parts = module.split(".")[1:]
+    for candidate in ("/".join([*parts, "__init__.py"]), "/".join(parts) + ".py"):
+        if (PACKAGE / candidate).is_file():
+            return candidate
+    return None
+
+
+def absolute_module(node: ast.ImportFrom, file: str) -> str:
+    """The dotted name an import starts from; `from . import x` counts from the folder of `file`."""
+    if node.level == 0:
+        return node.module or ""
+    package = ["rsft_hf", *Path(file).parent.parts]
+    kept = package[: len(package) - node.level + 1]
+    return ".".join([*kept, *([node.module] if node.module else [])])
+
+
+def imported_modules(tree: ast.AST, file: str) -> set[str]:
+    """Dotted names of all modules a file imports, at its top or inside a function."""
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = absolute_module(node, file)
+            # `from rsft_hf.weighted import weights` means the file weights.py, not the folder's __init__.
+            submodules = {f"{module}.{alias.name}" for alias in node.names}
+            inside = {name for name in submodules if name.startswith("rsft_hf.") and module_file(name)}
+            modules |= inside | ({module} if len(inside) < len(submodules) else set())
+    return modules
+
+
+def without_type_checking(tree: ast.Module) -> ast.Module:
+    """The file as it runs: blocks under `if TYPE_CHECKING` are for the reader and the type checker only."""
+
+    class Remover(ast.NodeTransformer):
+        def visit_If(self, node: ast.If):
+            self.generic_visit(node)
+            return None if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING" else node
+
+    return Remover().visit(tree)
+
+
+def own_imports(file: str) -> set[str]:
+    modules = imported_modules(parse(PACKAGE / file), file)
+    return {found for module in modules if module.split(".")[0] == "rsft_hf" and (found := module_file(module))}
+
+
+def test_every_file_of_the_package_has_a_layer():
+    assert PACKAGE_FILES == sorted(LAYERS), "give each new file its layer in LAYERS, and drop the layers of files gone"
+
+
+@pytest.mark.parametrize("file", PACKAGE_FILES)
+def test_imports_go_down_the_layers(file):
+    above = {other for other in own_imports(file) if LAYERS[other] > LAYERS[file]}
+    assert not above, f"{file} (layer {LAYERS[file]}) imports {sorted(above)} from above"
+
+
+@pytest.mark.parametrize("file", [file for file in PACKAGE_FILES if LAYERS.get(file) == 0])
+def test_formulas_import_torch_and_numpy_only(file):
+    outside = {module.split(".")[0] for module in imported_modules(parse(PACKAGE / file), file)} - PURE_IMPORTS
+    assert not outside, f"{file} is a formula and imports {sorted(outside)}"
+
+
+@pytest.mark.parametrize("file", PACKAGE_FILES)
+def test_only_the_third_layer_knows_trainer(file):
+    tree = without_type_checking(parse(PACKAGE / file))
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    if LAYERS[file] < 3:
+        assert not names & {"Trainer", "Seq2SeqTrainer", "TrainerCallback"}, f"{file} imports Trainer's internals"
+
+
+def test_the_two_halves_never_import_each_other():
+    for half, other in (HALVES, HALVES[::-1]):
+        for file in (file for file in PACKAGE_FILES if file.startswith(f"{half}/")):
+            assert not [name for name in own_imports(file) if name.startswith(f"{other}/")], file
+
+
+def test_the_readers_above_read_what_they_should():
+    """The tests above pass on nothing at all unless the readers they trust see an import when there is one."""
+    tree = ast.parse("from ..callbacks import X\nfrom . import losses\nimport transformers.trainer\n")
+    assert absolute_module(tree.body[0], "weighted/weights.py") == "rsft_hf.callbacks"
+    assert absolute_module(tree.body[1], "weighted/weights.py") == "rsft_hf.weighted"
+    expected = {"rsft_hf.callbacks", "rsft_hf.weighted.losses", "transformers.trainer"}
+    assert imported_modules(tree, "weighted/weights.py") == expected
+    guarded = without_type_checking(ast.parse("if TYPE_CHECKING:\n    from transformers import Trainer\nx = 1\n"))
+    assert len(guarded.body) == 1
+    assert "rejection.py" in own_imports("__init__.py")
+    assert len(SOURCES) >= len(PACKAGE_FILES) + 4
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_files_and_functions_are_short(path):
+    num_lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert num_lines <= MAX_LINES_PER_FILE, f"{num_lines} lines: one file, one subject"
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef):
+            num_lines = node.end_lineno - node.lineno + 1
+            assert num_lines <= MAX_LINES_PER_FUNCTION, f"{node.name} has {num_lines} lines: one function, one verb"
+
+
+@pytest.mark.parametrize("file", PACKAGE_FILES)
+def test_functions_take_few_parameters(file):
+    """Constructors are exempt: their keywords are the published interface."""
+    for node in ast.walk(parse(PACKAGE / file)):
+        if isinstance(node, ast.FunctionDef) and node.name != "__init__":
+            own = {arg.arg for arg in node.args.posonlyargs + node.args.args + node.args.kwonlyargs} - {"self", "cls"}
+            assert len(own) <= MAX_PARAMETERS, f"{node.name} takes {len(own)} parameters: an object is missing"
+
+
+@pytest.mark.parametrize("file", PACKAGE_FILES)
+def test_the_package_does_not_guess(file):
+    calls = {node.func.id for node in ast.walk(parse(PACKAGE / file)) if isinstance(node, ast.Call) and is_named(node)}
+    assert "hasattr" not in calls, "say what is expected, and raise where it is not met"
+
+
+def is_named(call: ast.Call) -> bool:
+    return isinstance(call.func, ast.Name)
+
+
+def test_no_drawer_for_leftovers():
+    assert not [name_of(path) for path in SOURCES if path.stem in {"utils", "helpers", "misc"}]
+
+
+def test_every_public_name_says_what_it_is():
+    assert rsft_hf.__all__, "the package publishes nothing"
+    silent = [name for name in rsft_hf.__all__ if not (getattr(rsft_hf, name).__doc__ or "").strip()]
+    # A dataclass without a docstring is given its own signature as one.
+    generated = [name for name in rsft_hf.__all__ if (getattr(rsft_hf, name).__doc__ or "").startswith(f"{name}(")]
+    assert not silent + generated, "published without a docstring"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_no_file_knows_one_machine(path):
+    """A path from the root of somebody's disk works for nobody else."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            roots = ("/home/", "/root/", "/work/", "/Users/", "/mnt/", "/data/")
+            assert not node.value.startswith(roots), f"line {node.lineno}: {node.value}"
