@@ -4,8 +4,8 @@
 
 `training losses` keeps the losses that training computes anyway (as InfoBatch does, Qin et al. 2023, arXiv:2303.04947,
 who report a cost near zero: its row is that claim, measured here); `forward losses` scores all rows before each epoch.
-Contenders take turns within one process, A B C D A B C D, and a ratio is always to `plain` of the same round. The peak of
-memory is measured in a process for each contender.
+Contenders take turns within one process, A B C D A B C D, and a ratio is always to `plain` of the same round. The
+peak of memory is measured in a process for each contender. One thread, about ten minutes on a CPU.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 
 # This process stays small (no torch): a child's peak of memory would otherwise begin at its parent's.
 TASK_NAMES = ("bert", "llama")
-QUICK_ROWS = 128
+QUICK_ROWS = 64
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -35,11 +35,12 @@ def child_times(arguments: argparse.Namespace) -> dict:
     """Returns, for each contender, (processor, wall) seconds of an epoch in each round; medians within a round."""
     import contenders
 
-    num_rows = QUICK_ROWS if arguments.quick else contenders.TASKS[arguments.task].num_rows
+    task = contenders.TASKS[arguments.task]
+    num_rows = QUICK_ROWS if arguments.quick else task.num_rows
     seconds: dict[str, list[list[float]]] = {name: [] for name in contenders.CONTENDERS}
     for _ in range(arguments.rounds):
         for name, rounds in seconds.items():
-            epochs = contenders.time_epochs(arguments.task, name, num_rows, num_epochs=3)
+            epochs = contenders.time_epochs(task, name, num_rows)
             rounds.append([statistics.median(column) for column in zip(*epochs, strict=True)])
     return seconds
 
@@ -50,7 +51,7 @@ def child_memory(arguments: argparse.Namespace) -> dict:
 
     task = contenders.TASKS[arguments.task]
     num_rows = QUICK_ROWS if arguments.quick else task.num_rows
-    trainer = contenders.build_trainer(task, arguments.contender, num_rows, num_epochs=2)
+    trainer = contenders.build_trainer(task, arguments.contender, num_rows)
     before = peak_mib()
     trainer.train()
     return {"before_mib": before, "peak_mib": peak_mib()}
@@ -78,29 +79,29 @@ def measure(task: str, arguments: argparse.Namespace) -> dict:
 
 
 def report(task: str, results: dict) -> None:
+    columns = "min median    max"
     print(f"\n{task:16s} {'epoch, s':>9s}   {'processor ratio':^20s}   {'wall ratio':^20s}   {'peak memory':^18s}")
-    print(
-        f"{'':16s} {'median':>9s}   {'min median    max':>20s}   {'min median    max':>20s}   {'MiB':>8s} {'ratio':>9s}"
-    )
+    print(f"{'':16s} {'median':>9s}   {columns:>20s}   {columns:>20s}   {'MiB':>8s} {'ratio':>9s}")
     for name, row in results.items():
-        ratios = "   ".join(
+        processor, wall = (
             " ".join(f"{row[kind][place]:6.3f}" for place in ("min", "median", "max"))
             for kind in ("processor_ratio", "wall_ratio")
         )
-        print(
-            f"{name:16s} {row['epoch_wall_s']['median']:9.2f}   {ratios}   {row['peak_mib']:8.0f} {row['peak_ratio']:9.3f}"
-        )
+        seconds, memory = row["epoch_wall_s"]["median"], f"{row['peak_mib']:8.0f} {row['peak_ratio']:9.3f}"
+        print(f"{name:16s} {seconds:9.2f}   {processor}   {wall}   {memory}")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROWS} rows: shows that it runs, proves little")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="default: 5, or 2 with --quick")
     parser.add_argument("--task", choices=TASK_NAMES, help="one model only")
     parser.add_argument("--json", metavar="PATH", help="also write the numbers to PATH, or - for standard output only")
     parser.add_argument("--child", choices=("times", "memory"), help=argparse.SUPPRESS)
     parser.add_argument("--contender", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.rounds = arguments.rounds or (2 if arguments.quick else 5)
+    return arguments
 
 
 def main() -> None:

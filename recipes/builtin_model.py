@@ -1,7 +1,7 @@
-"""The builtin model: a word-level tokenizer and a two-layer BERT built in code, so that a recipe runs with no download.
+"""The builtin model: a word-level tokenizer and a two-layer BERT built in code, so that nothing is downloaded.
 
-In: texts (for the vocabulary) and a seed. Out: a `transformers` tokenizer and a classifier with random weights. It knows
-nothing of any data set.
+In: texts (for the vocabulary) and a seed. Out: a `transformers` tokenizer and a classifier with random weights. It
+knows nothing of any data set.
 """
 
 from collections.abc import Iterable

@@ -1,10 +1,10 @@
 """The builtin data set: short reviews from a seeded grammar, so that a recipe runs with no download.
 
-In: how many rows and a seed. Out: rows `text`, `label` (0 negative, 1 positive), `phenomenon` (the outermost construction).
-Every sentence is built together with its polarity by the combinators below, so the label is a law and not an annotation: what
-counts is the writer's own final judgement. It knows nothing of tokenizers, models or data-set libraries.
+In: how many rows and a seed. Out: rows `text`, `label` (0 negative, 1 positive), `phenomenon` (the outermost
+construction). Every sentence is built together with its polarity by the combinators below, so the label is a law and
+not an annotation: what counts is the writer's own final judgement. It knows no tokenizer, model or data-set library.
 
-Words follow a Zipf law and constructions are unequally frequent, so the rows a small model gets wrong are the rare ones.
+Words follow a Zipf law and constructions are unequally frequent: what a small model gets wrong is nested or rare.
 """
 
 import random
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 POSITIVE = (
-    "good great excellent lovely superb brilliant charming delightful solid impressive wonderful clever elegant gripping "
-    "memorable polished refreshing remarkable splendid thoughtful flawless graceful inspired marvellous radiant satisfying "
-    "sublime tasteful winning exquisite"
+    "good great excellent lovely superb brilliant charming delightful solid impressive wonderful clever elegant "
+    "gripping memorable polished refreshing remarkable splendid thoughtful flawless graceful inspired marvellous "
+    "radiant satisfying sublime tasteful winning exquisite"
 ).split()
 NEGATIVE = (
     "bad poor awful dull terrible boring weak horrible clumsy disappointing tedious cheap sloppy dreadful forgettable "
@@ -26,15 +26,15 @@ SUBJECTS = {
 }
 FACTS = {
     "movie": {
-        True: ("the whole row stood up and clapped", "i bought a ticket for the next evening too", "my kids still quote it",
+        True: ("the whole row stood up and clapped", "i bought a ticket for the next day too", "my kids still quote it",
                "i forgot to check the time", "nobody in the room coughed once", "we talked about it until midnight",
-               "i cried twice and laughed more", "my father stayed awake for it", "they asked for it again at breakfast"),
-        False: ("half the row left before the end", "i asked for my money back", "my kids slept through it",
+               "i cried twice and laughed more", "my father stayed awake for it", "they asked for it at breakfast"),
+        False: ("half the row left before the end", "i wanted my money back", "my kids slept through it",
                 "i checked the time every minute", "somebody in the room snored", "we forgot about it by midnight",
-                "i yawned twice and sighed more", "my father went out for a smoke", "they asked for another one at once"),
+                "i yawned twice and sighed more", "my father went out for a smoke", "they asked to leave at once"),
     },
     "product": {
-        True: ("it still runs after five years", "i bought two more for my parents", "it survived a fall down the stairs",
+        True: ("it still runs after five years", "i bought two more for my mother", "it survived a fall downstairs",
                "my neighbour wants to borrow it", "it lasts for a week", "setup took one minute",
                "the first one never needed repair", "it works with gloves on", "i take it everywhere"),
         False: ("it stopped after five days", "i sent two of them back", "it broke on the first stair",
@@ -54,8 +54,18 @@ HEDGES = {  # modifier -> whether the adjective's polarity survives it
     "nothing if not": True, "only nominally": False,
 }  # fmt: skip
 DENIALS = ("i would not say that", "nobody could claim that", "it would be wrong to think that", "i never felt that")
-WISHES = ("i wish the {s} were {a}", "if only the {s} were {a}", "the {s} could have been {a}", "they promised me {an_a} {s}")
-HEARSAY = ("the critics called it {a}", "my boss found it {a}", "the poster calls it {a}", "everyone told me it was {a}")
+WISHES = (
+    "i wish the {s} were {a}",
+    "if only the {s} were {a}",
+    "the {s} could have been {a}",
+    "they promised me {an_a} {s}",
+)
+HEARSAY = (
+    "the critics called it {a}",
+    "my boss found it {a}",
+    "the poster calls it {a}",
+    "everyone told me it was {a}",
+)
 FREQUENCIES = {
     "contrast": 30, "plain": 16, "negation": 13, "hedge": 11, "hearsay": 10, "double_negation": 8, "comparison": 5,
     "counterfactual": 4, "sarcasm": 3,
@@ -110,8 +120,10 @@ CONTRASTS = (
 
 
 def compare(subject: str, is_better: bool, adjective: str) -> Clause:
-    """Returns "the plot is worse than the superb one before it"; the adjective belongs to the other and does not count."""
-    return Clause(f"the {subject} is {'better' if is_better else 'worse'} than the {adjective} one before it", is_better)
+    """Returns "the plot is worse than the superb one before it"; the adjective is the other's and does not count."""
+    return Clause(
+        f"the {subject} is {'better' if is_better else 'worse'} than the {adjective} one before it", is_better
+    )
 
 
 def wish(form: str, subject: str, adjective: str) -> Clause:
@@ -129,7 +141,7 @@ def _with_article(word: str) -> str:
 
 
 def _zipf(rng: random.Random, words: Sequence[str]) -> str:
-    """Returns one word, the k-th with probability proportional to 1 / (k + 2): the tail stays rare, as in real text."""
+    """Returns one word, the k-th with probability proportional to 1 / (k + 3): the tail stays rare, as in real text."""
     return rng.choices(words, weights=[1 / (k + 3) for k in range(len(words))])[0]
 
 
@@ -205,7 +217,7 @@ def make_reviews(num_train: int = 4000, num_test: int = 1000, seed: int = 0) -> 
     splits: dict[str, list[dict]] = {}
     for split, num_rows in (("train", num_train), ("test", num_test)):
         rows = []
-        for attempt in range(50 * num_rows):
+        for _attempt in range(50 * num_rows):
             row = write_review(rng)
             # Reject the wrong label or a known text; labels alternate, so each split stays balanced.
             if row["label"] == len(rows) % 2 and row["text"] not in seen:
@@ -214,8 +226,10 @@ def make_reviews(num_train: int = 4000, num_test: int = 1000, seed: int = 0) -> 
             if len(rows) == num_rows:
                 break
         else:
-            raise ValueError(f"Only {len(rows)} distinct reviews found after {attempt + 1} draws; `num_{split}`={num_rows} "
-                             "is too many for this grammar. Ask for fewer rows.")
+            raise ValueError(
+                f"Only {len(rows)} distinct reviews found after {50 * num_rows} draws; `num_{split}`={num_rows} "
+                "is too many for this grammar. Ask for fewer rows."
+            )
         rng.shuffle(rows)
         splits[split] = rows
     return splits

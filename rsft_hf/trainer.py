@@ -10,7 +10,7 @@ train() -> _inner_training_loop: bind the resampler, load its state from the che
 import contextlib
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -29,8 +29,13 @@ logger = logging.get_logger(__name__)
 
 STATE_DIRECTORY = "resampler"
 
+if TYPE_CHECKING:
+    _Base = Trainer
+else:  # what the mixin stands on is its subclass's choice
+    _Base = object
 
-class RejectionSamplingMixin:
+
+class RejectionSamplingMixin(_Base):
     """Adds rejection sampling to any Trainer: `class X(RejectionSamplingMixin, SFTTrainer): pass`.
 
     Args:
@@ -43,7 +48,6 @@ class RejectionSamplingMixin:
         ValueError: If the training set or the set-up cannot be resampled.
     """
 
-    args: TrainingArguments
     train_dataset: Any
 
     def __init__(self, *args: Any, resampler: Resampler | None = None, **kwargs: Any) -> None:
@@ -92,7 +96,7 @@ class RejectionSamplingMixin:
         clock.is_resumed, clock.num_steps_done = False, num_skipped
         self._epoch_sampler().replace(clock.indices)
         # The order is known, so a count of micro-batches names the rows of each: no index travels in the batches.
-        clock.batches = list(loader.batch_sampler) if self.resampler.observes_rows else []
+        clock.batches = [list(rows) for rows in loader.batch_sampler or ()] if self.resampler.observes_rows else []
 
     def log_waiting_metrics(self) -> None:
         """Logs the epoch's figures by themselves if no line with a loss has carried them."""

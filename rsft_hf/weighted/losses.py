@@ -30,11 +30,14 @@ class Reading:
         kind: "criterion", "outputs", "given" (the user's `per_example_loss`) or "single".
         is_mean: Whether a row's loss is the mean over its elements, not their sum ("criterion" only).
         is_averaged: Whether the losses of several criterion calls are averaged, not added ("criterion" only).
+        depends_on_padding: Whether the loss of a row changes with the padding of its batch. A training step then
+            says what the row cost there; a scoring pass takes batches of one.
     """
 
     kind: str
     is_mean: bool = True
     is_averaged: bool = False
+    depends_on_padding: bool = False
 
 
 @dataclass

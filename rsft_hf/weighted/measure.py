@@ -90,7 +90,7 @@ def measure_losses(
         if per_example_loss is None and reading is None:
             reading = find_reading(trainer, model, dataset, collate, seed)
         scorer = _Scorer(trainer, model, reading, per_example_loss, statistics, len(dataset))
-        if scorer.reading.kind == "single":
+        if scorer.reading.kind == "single" or scorer.reading.depends_on_padding:
             batch_size = 1
         _score_all(scorer, dataset, collate, batch_size or trainer.args.per_device_eval_batch_size, seed)
     return scorer.gathered()

@@ -3,6 +3,7 @@
 A trainer, a model and a data set enter, a `Reading` leaves, or an error if the loss belongs to no example.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,6 @@ from rsft_hf.weighted.losses import (
     Reading,
     Recording,
     compute_loss,
-    logits_of,
     row_losses,
     slice_rows,
 )
@@ -50,27 +50,44 @@ def find_reading(
         ValueError: If none of the probed rows has a label.
     """
     width = min(_NUM_PROBED, len(dataset))
-    for attempt in range(min(_MAX_PROBES, -(-len(dataset) // width))):
-        first = attempt * len(dataset) // _MAX_PROBES
+    num_probes = min(_MAX_PROBES, -(-len(dataset) // width))
+    for attempt in range(num_probes):
+        first = attempt * len(dataset) // num_probes
         rows = [(first + i * max(1, len(dataset) // width)) % len(dataset) for i in range(width)]
         batch, singles = _collate_both_ways([dataset[row] for row in rows], collate, seed)
-        references, reference_recordings = [], []
-        for single in singles:
-            loss, recording = compute_loss(trainer, model, single, 1)
-            references.append(loss)
-            reference_recordings.append(recording)
-        expected = torch.tensor(references, dtype=torch.float64)
+        expected, alone = _losses_alone(trainer, model, singles)
         scalar, recording = compute_loss(trainer, model, batch, width)
-        _refuse_batch_losses(scalar, recording, expected, reference_recordings)
-        if bool((expected.isfinite() & (expected != 0)).any()):
-            return _first_that_agrees(recording, expected, width)
-    raise ValueError(
-        f"None of {_MAX_PROBES * width} rows spread over the data set has a loss: all labels are missing or ignored. "
-        "Check that the label column survives `remove_unused_columns` and the collator."
+        _refuse_batch_losses(scalar, recording, expected, alone)
+        if bool((expected.isfinite() & (expected != 0)).any()) or not _is_unlabelled([recording]):
+            break
+    else:
+        raise ValueError(
+            f"None of {num_probes * width} rows spread over the data set has a loss: all labels are missing or "
+            "ignored. Check that the label column survives `remove_unused_columns` and the collator."
+        )
+    is_half = trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype != torch.float32
+    if reading := _first_that_agrees(recording, expected, width, is_half):
+        return reading
+    # Cut from the batch, the rows keep its padding: if they agree now, it is the padding that the loss depends on.
+    cut, _ = _losses_alone(trainer, model, [slice_rows(batch, row, width) for row in range(width)])
+    reading = _first_that_agrees(recording, cut, width, is_half)
+    cause, remedy = ("the padding", "Pad all rows to one length") if reading else ("a term", "Pass `per_example_loss`")
+    logger.warning(
+        f"The loss of an example depends on {cause} of its batch, so each is scored in a batch of its own: exact, but "
+        f"slower. {remedy} to avoid it."
     )
+    return dataclasses.replace(reading, depends_on_padding=True) if reading else Reading("single")
 
 
-def _first_that_agrees(recording: Recording, expected: torch.Tensor, width: int) -> Reading:
+def _losses_alone(
+    trainer: Trainer, model: torch.nn.Module, singles: list[Batch]
+) -> tuple[torch.Tensor, list[Recording]]:
+    losses, recordings = zip(*(compute_loss(trainer, model, single, 1) for single in singles), strict=True)
+    return torch.tensor(losses, dtype=torch.float64), list(recordings)
+
+
+def _first_that_agrees(recording: Recording, expected: torch.Tensor, width: int, is_half: bool) -> Reading | None:
+    relative, absolute = (3e-2, 1e-2) if is_half else (1e-4, 1e-5)
     candidates = [
         Reading("criterion", is_mean, is_averaged) for is_averaged in (False, True) for is_mean in (True, False)
     ]
@@ -78,26 +95,21 @@ def _first_that_agrees(recording: Recording, expected: torch.Tensor, width: int)
         losses = row_losses(recording, reading, width)
         # A row without a label is 0 here, and NaN or 0 in a batch of one, as its mean is guarded or not.
         if losses is not None and torch.allclose(
-            losses.losses.double().cpu(), expected.nan_to_num(0.0), rtol=_tolerance(recording), atol=1e-5
+            losses.losses.double().cpu(), expected.nan_to_num(0.0), rtol=relative, atol=absolute
         ):
             return reading
-    logger.warning(
-        "The loss of single examples cannot be read from a batch of this model (a term is added for the whole batch, "
-        "or the outputs depend on the padding). Each example is scored in a batch of its own: exact, but slower. "
-        "Pass `per_example_loss` to LossResampler to avoid it."
-    )
-    return Reading("single")
-
-
-def _tolerance(recording: Recording) -> float:
-    logits = logits_of(recording.outputs)
-    is_half = logits is not None and logits.dtype in (torch.float16, torch.bfloat16)
-    return 3e-2 if is_half or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") else 1e-4
+    return None
 
 
 def _refuse_batch_losses(scalar: float, recording: Recording, expected: torch.Tensor, ones: list[Recording]) -> None:
-    sizes = [[call.num_classes for call in one.calls] for one in (recording, *ones)]
-    has_candidates_from_batch = len({len(row) for row in sizes}) == 1 and any(row != sizes[0] for row in sizes)
+    has_candidates_from_batch = len(expected) > 1 and any(
+        call.num_classes is not None
+        and all(
+            len(one.calls) > number and call.num_classes == len(expected) * (one.calls[number].num_classes or 0)
+            for one in ones
+        )
+        for number, call in enumerate(recording.calls)
+    )
     vanishes_alone = scalar > 0 and bool((expected == 0).all())
     if has_candidates_from_batch or (vanishes_alone and recording.calls and not _is_unlabelled(ones)):
         raise NotPerExampleError(
@@ -108,6 +120,7 @@ def _refuse_batch_losses(scalar: float, recording: Recording, expected: torch.Te
 
 
 def _is_unlabelled(recordings: list[Recording]) -> bool:
+    """Whether none of the elements that a criterion saw has a label; True where no criterion was seen."""
     return all(float(call.normalisers.sum()) == 0 for one in recordings for call in one.calls)
 
 

@@ -1,0 +1,232 @@
+"""Sentiment of reviews, trained three ways: plainly, by rejection sampling on the loss, with a matched random control.
+
+    python recipes/imdb_sentiment.py                          # stanfordnlp/imdb, BERT base, three seeds: wants a GPU
+    python recipes/imdb_sentiment.py --dataset builtin        # no download
+
+HEADER
+"""
+
+import copy
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# So that `python recipes/imdb_sentiment.py` finds the files beside it.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from datasets import Dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from recipes import builtin_model, observations
+from recipes.arms import ArmArguments, make_resampler
+from recipes.common import Preset, RecipeError, load_metric, option, parse_arguments
+from recipes.data import TextTask, load_task
+from recipes.runs import RunFolder, training_configuration
+from recipes.selection import TrainingRows, choose_training_rows
+from recipes.sentiment_report import write_report
+from rsft_hf import RejectionSamplingTrainer
+
+
+@dataclass
+class SentimentArguments:
+    """Which rows and which model."""
+
+    dataset: str = option("stanfordnlp/imdb", "Hub name, file, folder of files named by split, or 'builtin'.")
+    model_name_or_path: str = option("google-bert/bert-base-uncased", "Hub name, folder, or 'builtin'.")
+    text_column: str = option("text", "Column with the text.")
+    label_column: str = option("label", "Column with the class.")
+    group_column: str | None = option(None, "Column of the evaluation rows to break the accuracy down by.")
+    train_split: str = option("train", "Split to train on.")
+    eval_split: str = option("test", "Split to evaluate on; 'holdout' holds out a fifth of the training rows.")
+    max_train_samples: int | None = option(None, "Train on so many rows, chosen by the seed, classes in proportion.")
+    max_eval_samples: int | None = option(None, "Evaluate on so many rows, the same for every seed.")
+    positive_fraction: float | None = option(None, "Share of class 1 among the training rows; the others stay.")
+    label_noise: float = option(0.0, "Share of the training rows whose label is changed, chosen by the seed.")
+    max_length: int = option(256, "Tokens of a text that are read.")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_noise < 1:
+            raise RecipeError(f"`--label_noise` {self.label_noise} must lie in [0, 1): it is a share of the rows.")
+        if self.positive_fraction is not None and not 0 < self.positive_fraction < 1:
+            raise RecipeError(f"`--positive_fraction` {self.positive_fraction} must lie in (0, 1).")
+        for name in ("max_train_samples", "max_eval_samples", "max_length"):
+            if vars(self)[name] is not None and vars(self)[name] < 2:
+                raise RecipeError(f"`--{name}` {vars(self)[name]} must be at least 2.")
+
+
+@dataclass
+class SentimentTrainingArguments(TrainingArguments):
+    """Every option of TrainingArguments, with the defaults of this recipe."""
+
+    output_dir: str = option("outputs/imdb_sentiment", "Folder of the runs, tables and pictures.")
+    per_device_train_batch_size: int = option(16, "Rows per step and device.")
+    per_device_eval_batch_size: int = option(32, "Rows per evaluation or scoring step and device.")
+    learning_rate: float = option(2e-5, "Peak of the learning rate.")
+    num_train_epochs: float = option(3.0, "Epochs; the rows of each are drawn anew.")
+    warmup_steps: float = option(0.1, "Steps of rising learning rate; below 1 a share of all steps.")
+    eval_strategy: str = option("steps", "When to evaluate.")
+    eval_steps: float | None = option(0.1, "Steps between evaluations; below 1 a share of all steps.")
+    logging_strategy: str = option("epoch", "When to log.")
+    disable_tqdm: bool | None = option(True, "Print a line for each evaluation instead of bars and logs.")
+    save_strategy: str = option("no", "When to save; a killed run goes on from its last checkpoint.")
+
+
+BUILTIN_TRAINING = {"learning_rate": 5e-4, "num_train_epochs": 10.0, "per_device_train_batch_size": 32}
+PRESETS = (
+    Preset("dataset", "builtin", {"model_name_or_path": "builtin", "group_column": "phenomenon", "seeds": [1]}),
+    Preset("model_name_or_path", "builtin", BUILTIN_TRAINING | {"per_device_eval_batch_size": 128}),
+)
+
+
+def load_tokenizer(name: str, task: TextTask) -> Any:
+    """Returns the tokenizer of a model, or one whose vocabulary is that of the training texts."""
+    if name == "builtin":
+        return builtin_model.build_tokenizer(task.train["text"])
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"`--model_name_or_path` {name!r} could not be loaded ({str(error).splitlines()[0]}). Give a folder or a "
+            "hub name, or 'builtin', which needs no network."
+        ) from error
+
+
+def load_model(name: str, tokenizer: Any, class_names: list[str], seed: int) -> PreTrainedModel:
+    """Returns the model with a new head; the same seed gives the same head to every arm."""
+    if name == "builtin":
+        return builtin_model.build_model(tokenizer, len(class_names), seed)
+    set_seed(seed)
+    labels = dict(enumerate(class_names))
+    return AutoModelForSequenceClassification.from_pretrained(
+        name, num_labels=len(labels), id2label=labels, label2id={label: number for number, label in labels.items()}
+    )
+
+
+def make_metric(minority_label: int) -> Callable[..., dict[str, float]]:
+    """Returns what `compute_metrics` takes: accuracy, macro-F1 and the recall of the class with the fewest rows."""
+    metric = load_metric("classification_report_metric")
+
+    def compute(prediction: Any) -> dict[str, float]:
+        return metric.compute(
+            predictions=prediction.predictions.argmax(-1),
+            references=prediction.label_ids,
+            minority_label=minority_label,
+        )
+
+    return compute
+
+
+def train_arm(trainer: Trainer, rows: TrainingRows, groups: list[str] | None, checkpoint: str | None) -> dict[str, Any]:
+    """Returns what there is to report of a run, after training it."""
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - began - observations.evaluation_seconds(trainer)
+    prediction = trainer.predict(trainer.eval_dataset, metric_key_prefix="final")
+    predictions, references = prediction.predictions.argmax(-1).tolist(), prediction.label_ids.tolist()
+    scores = {name: prediction.metrics[f"final_{name}"] for name in ("accuracy", "macro_f1", "minority_recall")}
+    draws = observations.rows_trained_on(trainer)
+    # The clock of a resumed run has seen its last part only.
+    scores |= {"draws": draws, "seconds": None if checkpoint else seconds}
+    curve = observations.training_curve(trainer, "accuracy")
+    return {
+        "metrics": scores,
+        "curve": curve if curve and curve[-1][0] == draws else [*curve, [draws, scores["accuracy"]]],
+        "resampling": observations.resampling_figures(trainer),
+        "weight_percentiles": observations.weight_percentiles(trainer),
+        "flipped": observations.flipped_share(trainer, rows.is_flipped),
+        "groups": observations.accuracy_by_group(predictions, references, groups) if groups else {},
+    }
+
+
+def main(argv: list[str]) -> list[dict[str, Any]]:
+    """Trains every arm with every seed, writes the report, and returns the results."""
+    types = (SentimentArguments, ArmArguments, SentimentTrainingArguments)
+    options, arms, training = parse_arguments(types, argv, PRESETS, description=__doc__.splitlines()[0])
+    is_main, output = training.process_index == 0, Path(training.output_dir)
+
+    # 1. Data: the rows of a seed are the same for all its arms, the evaluation rows for all seeds.
+    task = load_task(options)
+    tokenizer = load_tokenizer(options.model_name_or_path, task)
+
+    def encode(dataset: Dataset) -> Dataset:
+        tokenize = lambda batch: tokenizer(batch["text"], truncation=True, max_length=options.max_length)  # noqa: E731
+        return dataset.map(tokenize, batched=True, remove_columns=["text"], desc="tokenizing")
+
+    evaluation = encode(task.evaluation)
+    rows = {seed: choose_training_rows(task.train, len(task.class_names), options, seed) for seed in arms.seeds}
+    training_sets = {seed: encode(chosen.dataset) for seed, chosen in rows.items()}
+    folders = {
+        (arm, seed): RunFolder(
+            output / arm / f"seed_{seed}",
+            asdict(options) | arms.configuration(arm) | training_configuration(training),
+        )
+        for seed in arms.seeds
+        for arm in arms.arms
+    }
+    with training.main_process_first(desc="looking for earlier runs"):
+        for folder in folders.values() if is_main else ():
+            folder.open(arms.overwrite_output_dir)
+
+    results = []
+    for (arm, seed), folder in folders.items():
+        result = folder.result()
+        if result is not None:
+            print(f"{arm}, seed {seed}: finished earlier, read from {folder.path}")
+            results.append(result)
+            continue
+        checkpoint = folder.checkpoint()
+        print(f"{arm}, seed {seed}: " + (f"going on from {checkpoint}" if checkpoint else "training"))
+
+        # 2. Model: the arms of a seed start from the same weights.
+        model = load_model(options.model_name_or_path, tokenizer, task.class_names, seed)
+
+        # 3. Metric: a file beside this one, so that no hub is needed.
+        compute_metrics = make_metric(rows[seed].minority_label)
+
+        # 4. Resampler: decides which rows each epoch reads; None is a plain Trainer.
+        resampler = make_resampler(arms, arm, seed)
+
+        # 5. Trainer: the resampler is the only difference between the arms.
+        run_training = copy.copy(training)
+        run_training.output_dir, run_training.seed, run_training.data_seed = str(folder.path), seed, seed
+        run_training.dataloader_pin_memory &= training.device.type != "cpu"
+        common = {
+            "model": model,
+            "args": run_training,
+            "train_dataset": training_sets[seed],
+            "eval_dataset": evaluation,
+            "processing_class": tokenizer,
+            "data_collator": DataCollatorWithPadding(tokenizer),
+            "compute_metrics": compute_metrics,
+        }
+        trainer = Trainer(**common) if resampler is None else RejectionSamplingTrainer(**common, resampler=resampler)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(observations.ProgressLine(f"{arm}, seed {seed}", "accuracy"))
+        result = {"arm": arm, "seed": seed} | train_arm(trainer, rows[seed], task.groups, checkpoint)
+        if is_main:
+            folder.finish(result)
+        results.append(result)
+
+    # 6. Report: tables, pictures, and what the seeds allow one to say.
+    if is_main:
+        write_report(results, output, title=f"{options.dataset}, {options.model_name_or_path}")
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except RecipeError as error:
+        sys.exit(f"error: {error}")

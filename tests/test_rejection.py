@@ -1,0 +1,211 @@
+"""The law: what is accepted follows p, whatever the weights, the proposal and the route, and every pass is fair.
+
+Frequencies are held against theory by chi-square from fixed seeds. The test statistic of the counts is one-sided in
+favour of the law: rows are proposed without replacement within a pass, so counts scatter less than a multinomial.
+"""
+
+import re
+
+import pytest
+import torch
+from scipy import stats
+
+from rsft_hf import (
+    accept_once,
+    acceptance_probabilities,
+    effective_sample_size,
+    envelope_constant,
+    rejection_sample,
+)
+from rsft_hf.rejection import _accept_in_block, _draw_passes_at_once, _loop_over_passes
+
+NUM_ROWS, NUM_DRAWS = 1_000, 2_000_000
+ROUTES = (_loop_over_passes, _draw_passes_at_once)
+SIX = torch.tensor([1.0, 0.9, 0.6, 0.3, 0.1, 0.05], dtype=torch.float64)  # M = 6 / 2.95; both sides of one half
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def weights_of(kind: str) -> torch.Tensor:
+    uniforms = torch.rand(NUM_ROWS, dtype=torch.float64, generator=seeded(1))
+    if kind == "skewed":
+        return uniforms**3
+    if kind == "one_hot_like":  # one row holds 1 / (1 + 999e-5) = 99 % of the weight
+        return torch.full((NUM_ROWS,), 1e-5, dtype=torch.float64).index_fill_(0, torch.tensor([700]), 1.0)
+    if kind == "lognormal":
+        return (2 * torch.randn(NUM_ROWS, dtype=torch.float64, generator=seeded(2))).exp()
+    if kind == "half_zero":
+        return uniforms * (torch.arange(NUM_ROWS) % 2)
+    return torch.full((NUM_ROWS,), 0.1, dtype=torch.float64)
+
+
+def p_value(indices: torch.Tensor, weights: torch.Tensor) -> float:
+    """How likely counts at least as far from the weights are under the law; 0 if a row of weight 0 was drawn."""
+    counts = torch.bincount(indices, minlength=len(weights)).double()
+    expected = weights / weights.sum() * len(indices)
+    if bool(counts[weights == 0].any()):
+        return 0.0
+    is_rare = expected < 5  # pooled: the chi-square law needs a handful of draws in each cell
+    pool = lambda cells: torch.cat([cells[~is_rare], cells[is_rare].sum().reshape(1)])  # noqa: E731
+    counts, expected = pool(counts), pool(expected)
+    is_cell = expected > 0
+    return float(stats.chisquare(counts[is_cell].numpy(), expected[is_cell].numpy()).pvalue)
+
+
+def binomial_z(counts: torch.Tensor, num_trials: int, probabilities: torch.Tensor) -> torch.Tensor:
+    """Counts in standard errors from Binomial(num_trials, p), for the rows whose count is random at all."""
+    is_random = (probabilities > 0) & (probabilities < 1)
+    counts, p = counts[is_random].double(), probabilities[is_random]
+    return (counts - num_trials * p) / (num_trials * p * (1 - p)).sqrt()
+
+
+KINDS = ("skewed", "one_hot_like", "lognormal", "half_zero", "equal")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_million_draws_follow_the_weights(kind):
+    weights = weights_of(kind)
+    indices = rejection_sample(weights, NUM_DRAWS, seeded())
+    assert indices.shape == (NUM_DRAWS,)
+    assert indices.dtype == torch.int64
+    assert p_value(indices, weights) > 0.001
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_million_draws_follow_the_weights_whatever_the_proposal(kind):
+    weights, proposal = weights_of(kind), 0.1 + torch.rand(NUM_ROWS, generator=seeded(3))
+    indices = rejection_sample(weights, NUM_DRAWS, seeded(), proposal)
+    assert p_value(indices, weights) > 0.001
+    # Independent draws: the first half, too, follows p, and neighbours repeat with probability sum p^2.
+    assert p_value(indices[: NUM_DRAWS // 2], weights) > 0.001
+    p = weights / weights.sum()
+    repeats = int((indices[1:] == indices[:-1]).sum())
+    expected = (NUM_DRAWS - 1) * float((p**2).sum())
+    # Var of the number of equal neighbours of an independent sequence is at most 3 n sum p^2.
+    assert abs(repeats - expected) < 4 * (3 * expected) ** 0.5
+
+
+@pytest.mark.parametrize("reverse", [lambda w: w.max() / w, lambda w: 1 - w / w.max()], ids=["max_over_w", "one_minus"])
+@pytest.mark.parametrize("kind", ["skewed", "one_hot_like", "lognormal"])
+def test_a_reversed_formula_fails_the_same_test(kind, reverse):
+    weights = weights_of(kind)
+    assert p_value(rejection_sample(reverse(weights), 200_000, seeded()), weights) < 1e-9
+
+
+def test_a_single_pass_accepts_mean_over_max():
+    weights = 0.2 + torch.rand(200_000, dtype=torch.float64, generator=seeded(4))
+    accepted = accept_once(weights, seeded())
+    a = weights / weights.max()
+    standard_error = float((a * (1 - a)).sum()) ** 0.5 / len(a)
+    assert accepted.dtype == torch.bool
+    assert abs(float(accepted.double().mean()) - float(weights.mean() / weights.max())) < 4 * standard_error
+    assert p_value(accepted.nonzero().squeeze(1) % 2, torch.stack([a[0::2].sum(), a[1::2].sum()])) > 0.001
+
+
+def test_passes_of_accept_once_accept_each_row_a_binomial_number_of_times():
+    generator = seeded()
+    counts = sum(accept_once(2.5 * SIX, generator).long() for _ in range(5_000))
+    assert int(counts[0]) == 5_000  # w_i = max w is always accepted
+    assert float(binomial_z(counts, 5_000, SIX).abs().max()) < 4
+
+
+def test_rows_drawn_from_the_proposal_and_accepted_once_follow_p():
+    q = torch.tensor([5.0, 1.0, 2.0, 1.0, 1.0, 0.5], dtype=torch.float64)
+    rows = torch.multinomial(q, 300_000, replacement=True, generator=seeded(5))
+    accepted = rows[accept_once(SIX[rows], seeded(6), q[rows])]
+    assert p_value(rows, SIX) < 1e-9
+    assert p_value(accepted, SIX) > 0.001
+    # M = max p/q, p = SIX / 2.95, q = q / 10.5: row 1 has .9 / 1 against 1 / 5 of row 0, so M = (.9/2.95) / (1/10.5)
+    assert abs(len(accepted) / len(rows) - 2.95 / 10.5 / 0.9) < 0.004  # four standard errors: 4 sqrt(.31 * .69 / 3e5)
+
+
+def test_both_routes_give_short_sequences_with_equal_frequency():
+    places = torch.tensor([36, 6, 1])
+    counts = []
+    for route, generator in zip(ROUTES, (seeded(7), seeded(8)), strict=True):
+        sequences = torch.stack([route(SIX, 3, generator) for _ in range(20_000)])
+        counts.append(torch.bincount((sequences * places).sum(1), minlength=6**3))
+    table = torch.stack(counts)
+    is_common = table.sum(0) >= 10
+    table = torch.cat([table[:, is_common], table[:, ~is_common].sum(1, keepdim=True)], dim=1)
+    table = table[:, table.sum(0) > 0]
+    assert table.shape[1] > 60
+    assert stats.chi2_contingency(table.numpy()).pvalue > 0.001
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_first_acceptance_of_two_rows_is_that_of_a_permutation(route):
+    # p = (1, 1/2). Order (0, 1): row 0 is accepted. Order (1, 0): row 1 with probability 1/2, else row 0. P(0) = 3/4.
+    p, generator = torch.tensor([1.0, 0.5], dtype=torch.float64), seeded(9)
+    num_first = sum(int(route(p, 1, generator)) == 0 for _ in range(4_000))
+    assert abs(num_first / 4_000 - 0.75) < 4 * (0.75 * 0.25 / 4_000) ** 0.5
+
+
+@pytest.mark.parametrize("num_passes", [1, 5])
+def test_whole_passes_accept_each_row_a_binomial_number_of_times(num_passes):
+    generator, num_repetitions = seeded(10), 3_000
+    counts = torch.stack(
+        [torch.bincount(_accept_in_block(SIX, num_passes, generator), minlength=6) for _ in range(num_repetitions)]
+    ).double()
+    assert int(counts.max()) <= num_passes, "a row twice within one pass"
+    assert float(binomial_z(counts.sum(0), num_passes * num_repetitions, SIX).abs().max()) < 4
+    variances, expected = counts.var(dim=0), num_passes * SIX * (1 - SIX)
+    # Var of a sample variance: (mu4 - sigma^4) / R, and mu4 = 3 sigma^4 + sigma^2 (1 - 6 p (1 - p)) for a binomial.
+    errors = ((2 * expected**2 + expected * (1 - 6 * SIX * (1 - SIX))) / num_repetitions).sqrt()
+    assert bool(((variances - expected).abs() <= 4 * errors).all()), (variances, expected)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_row_comes_at_most_once_per_pass_and_scatters_like_a_binomial(route):
+    generator, residuals = seeded(11), []
+    for _ in range(200):
+        indices = route(SIX, 600, generator)
+        counts = torch.nn.functional.one_hot(indices, 6).cumsum(0)
+        # Row 0 is accepted once in every pass: its m-th appearance is in pass m, where no row has come more than m times.
+        assert bool((counts <= counts[:, :1] + 1).all())
+        residuals.append(counts[-1] - counts[-1, 0] * SIX)  # T passes, T about 600 / 2.95 = 203
+    variances, expected = torch.stack(residuals).var(dim=0)[1:], 600 / 2.95 * (SIX * (1 - SIX))[1:]
+    assert bool(((variances / expected - 1).abs() < 4 * (2 / 200) ** 0.5).all()), (variances, expected)
+
+
+def test_equal_weights_are_one_permutation_of_the_same_generator():
+    expected = torch.randperm(NUM_ROWS, generator=seeded(12))
+    for scale in (1.0, 0.1, 1e-30):
+        assert torch.equal(rejection_sample(torch.full((NUM_ROWS,), scale), NUM_ROWS, seeded(12)), expected)
+    assert torch.equal(rejection_sample(torch.ones(NUM_ROWS), 10, seeded(12)), expected[:10])
+    three_passes = rejection_sample(torch.ones(NUM_ROWS), 3 * NUM_ROWS, seeded(12)).reshape(3, NUM_ROWS)
+    assert torch.equal(three_passes.sort(dim=1).values, torch.arange(NUM_ROWS).expand(3, -1))
+
+
+@pytest.mark.parametrize("top", [2.0, 2.0**24], ids=["looped", "heavy_tail"])
+def test_more_rows_than_single_precision_can_count(top):
+    num_rows = 2**24 + 1
+    weights = torch.ones(num_rows)  # float32
+    weights[-1] = top
+    indices = rejection_sample(weights, 64, seeded())
+    num_last, others = int((indices == num_rows - 1).sum()), indices[indices != num_rows - 1]
+    assert int(indices.min()) >= 0
+    assert len(others.unique()) == len(others)
+    assert int(others.max()) > num_rows // 2
+    if top == 2.0:
+        assert num_last <= 1
+    else:  # half of the weight on the last row: 32 of 64, the others Poisson, so within 4 sqrt(64) / 2 = 16
+        assert 16 <= num_last <= 48
+
+
+def test_the_same_seed_draws_the_same_and_the_global_generator_stands_still():
+    before = torch.get_rng_state()
+    for weights in (SIX, weights_of("lognormal")):
+        for proposal in (None, torch.ones(len(weights))):
+            first, second, other = (rejection_sample(weights, 500, seeded(s), proposal) for s in (13, 13, 14))
+            assert torch.equal(first, second)
+            assert not torch.equal(first, other)
+        assert torch.equal(accept_once(weights, seeded(13)), accept_once(weights, seeded(13)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_sources_are_wired_to_their_names():
+    assert {route.__name__ for route in ROUTES} == {"_loop_over_passes", "_draw_passes_at_once"}
+    assert re.match(r"tensor", repr(SIX))
