@@ -24,8 +24,9 @@ class ResampleCallback(TrainerCallback):
         """Draws the epoch's rows, or takes up those of the epoch that a checkpoint interrupted."""
         self._trainer.begin_epoch(kwargs["train_dataloader"])
 
-    def on_train_end(
+    def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Logs what no loss line has carried yet."""
-        self._trainer.log_waiting_metrics()
+        """Logs the epoch's figures if no line with a loss has carried them, and none is about to."""
+        if not control.should_log:
+            self._trainer.log_waiting_metrics()

@@ -40,13 +40,14 @@ def broadcast_from_main(accelerator: Accelerator, values: torch.Tensor) -> torch
 @contextlib.contextmanager
 def forked_rng(seed: int) -> Iterator[None]:
     """Seeds Python, NumPy and torch inside the block and gives back the states they had before it."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the legacy state is what others draw from
+    # Collators and data sets draw from the global states, legacy NumPy's included.
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
+        np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
         try:
             yield
         finally:
             random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
+            np.random.set_state(numpy_state)

@@ -10,11 +10,11 @@ train() -> _inner_training_loop: bind the resampler, load its state from the che
 import contextlib
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import logging
 
@@ -28,11 +28,7 @@ from rsft_hf.weighted.resampler import LossResampler
 logger = logging.get_logger(__name__)
 
 STATE_DIRECTORY = "resampler"
-
-if TYPE_CHECKING:
-    _Base = Trainer
-else:  # what the mixin stands on is its subclass's choice
-    _Base = object
+_Base: Any = object  # what the mixin stands on is its subclass's choice
 
 
 class RejectionSamplingMixin(_Base):

@@ -1,25 +1,19 @@
 """The law: what is accepted follows p, whatever the weights, the proposal and the route, and every pass is fair.
 
-Frequencies are held against theory by chi-square from fixed seeds. The test statistic of the counts is one-sided in
-favour of the law: rows are proposed without replacement within a pass, so counts scatter less than a multinomial.
+Frequencies are held against theory by chi-square from fixed seeds, on the upper tail only: no row is accepted twice
+within a pass, so counts scatter less than a multinomial's. How much less is tested against the binomial. Values worked
+out by hand and refused arguments stand in `test_rejection_values.py`.
 """
-
-import re
 
 import pytest
 import torch
 from scipy import stats
 
-from rsft_hf import (
-    accept_once,
-    acceptance_probabilities,
-    effective_sample_size,
-    envelope_constant,
-    rejection_sample,
-)
+from rsft_hf import accept_once, envelope_constant, rejection_sample
 from rsft_hf.rejection import _accept_in_block, _draw_passes_at_once, _loop_over_passes
 
 NUM_ROWS, NUM_DRAWS = 1_000, 2_000_000
+KINDS = ("skewed", "one_hot_like", "lognormal", "half_zero", "equal")
 ROUTES = (_loop_over_passes, _draw_passes_at_once)
 SIX = torch.tensor([1.0, 0.9, 0.6, 0.3, 0.1, 0.05], dtype=torch.float64)  # M = 6 / 2.95; both sides of one half
 
@@ -31,7 +25,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def weights_of(kind: str) -> torch.Tensor:
     uniforms = torch.rand(NUM_ROWS, dtype=torch.float64, generator=seeded(1))
     if kind == "skewed":
-        return uniforms**3
+        return uniforms**2
     if kind == "one_hot_like":  # one row holds 1 / (1 + 999e-5) = 99 % of the weight
         return torch.full((NUM_ROWS,), 1e-5, dtype=torch.float64).index_fill_(0, torch.tensor([700]), 1.0)
     if kind == "lognormal":
@@ -61,7 +55,12 @@ def binomial_z(counts: torch.Tensor, num_trials: int, probabilities: torch.Tenso
     return (counts - num_trials * p) / (num_trials * p * (1 - p)).sqrt()
 
 
-KINDS = ("skewed", "one_hot_like", "lognormal", "half_zero", "equal")
+def test_the_kinds_take_both_routes():
+    # Below M = 4 the passes are looped over: equal M = 1, u^2 has M = 3; u on every other row has M = 4, a bare edge.
+    envelopes = {kind: envelope_constant(weights_of(kind)) for kind in KINDS}
+    assert len(envelopes) == 5
+    assert all(envelopes[kind] < 3.5 for kind in ("equal", "skewed"))
+    assert all(envelopes[kind] > 30 for kind in ("one_hot_like", "lognormal"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,7 +100,6 @@ def test_a_single_pass_accepts_mean_over_max():
     standard_error = float((a * (1 - a)).sum()) ** 0.5 / len(a)
     assert accepted.dtype == torch.bool
     assert abs(float(accepted.double().mean()) - float(weights.mean() / weights.max())) < 4 * standard_error
-    assert p_value(accepted.nonzero().squeeze(1) % 2, torch.stack([a[0::2].sum(), a[1::2].sum()])) > 0.001
 
 
 def test_passes_of_accept_once_accept_each_row_a_binomial_number_of_times():
@@ -163,7 +161,7 @@ def test_a_row_comes_at_most_once_per_pass_and_scatters_like_a_binomial(route):
     for _ in range(200):
         indices = route(SIX, 600, generator)
         counts = torch.nn.functional.one_hot(indices, 6).cumsum(0)
-        # Row 0 is accepted once in every pass: its m-th appearance is in pass m, where no row has come more than m times.
+        # Row 0 is accepted once in every pass: up to its m-th appearance, in pass m, no row has come more than m times.
         assert bool((counts <= counts[:, :1] + 1).all())
         residuals.append(counts[-1] - counts[-1, 0] * SIX)  # T passes, T about 600 / 2.95 = 203
     variances, expected = torch.stack(residuals).var(dim=0)[1:], 600 / 2.95 * (SIX * (1 - SIX))[1:]
@@ -204,8 +202,3 @@ def test_the_same_seed_draws_the_same_and_the_global_generator_stands_still():
             assert not torch.equal(first, other)
         assert torch.equal(accept_once(weights, seeded(13)), accept_once(weights, seeded(13)))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_the_sources_are_wired_to_their_names():
-    assert {route.__name__ for route in ROUTES} == {"_loop_over_passes", "_draw_passes_at_once"}
-    assert re.match(r"tensor", repr(SIX))

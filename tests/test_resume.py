@@ -1,0 +1,149 @@
+"""A run that is killed and goes on from its last checkpoint ends where an uninterrupted one does, to the bit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas
+import pytest
+import runs
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+
+from rsft_hf import Chain, Clipped, Entropy, Floored, LossResampler, RejectionSamplingTrainer
+
+STEPS_PER_EPOCH = 7  # 26 rows in batches of 4
+
+
+class Killed(Exception):
+    """Stands for a killed process: nothing of the trainer is used again."""
+
+
+class KillAfter(hf.TrainerCallback):
+    """Raises after a step, when that step's checkpoint has been saved."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+def resumed(tmp_path: Path, at: int, make_resampler, **args) -> tuple[hf.Trainer, hf.Trainer]:
+    settings = {"save_strategy": "steps", "save_steps": at, **args}
+    whole = runs.trained(RejectionSamplingTrainer, tmp_path / "whole", args=settings, resampler=make_resampler())
+    with pytest.raises(Killed):
+        runs.trained(
+            RejectionSamplingTrainer,
+            tmp_path / "cut",
+            args=settings,
+            resampler=make_resampler(),
+            callbacks=[KillAfter(at)],
+        )
+    torch.manual_seed(12345)  # another process starts from another state
+    cut = runs.trained(
+        RejectionSamplingTrainer,
+        tmp_path / "cut",
+        resume=str(tmp_path / "cut" / f"checkpoint-{at}"),
+        args=settings,
+        resampler=make_resampler(),
+    )
+    return whole, cut
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("source", ["forward", "training"])
+@pytest.mark.parametrize("at", [STEPS_PER_EPOCH + 3, 2 * STEPS_PER_EPOCH], ids=["inside", "boundary"])
+def test_resume_is_exact(tmp_path: Path, at: int, source: str, num_workers: int) -> None:
+    whole, cut = resumed(
+        tmp_path, at, lambda: LossResampler(losses=source, ema_decay=0.5), dataloader_num_workers=num_workers
+    )
+    assert runs.largest_difference(whole, cut) == 0.0
+    assert runs.losses(cut) == runs.losses(whole)
+    pandas.testing.assert_frame_equal(
+        cut.resampler.table().to_pandas(), whole.resampler.table().to_pandas(), check_exact=True
+    )
+
+
+@pytest.mark.parametrize(
+    "make_resampler",
+    [
+        pytest.param(lambda: LossResampler(importance_correction=1.0), id="correction"),
+        pytest.param(lambda: LossResampler(importance_correction=0.5, losses="training"), id="corrected_ledger"),
+        pytest.param(lambda: LossResampler(Chain(Entropy(), Floored(0.2)), every_n_epochs=2), id="stale_entropy"),
+        pytest.param(lambda: LossResampler(Clipped(0.5), warmup_epochs=1, uniform_final_epochs=1), id="phases"),
+        pytest.param(lambda: LossResampler(num_draws=18, losses="training", every_n_epochs=2), id="fewer_draws"),
+    ],
+)
+def test_options_resume_exactly(tmp_path: Path, make_resampler) -> None:
+    whole, cut = resumed(tmp_path, 8, make_resampler)
+    assert runs.largest_difference(whole, cut) == 0.0
+    assert runs.losses(cut) == runs.losses(whole)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        pytest.param({"train_sampling_strategy": "group_by_length"}, id="group_by_length"),
+        pytest.param({"gradient_accumulation_steps": 2, "save_steps": 6}, id="accumulation"),
+        pytest.param({"save_strategy": "epoch"}, id="epoch_strategy"),
+    ],
+)
+def test_settings_resume_exactly(tmp_path: Path, args: dict) -> None:
+    at = args.get("save_steps", 2 * STEPS_PER_EPOCH)
+    whole, cut = resumed(tmp_path, at, lambda: LossResampler(losses="training"), **args)
+    assert runs.largest_difference(whole, cut) == 0.0
+
+
+def test_an_unlogged_epoch_is_logged_after_the_resume(tmp_path: Path) -> None:
+    whole, cut = resumed(tmp_path, STEPS_PER_EPOCH + 3, LossResampler, logging_steps=1000)
+    for trainer in (whole, cut):
+        assert sum("resampling/envelope_M" in line for line in trainer.state.log_history) == 3
+
+
+def test_state_is_json_and_safetensors_never_pickle(tmp_path: Path) -> None:
+    args = {"save_strategy": "steps", "save_steps": 10, "max_steps": 10}
+    trainer = runs.trained(RejectionSamplingTrainer, tmp_path, args=args)
+    folder = tmp_path / "checkpoint-10" / "resampler"
+    assert {path.name for path in folder.iterdir()} == {
+        "clock.json",
+        "clock.safetensors",
+        "weighted.json",
+        "weighted.safetensors",
+    }
+    assert json.loads((folder / "clock.json").read_text())["epoch"] == 1
+    indices = load_file(folder / "clock.safetensors")["indices"]
+    assert torch.equal(indices, trainer._clock.indices)
+    assert not list(tmp_path.glob("**/*.incomplete"))
+
+
+@pytest.mark.parametrize("damage", ["trainer_state.json", "resampler"])
+def test_resume_true_passes_over_a_checkpoint_cut_off_in_saving(tmp_path: Path, damage: str) -> None:
+    args = {"save_strategy": "steps", "save_steps": 5}
+    whole = runs.trained(RejectionSamplingTrainer, tmp_path, args=args)
+    newest = tmp_path / "checkpoint-21"  # Trainer saves at the end too
+    if damage == "resampler":
+        shutil.rmtree(newest / damage)
+    else:
+        (newest / damage).write_text('{"best_global_step": nu')  # the disk was full, or the power went
+    again = runs.trained(RejectionSamplingTrainer, tmp_path, resume=True, args=args)
+    assert again._initial_global_step == 20
+    assert runs.largest_difference(whole, again) == 0.0
+
+
+def test_resume_true_without_a_complete_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-5").mkdir()
+    with pytest.raises(ValueError, match=r"No complete checkpoint in .* \(1 folders looked at\)"):
+        runs.trained(RejectionSamplingTrainer, tmp_path, resume=True)
+
+
+def test_an_epoch_stopped_early_does_not_confuse_the_count(tmp_path: Path) -> None:
+    class StopFirstEpoch(hf.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_epoch_stop = state.global_step == 3
+
+    trainer = runs.trained(RejectionSamplingTrainer, tmp_path, callbacks=[StopFirstEpoch()])
+    assert trainer.resampler.history.epochs == [0, 1, 2]
+    assert trainer.state.global_step == 3 + 2 * STEPS_PER_EPOCH
