@@ -1,20 +1,21 @@
 """The contenders of `overhead.py`: plain Trainer and the two ways of measuring losses, over two small models.
 
-In: names. Out: a trainer ready to train, and the seconds of its epochs. Labels and words are random, so losses stay
-nearly equal: every contender draws as many rows of as many tokens, and what is left between them is the overhead.
+In: names. Out: a trainer ready to train, and the seconds of its epochs. Every loss is measured and every epoch drawn,
+but the weights are equal: all contenders then read the same batches, and what is left between them is the overhead.
 """
 
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor
 
-from rsft_hf import LossResampler, RejectionSamplingTrainer
+from rsft_hf import ExampleStatistics, LossResampler, RejectionSamplingTrainer
 
 IGNORED = -100
 NUM_EPOCHS = 3
@@ -33,6 +34,16 @@ class Task:
     batch_size: int
     vocab_size: int
     is_generative: bool
+
+
+@dataclass(frozen=True)
+class Equal:
+    """w = 1 whatever the losses: with equal weights the draws are those of plain Trainer, row for row."""
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, scores: Tensor, statistics: ExampleStatistics | None = None) -> Tensor:
+        return torch.ones_like(scores)
 
 
 def bert() -> hf.PreTrainedModel:
@@ -110,7 +121,8 @@ def build_trainer(task: Task, contender: str, num_rows: int) -> hf.Trainer:
     parts["train_dataset"] = random_rows(task, num_rows)
     if contender.startswith("plain"):
         return hf.Trainer(**parts)
-    return RejectionSamplingTrainer(**parts, resampler=LossResampler(losses=contender.removesuffix(" losses")))
+    resampler = LossResampler(Equal(), losses=contender.removesuffix(" losses"))
+    return RejectionSamplingTrainer(**parts, resampler=resampler)
 
 
 def time_epochs(task: Task, contender: str, num_rows: int) -> list[tuple[float, float]]:

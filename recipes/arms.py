@@ -3,6 +3,7 @@
 In: options. Out: the resampler of an arm. Which trainer it goes into, and what it is compared on, a recipe says.
 """
 
+import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,6 +11,8 @@ import torch
 
 import rsft_hf
 from recipes.common import RecipeError, option, weighting_from_name
+
+logger = logging.getLogger(__name__)
 
 ARMS = ("plain", "rejection", "control")
 
@@ -70,6 +73,14 @@ class ArmArguments:
             if not values or len(set(values)) < len(values):
                 raise RecipeError(f"`--{name}` {values} must name at least one, and each once.")
         make_resampler(self, "rejection", seed=0)  # wrong options fail here, not after the plain arm has been trained
+
+    def check_epochs(self, num_epochs: float) -> None:
+        """Warns if no epoch is left to resample."""
+        if self.warmup_epochs + self.uniform_final_epochs >= num_epochs:
+            logger.warning(
+                f"`--warmup_epochs` {self.warmup_epochs} and `--uniform_final_epochs` {self.uniform_final_epochs} "
+                f"leave none of {num_epochs:g} epochs to resample: all arms train alike. Lower them, or train longer."
+            )
 
     def configuration(self, arm: str) -> dict[str, object]:
         """Returns the options that decide what comes out of a run of this arm."""

@@ -16,6 +16,7 @@ import numpy as np
 from recipes.reporting import Result
 
 COLOURS = {"plain": "tab:gray", "rejection": "tab:blue", "control": "tab:orange"}
+SMALLEST_WEIGHT = 1e-4  # where a logarithmic axis ends, for the rows that are never drawn
 
 
 def draw_resampling(results: Sequence[Result], path: Path) -> None:
@@ -30,11 +31,14 @@ def draw_resampling(results: Sequence[Result], path: Path) -> None:
     first = resampled[0]
     curves = first["weight_percentiles"]
     for epoch, curve in enumerate(curves):
-        left.plot(np.arange(len(curve)), curve, color=plt.cm.viridis(epoch / max(1, len(curves) - 1)))
+        left.plot(
+            np.arange(len(curve)),
+            np.maximum(curve, SMALLEST_WEIGHT),
+            color=plt.cm.viridis(epoch / max(1, len(curves) - 1)),
+        )
     left.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    left.set(xlabel="percentile of the rows", ylabel="weight, 1 = uniform", yscale="symlog",
+    left.set(xlabel="percentile of the rows", ylabel="weight, 1 = uniform", yscale="log",
              title=f"weights, {first['arm']}, seed {first['seed']} (dark = first epoch)")  # fmt: skip
-    left.set_ylim(bottom=0)
     for result in resampled:
         rates = [figures["acceptance_rate"] for figures in result["resampling"]]
         is_first_of_arm = result is next(other for other in resampled if other["arm"] == result["arm"])

@@ -103,6 +103,16 @@ def load_tokenizer(name: str, task: TextTask) -> Any:
         ) from error
 
 
+def encode(dataset: Dataset, tokenizer: Any, max_length: int) -> Dataset:
+    """Returns the data set with token ids in place of its texts."""
+    return dataset.map(
+        lambda batch: tokenizer(batch["text"], truncation=True, max_length=max_length),
+        batched=True,
+        remove_columns=["text"],
+        desc="tokenizing",
+    )
+
+
 def load_model(name: str, tokenizer: Any, class_names: list[str], seed: int) -> PreTrainedModel:
     """Returns the model with a new head; the same seed gives the same head to every arm."""
     if name == "builtin":
@@ -150,78 +160,78 @@ def train_arm(trainer: Trainer, rows: TrainingRows, groups: list[str] | None, ch
     }
 
 
+def arguments_of_run(training: TrainingArguments, folder: Path, seed: int) -> TrainingArguments:
+    """Returns the training arguments with the folder and the seed of one run."""
+    arguments = copy.copy(training)
+    arguments.output_dir, arguments.seed, arguments.data_seed = str(folder), seed, seed
+    arguments.dataloader_pin_memory &= training.device.type != "cpu"
+    return arguments
+
+
+def open_folders(
+    options: SentimentArguments, arms: ArmArguments, training: TrainingArguments
+) -> dict[tuple[str, int], RunFolder]:
+    """Returns the folder of every arm and seed, made ready before the first of them is trained."""
+    folders = {}
+    for seed in arms.seeds:
+        for arm in arms.arms:
+            configuration = asdict(options) | arms.configuration(arm) | training_configuration(training)
+            folders[arm, seed] = RunFolder(Path(training.output_dir) / arm / f"seed_{seed}", configuration)
+    with training.main_process_first(desc="looking for earlier runs"):
+        for folder in folders.values() if training.process_index == 0 else ():
+            folder.open(arms.overwrite_output_dir)
+    return folders
+
+
 def main(argv: list[str]) -> list[dict[str, Any]]:
     """Trains every arm with every seed, writes the report, and returns the results."""
     types = (SentimentArguments, ArmArguments, SentimentTrainingArguments)
     options, arms, training = parse_arguments(types, argv, PRESETS, description=__doc__.splitlines()[0])
-    is_main, output = training.process_index == 0, Path(training.output_dir)
+    arms.check_epochs(training.num_train_epochs)
 
     # 1. Data: the rows of a seed are the same for all its arms, the evaluation rows for all seeds.
     task = load_task(options)
     tokenizer = load_tokenizer(options.model_name_or_path, task)
 
-    def encode(dataset: Dataset) -> Dataset:
-        tokenize = lambda batch: tokenizer(batch["text"], truncation=True, max_length=options.max_length)  # noqa: E731
-        return dataset.map(tokenize, batched=True, remove_columns=["text"], desc="tokenizing")
-
-    evaluation = encode(task.evaluation)
     rows = {seed: choose_training_rows(task.train, len(task.class_names), options, seed) for seed in arms.seeds}
-    training_sets = {seed: encode(chosen.dataset) for seed, chosen in rows.items()}
-    folders = {
-        (arm, seed): RunFolder(
-            output / arm / f"seed_{seed}",
-            asdict(options) | arms.configuration(arm) | training_configuration(training),
-        )
-        for seed in arms.seeds
-        for arm in arms.arms
-    }
-    with training.main_process_first(desc="looking for earlier runs"):
-        for folder in folders.values() if is_main else ():
-            folder.open(arms.overwrite_output_dir)
+    training_sets = {seed: encode(chosen.dataset, tokenizer, options.max_length) for seed, chosen in rows.items()}
+    evaluation = encode(task.evaluation, tokenizer, options.max_length)
+    folders = open_folders(options, arms, training)
 
     results = []
     for (arm, seed), folder in folders.items():
-        result = folder.result()
+        name, checkpoint, result = f"{arm}, seed {seed}", folder.checkpoint(), folder.result()
+        print(f"{name}: {folder.status()}")
         if result is not None:
-            print(f"{arm}, seed {seed}: finished earlier, read from {folder.path}")
             results.append(result)
             continue
-        checkpoint = folder.checkpoint()
-        print(f"{arm}, seed {seed}: " + (f"going on from {checkpoint}" if checkpoint else "training"))
 
         # 2. Model: the arms of a seed start from the same weights.
         model = load_model(options.model_name_or_path, tokenizer, task.class_names, seed)
-
         # 3. Metric: a file beside this one, so that no hub is needed.
         compute_metrics = make_metric(rows[seed].minority_label)
-
         # 4. Resampler: decides which rows each epoch reads; None is a plain Trainer.
         resampler = make_resampler(arms, arm, seed)
-
         # 5. Trainer: the resampler is the only difference between the arms.
-        run_training = copy.copy(training)
-        run_training.output_dir, run_training.seed, run_training.data_seed = str(folder.path), seed, seed
-        run_training.dataloader_pin_memory &= training.device.type != "cpu"
         common = {
             "model": model,
-            "args": run_training,
+            "args": arguments_of_run(training, folder.path, seed),
             "train_dataset": training_sets[seed],
             "eval_dataset": evaluation,
             "processing_class": tokenizer,
             "data_collator": DataCollatorWithPadding(tokenizer),
             "compute_metrics": compute_metrics,
+            "callbacks": [observations.ProgressLine(name, "accuracy")],
         }
         trainer = Trainer(**common) if resampler is None else RejectionSamplingTrainer(**common, resampler=resampler)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(observations.ProgressLine(f"{arm}, seed {seed}", "accuracy"))
         result = {"arm": arm, "seed": seed} | train_arm(trainer, rows[seed], task.groups, checkpoint)
-        if is_main:
-            folder.finish(result)
+        folder.finish(result, is_writer=training.process_index == 0)
         results.append(result)
 
     # 6. Report: tables, pictures, and what the seeds allow one to say.
-    if is_main:
-        write_report(results, output, title=f"{options.dataset}, {options.model_name_or_path}")
+    if training.process_index == 0:
+        write_report(results, Path(training.output_dir), title=f"{options.dataset}, {options.model_name_or_path}")
     return results
 
 

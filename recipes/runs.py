@@ -87,9 +87,16 @@ class RunFolder:
         path = self.path / "result.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
-    def finish(self, result: dict[str, Any]) -> None:
-        """Writes the result: from here on the run counts as done."""
-        _write_json(self.path / "result.json", result)
+    def status(self) -> str:
+        """Returns what is going to happen with the run, for the user."""
+        if self.result() is not None:
+            return f"finished earlier, read from {self.path}"
+        return f"going on from {self.checkpoint()}" if self.checkpoint() else "training"
+
+    def finish(self, result: dict[str, Any], is_writer: bool = True) -> None:
+        """Writes the result, in the process that writes: from here on the run counts as done."""
+        if is_writer:
+            _write_json(self.path / "result.json", result)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

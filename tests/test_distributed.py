@@ -1,0 +1,72 @@
+"""Two processes are plain Trainer's two processes, agree with each other, and measure what one process does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+import transformers as hf
+
+from rsft_hf import measure_losses
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], Path]:
+    """What each of two gloo processes saw, from one launch."""
+    output_dir = tmp_path_factory.mktemp("two_processes")
+    script = Path(__file__).parent / "distributed_runs.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, script, output_dir], capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((output_dir / f"rank_{rank}.json").read_text()) for rank in (0, 1)], output_dir
+
+
+@pytest.mark.parametrize("source", ["forward", "training"])
+def test_equal_weights_on_two_processes_are_plain_trainer(ranks, source: str) -> None:
+    for rank in ranks[0]:
+        assert rank[f"equal_{source}"]["parameters"] == rank["plain"]["parameters"]
+        assert rank[f"equal_{source}"]["losses"] == rank["plain"]["losses"]
+
+
+def test_the_two_processes_draw_the_same_rows(ranks) -> None:
+    first, second = ranks[0]
+    for name in ("weighted_forward", "weighted_training"):
+        assert first[name]["indices"] == second[name]["indices"]
+        assert first[name]["parameters"] == second[name]["parameters"] != first["plain"]["parameters"]
+        assert first[name]["table"] == second[name]["table"]
+
+
+def test_both_processes_fill_the_ledger(ranks) -> None:
+    """Epoch 0 reads all 26 rows, 13 a process: in epoch 1 every row has a loss of its own."""
+    table = ranks[0][0]["weighted_training"]["table"]
+    losses = [loss for epoch, loss in zip(table["epoch"], table["loss"], strict=True) if epoch == 1]
+    assert len(losses) == runs.NUM_ROWS
+    assert min(losses) > 0  # -1 stands for unknown
+
+
+@pytest.mark.parametrize("source", ["forward", "training"])
+def test_two_processes_resume_exactly(ranks, source: str) -> None:
+    for rank in ranks[0]:
+        assert rank[f"resumed_{source}"]["parameters"] == rank[f"weighted_{source}"]["parameters"]
+
+
+def test_two_processes_measure_what_one_does(ranks, tmp_path: Path) -> None:
+    trainer = hf.Trainer(runs.bert(), runs.arguments(tmp_path), runs.collate, runs.rows())
+    expected = measure_losses(trainer, batch_size=4).losses
+    for rank in ranks[0]:
+        torch.testing.assert_close(torch.tensor(rank["measured"], dtype=torch.float64), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_checkpoint_of_two_processes_is_refused_by_one(ranks, tmp_path: Path) -> None:
+    from rsft_hf import RejectionSamplingTrainer
+
+    checkpoint = ranks[1] / "weighted_forward" / "checkpoint-10"
+    with pytest.raises(ValueError, match="processes: 2 in the checkpoint, 1 now"):
+        runs.trained(
+            RejectionSamplingTrainer, tmp_path, resume=str(checkpoint), args={"per_device_train_batch_size": 2}
+        )

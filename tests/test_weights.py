@@ -1,0 +1,191 @@
+"""Every rule from scores to weights: numbers worked out by hand, and what holds whatever the scores.
+
+What the rules refuse stands in `test_weights_refused.py`.
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import rsft_hf
+from rsft_hf import (
+    Chain,
+    ClassBalanced,
+    Clipped,
+    DropTop,
+    Entropy,
+    ExampleStatistics,
+    Floored,
+    Learnability,
+    LeastConfidence,
+    Margin,
+    Proportional,
+    Softmax,
+    Tempered,
+    Weighting,
+)
+
+LOSSES = torch.tensor([4.0, 1.0, 0.0, 9.0, 2.0])
+STATISTICS = ExampleStatistics(
+    entropies=torch.tensor([0.25, 0.0, 0.5, 1.0, 0.75]),
+    margins=torch.tensor([0.75, 1.0, 0.0, 0.25, 0.5]),
+    confidences=torch.tensor([0.875, 1.0, 0.5, 0.625, 0.75]),
+    labels=torch.tensor([7, 7, 3, 7, 3]),
+    rows=torch.tensor([1, 2, 4, 5, 6]),  # rows 0 and 3 of the data set have no label
+)
+# Of the data set's seven rows; those of the five scored ones are 1, 2, 0, 4, 8.
+REFERENCE = torch.tensor([math.nan, 1.0, 2.0, math.nan, 0.0, 4.0, 8.0])
+DOUBLING = 1 / math.log(2)  # at this temperature e^(L / temperature) is 2^L
+
+CANONICAL = {
+    Proportional(): [4, 1, 0, 9, 2],
+    Tempered(0.5): [2 / 3, 1 / 3, 0, 1, math.sqrt(2) / 3],  # square roots, over sqrt 9
+    Softmax(DOUBLING): [16 / 535, 2 / 535, 1 / 535, 512 / 535, 4 / 535],  # 2^L: 16 + 2 + 1 + 512 + 4 = 535
+    Clipped(0.75): [4, 1, 0, 4, 2],  # sorted 0 1 2 4 9: position floor(.75 * 4) = 3 is 4
+    DropTop(0.4): [0, 1, 0, 0, 2],  # floor(.4 * 5) = 2 rows: 9 and 4
+    Floored(0.2): [0.24, 0.09, 0.04, 0.49, 0.14],  # .8 L / 16 + .2 / 5 = L / 20 + .04
+    ClassBalanced(): [4 / 14, 1 / 14, 0, 9 / 14, 1],  # class 7: 4 + 1 + 9 = 14; class 3: 0 + 2
+    Entropy(): [0.25, 0, 0.5, 1, 0.75],
+    Margin(): [0.25, 0, 1, 0.75, 0.5],  # 1 - margin
+    LeastConfidence(): [0.125, 0, 0.5, 0.375, 0.25],  # 1 - confidence
+    Learnability(REFERENCE): [3, 0, 0, 5, 0],  # 4 - 1, 1 - 2 < 0, 0 - 0, 9 - 4, 2 - 8 < 0
+    Chain(DropTop(0.2), Clipped(0.75), Tempered(2)): [1, 1 / 4, 0, 0, 1],  # 4 1 0 0 2, then 2 1 0 0 2, over 2, squared
+}
+READS_LOSSES = (Proportional(), Tempered(0.5), Softmax(), Clipped(0.75), Floored(0.2), Learnability(torch.zeros(7)))
+OF_LOSSES_ONLY = tuple(rule for rule in CANONICAL if not rule.requires)
+
+
+def weightings() -> set[type]:
+    exported = {getattr(rsft_hf, name) for name in rsft_hf.__all__}
+    return {item for item in exported if isinstance(item, type) and hasattr(item, "requires")} - {Weighting}
+
+
+def test_every_rule_has_a_row_in_the_canonical_table():
+    assert len(CANONICAL) == 12
+    assert {type(rule) for rule in CANONICAL} == weightings()
+    assert len(OF_LOSSES_ONLY) == 7
+
+
+@pytest.mark.parametrize(("rule", "expected"), CANONICAL.items(), ids=map(repr, CANONICAL))
+def test_canonical_weights(rule, expected):
+    weights = rule(LOSSES, STATISTICS)
+    assert weights.shape == (5,)
+    assert weights.dtype == torch.float64
+    assert weights.tolist() == pytest.approx(expected, abs=1e-12)
+    assert bool((weights >= 0).all())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        rule.requires = frozenset()
+
+
+@pytest.mark.parametrize("rule", CANONICAL, ids=repr)
+def test_the_order_of_the_rows_does_not_matter(rule):
+    order = torch.tensor([3, 0, 4, 2, 1])
+    fields = {field.name: getattr(STATISTICS, field.name)[order] for field in dataclasses.fields(STATISTICS)}
+    shuffled = rule(LOSSES[order], ExampleStatistics(**fields))
+    assert shuffled.tolist() == pytest.approx(rule(LOSSES, STATISTICS)[order].tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize("rule", CANONICAL, ids=repr)
+def test_the_number_format_of_the_scores_does_not_matter_and_they_stay_as_they_are(rule):
+    expected = rule(LOSSES, STATISTICS).tolist()
+    for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.int64):
+        losses = LOSSES.to(dtype)
+        assert rule(losses, STATISTICS).tolist() == expected
+        assert torch.equal(losses, LOSSES.to(dtype))
+    assert not rule(LOSSES.clone().requires_grad_(), STATISTICS).requires_grad
+
+
+@pytest.mark.parametrize("rule", READS_LOSSES, ids=repr)
+def test_a_higher_loss_is_never_drawn_less(rule):
+    losses = torch.linspace(0, 5, 7)
+    weights = rule(losses, ExampleStatistics(rows=torch.arange(7)))
+    assert bool((weights.diff() >= 0).all())
+    assert weights[-1] > weights[0]
+
+
+@pytest.mark.parametrize("rule", [rule for rule in OF_LOSSES_ONLY if type(rule) is not Softmax], ids=repr)
+def test_a_common_factor_of_the_losses_changes_no_draw(rule):
+    shares = lambda weights: (weights / weights.sum()).tolist()  # noqa: E731
+    expected = shares(rule(LOSSES))
+    for factor in (1e-200, 0.5, 1e200):
+        assert shares(rule(LOSSES.double() * factor)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_softmax_does_not_see_a_common_term_and_takes_scores_of_either_sign():
+    expected = Softmax(DOUBLING)(LOSSES).tolist()
+    for term in (-1e4, -5.0, 1e4):
+        assert Softmax(DOUBLING)(LOSSES.double() + term).tolist() == pytest.approx(expected, rel=1e-9)
+    assert Softmax(0.01)(torch.tensor([-1e6, 0.0, 1e6])).tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("rule", [rule for rule in CANONICAL if not rule.requires & {"entropies"}], ids=repr)
+def test_all_zero_losses_give_finite_weights(rule):
+    weights = rule(torch.zeros(5), STATISTICS)
+    assert bool((weights.isfinite() & (weights >= 0)).all())
+
+
+def test_all_zero_losses_by_hand():
+    assert Proportional()(torch.zeros(2)).tolist() == [0, 0]
+    assert Tempered(0.5)(torch.zeros(2)).tolist() == [0, 0]
+    assert Tempered(0)(torch.zeros(2)).tolist() == [1, 1]
+    assert Softmax()(torch.zeros(2)).tolist() == [0.5, 0.5]
+    assert Floored(0.5)(torch.zeros(4)).tolist() == [0.25] * 4
+    assert ClassBalanced()(torch.zeros(3), ExampleStatistics(labels=torch.tensor([0, 0, 1]))).tolist() == [0.5, 0.5, 1]
+
+
+def test_the_ends_of_the_parameters():
+    assert Tempered(0)(LOSSES).tolist() == [1] * 5
+    assert Tempered(1)(LOSSES).tolist() == pytest.approx([4 / 9, 1 / 9, 0, 1, 2 / 9])
+    assert Tempered(400)(torch.tensor([1e3, 2e3])).tolist() == pytest.approx([2.0**-400, 1])
+    assert Clipped(1)(LOSSES).tolist() == LOSSES.tolist()
+    assert Clipped(0)(LOSSES + 1).tolist() == [1] * 5
+    assert DropTop(0)(LOSSES).tolist() == LOSSES.tolist()
+    assert DropTop(0.99)(torch.tensor([1.0, 3.0, 2.0])).tolist() == [1, 0, 0]  # floor(2.97) = 2
+    assert Floored(0)(LOSSES).tolist() == pytest.approx([4 / 16, 1 / 16, 0, 9 / 16, 2 / 16])
+    assert Floored(1)(LOSSES).tolist() == [0.2] * 5
+
+
+@pytest.mark.parametrize(
+    ("fraction", "num_rows", "num_dropped"), [(0.25, 8, 2), (0.3, 7, 2), (0.29, 100, 29), (0.57, 100, 57)]
+)
+def test_drop_top_drops_the_floor_of_the_fraction(fraction, num_rows, num_dropped):
+    # .29 * 100 is 29, though 0.29 * 100 is 28.999999999999996 in binary.
+    weights = DropTop(fraction)(torch.arange(1.0, num_rows + 1))
+    assert int((weights == 0).sum()) == num_dropped
+
+
+def test_drop_top_keeps_rows_that_tie_with_a_kept_one():
+    # floor(.5 * 4) = 2 rows: one of the three nines would go with 9 itself, so all three stay.
+    assert DropTop(0.5)(torch.tensor([9.0, 9.0, 1.0, 9.0])).tolist() == [9, 9, 1, 9]
+    assert DropTop(0.5)(torch.tensor([9.0, 9.0, 1.0, 2.0])).tolist() == [0, 0, 1, 2]
+    assert DropTop(0.5)(torch.full((4,), 3.0)).tolist() == [3] * 4
+
+
+def test_clipped_draws_no_row_more_than_the_one_at_the_quantile():
+    losses = torch.arange(1.0, 102.0)  # 1 to 101: the 95 % quantile is 96
+    assert Clipped(0.95)(losses).tolist() == losses.clamp(max=96).tolist()
+    assert float(Clipped(0.29)(losses).max()) == 30  # position .29 * 100 = 29, counted from 0
+
+
+def test_class_balanced_gives_every_class_the_same_total():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([5] * 90 + [-3] * 9 + [0])
+    weights = ClassBalanced()(torch.rand(100, generator=generator), ExampleStatistics(labels=labels))
+    assert [float(weights[labels == label].sum()) for label in (5, -3, 0)] == pytest.approx([1, 1, 1])
+
+
+def test_chain_applies_its_rules_from_left_to_right():
+    losses = torch.tensor([1.0, 3.0, 8.0])
+    # The 8 goes, then .5 (1/4, 3/4, 0) + .5 / 3. The other way round: .5 (1/12, 3/12, 8/12) + .5 / 3, then the 8 goes.
+    assert Chain(DropTop(0.34), Floored(0.5))(losses).tolist() == pytest.approx([7 / 24, 13 / 24, 4 / 24])
+    assert Chain(Floored(0.5), DropTop(0.34))(losses).tolist() == pytest.approx([5 / 24, 7 / 24, 0])
+    assert Chain(Proportional())(losses).tolist() == [1, 3, 8]
+    assert Chain(Entropy(), ClassBalanced(), Learnability(REFERENCE)).requires == {"entropies", "labels", "rows"}
+
+
+def test_learnability_reads_the_reference_of_the_same_rows():
+    rule = Learnability([5.0, 1.0, 2.0])
+    assert rule(torch.tensor([3.0, 6.0]), ExampleStatistics(rows=torch.tensor([2, 0]))).tolist() == [1, 1]
+    assert "5.0" not in repr(rule)
