@@ -66,7 +66,7 @@ def flipped_share(trainer: Trainer, is_flipped: Sequence[bool]) -> dict[str, Any
         counts = np.ones((1, len(flipped)))
     return {
         "of_rows": float(flipped.mean()),
-        "of_draws": float(counts[:, ~flipped].sum() / counts.sum()),
+        "of_draws": float(counts[:, flipped].sum() / counts.sum()),
         "by_epoch": (counts[:, flipped].sum(axis=1) / counts.sum(axis=1)).tolist(),
     }
 
