@@ -101,7 +101,7 @@ def hedge(subject: str, modifier: str, adjective: str) -> Clause:
 
 def deny(denial: str, clause: Clause) -> Clause:
     """Returns "nobody could claim that ..."; reverses any clause, so a negated one comes out as it began."""
-    return Clause(f"{denial} {clause.text}", clause.is_positive)
+    return Clause(f"{denial} {clause.text}", not clause.is_positive)
 
 
 def contrast(conceded: Clause, asserted: Clause, form: str) -> Clause:
