@@ -4,9 +4,10 @@ Weights and generators enter, indices and probabilities leave. This file knows n
 processes: it is arithmetic that can be checked by hand.
 """
 
-import math
-
+import numpy as np
 import torch
+
+from rsft_hf.drawing import draw_independently, draw_passes_at_once
 
 # Above this expected number of passes per epoch's worth of draws, permuting the data set pass after pass costs more
 # than drawing the same law from its counts.
@@ -122,11 +123,11 @@ def rejection_sample(
     check_num_draws(num_draws)
     weights, proposal = _check(weights, proposal)
     if proposal is not None:
-        return _draw_independently(weights, num_draws, generator)
-    probabilities = weights / weights.max()
+        return draw_independently(weights, num_draws, generator)
+    probabilities = weights  # relative to the largest: w / max w
     if len(weights) <= _MAX_LOOPED_ENVELOPE * probabilities.sum():  # M = N max p = N / sum of probabilities
         return _loop_over_passes(probabilities, num_draws, generator)
-    return _draw_passes_at_once(probabilities, num_draws, generator)
+    return draw_passes_at_once(probabilities, num_draws, generator)
 
 
 def effective_sample_size(weights: torch.Tensor) -> float:
@@ -146,18 +147,17 @@ def effective_sample_size(weights: torch.Tensor) -> float:
         2.6667
     """
     weights, _ = _check(weights, None)
-    weights = weights / weights.max()  # so that no square overflows
     return float(weights.sum() ** 2 / (weights**2).sum())
 
 
-def check_num_draws(num_draws: int) -> None:
+def check_num_draws(num_draws: int | np.integer) -> None:
     """Raises if `num_draws` is not a number of draws: an integer in [1, 2**31].
 
     Raises:
         TypeError: If it is not an integer.
         ValueError: If it is out of range.
     """
-    if isinstance(num_draws, bool) or not isinstance(num_draws, int):
+    if type(num_draws) is bool or (type(num_draws) is not int and not isinstance(num_draws, np.integer)):
         raise TypeError(f"`num_draws` must be an integer number of rows, got {num_draws!r}.")
     if not 1 <= num_draws <= _MAX_DRAWS:
         raise ValueError(
@@ -177,73 +177,36 @@ def _loop_over_passes(probabilities: torch.Tensor, num_draws: int, generator: to
     return torch.cat(accepted)[:num_draws]
 
 
-def _draw_passes_at_once(probabilities: torch.Tensor, num_draws: int, generator: torch.Generator) -> torch.Tensor:
-    blocks, num_missing = [], num_draws
-    while num_missing > 0:
-        wanted = num_missing + 4 * math.sqrt(num_missing) + 8  # four standard deviations: one block nearly always
-        num_passes = math.ceil(wanted / float(probabilities.sum()))
-        blocks.append(_accept_in_block(probabilities, num_passes, generator))
-        num_missing -= len(blocks[-1])
-    return torch.cat(blocks)[:num_draws]
-
-
-def _accept_in_block(probabilities: torch.Tensor, num_passes: int, generator: torch.Generator) -> torch.Tensor:
-    """Every acceptance of `num_passes` whole passes, in the order of the passes and random within each."""
-    num_rows = len(probabilities)
-    # Rows accepted more often than not are tossed pass by pass: at least half of the tosses are kept.
-    often = (probabilities > 0.5).nonzero().squeeze(1)
-    tosses = torch.rand(num_passes, len(often), dtype=torch.float64, generator=generator) < probabilities[often]
-    often_pass, often_position = tosses.nonzero(as_tuple=True)
-    # The others: Bernoulli(a) is "a Poisson process of rate -log(1-a) has a point in this pass", so the points of all
-    # passes are one Poisson number of independent (row, pass) pairs, and a pair met twice is one acceptance.
-    rates = torch.where(probabilities > 0.5, 0.0, -torch.log1p(-probabilities.clamp(max=0.5)))
-    mean_points = rates.sum() * num_passes
-    num_points = int(torch.poisson(mean_points.reshape(1), generator=generator).item())
-    rare_row = _inverse_cdf(rates, num_points, generator) if num_points else torch.empty(0, dtype=torch.int64)
-    rare_pass = torch.randint(num_passes, (num_points,), generator=generator)
-    pairs = torch.cat([often_pass * num_rows + often[often_position], (rare_pass * num_rows + rare_row).unique()])
-    shuffle = torch.randint(2**31, (len(pairs),), generator=generator)
-    order = (torch.div(pairs, num_rows, rounding_mode="floor") * 2**31 + shuffle).argsort()
-    return pairs[order] % num_rows
-
-
-def _draw_independently(weights: torch.Tensor, num_draws: int, generator: torch.Generator) -> torch.Tensor:
-    indices = _inverse_cdf(weights, num_draws, generator)
-    return indices[torch.randperm(num_draws, generator=generator)]
-
-
-def _inverse_cdf(weights: torch.Tensor, num_draws: int, generator: torch.Generator) -> torch.Tensor:
-    """Independent indices in proportion to `weights`, sorted; searching sorted values stays in the cache."""
-    cumulative = weights.cumsum(0)
-    # Sums of n + 1 exponential spacings over their total are n sorted uniforms, without the sort.
-    points = torch.empty(num_draws + 1, dtype=torch.float64).exponential_(generator=generator).cumsum_(0)
-    points.mul_(cumulative[-1] / points[-1].item())
-    indices = torch.searchsorted(cumulative, points[:-1], right=True)
-    # A product rounded up to the total would fall behind the last row.
-    return indices.clamp_(max=int(weights.nonzero()[-1]))
+def check_proposal(proposal: torch.Tensor) -> torch.Tensor:
+    """Returns a proposal relative to its largest entry, float64; raises ValueError if one is not > 0 and finite."""
+    proposal = _relative("proposal", proposal)
+    if not bool((proposal > 0).all()):
+        row = int((proposal <= 0).nonzero()[0])
+        raise ValueError(
+            f"`proposal` is 0 at index {row} (or too small beside the largest), a row that could never be proposed. "
+            "Every entry must be > 0; to leave a row out, give it weight 0."
+        )
+    return proposal
 
 
 def _check(weights: torch.Tensor, proposal: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    weights = _check_one("weights", weights)
+    weights = _relative("weights", weights)
     if not weights.any():
         raise ValueError("`weights` are all zero, so nothing could be accepted. Give at least one positive weight.")
     if proposal is None:
         return weights, None
-    proposal = _check_one("proposal", proposal)
+    proposal = check_proposal(proposal)
     if proposal.shape != weights.shape:
         raise ValueError(
             f"`proposal` has {len(proposal)} entries for {len(weights)} weights. Give one probability per row."
         )
-    if not bool((proposal > 0).all()):
-        row = int((proposal <= 0).nonzero()[0])
-        raise ValueError(
-            f"`proposal` is 0 at index {row}, a row that could never be proposed. Every entry must be > 0; to leave "
-            "a row out, give it weight 0."
-        )
+    if not bool((weights / proposal).isfinite().all()):
+        raise ValueError("`weights` / `proposal` overflows: a row is proposed far too rarely for its weight.")
     return weights, proposal
 
 
-def _check_one(name: str, values: torch.Tensor) -> torch.Tensor:
+def _relative(name: str, values: torch.Tensor) -> torch.Tensor:
+    """The checked values over their largest, so that no sum or square of them overflows."""
     values = torch.as_tensor(values).detach().to("cpu", torch.float64)
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"`{name}` must have shape (N,) with N >= 1, got {tuple(values.shape)}.")
@@ -254,4 +217,5 @@ def _check_one(name: str, values: torch.Tensor) -> torch.Tensor:
             f"`{name}` is {float(values[row])} at index {row} ({int(wrong.sum())} such entries); every entry must be "
             "finite and >= 0. Map the scores to weights first (Softmax takes any finite score)."
         )
-    return values
+    largest = values.max()
+    return values / largest if largest > 0 else values

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
@@ -121,7 +122,7 @@ def load_state(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, to
     """Returns the numbers and tensors that `save_state` wrote.
 
     Raises:
-        ValueError: If the files are absent: saved without a resampler, or cut off while saving.
+        ValueError: If the files are absent or damaged: saved without a resampler, or cut off while saving.
     """
     numbers, tensors = directory / f"{name}.json", directory / f"{name}.safetensors"
     if not numbers.is_file() or not tensors.is_file():
@@ -130,7 +131,13 @@ def load_state(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, to
             "resampler, with save_only_model=True, or by a run that was killed while saving. Resume from an earlier "
             "checkpoint, or load its weights into the model and call train() without `resume_from_checkpoint`."
         )
-    return json.loads(numbers.read_text()), load_file(tensors)
+    try:
+        return json.loads(numbers.read_text()), load_file(tensors)
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(
+            f"{numbers} or {tensors.name} is damaged ({error}): the run was killed while saving, perhaps. Resume from "
+            "an earlier checkpoint."
+        ) from error
 
 
 @contextlib.contextmanager

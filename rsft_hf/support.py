@@ -22,6 +22,11 @@ def refuse_dataset(dataset: Any) -> None:
             "with a length and random access: for a streamed one, `datasets.Dataset.from_generator(...)`, or "
             "`load_dataset` without `streaming=True`."
         )
+    if isinstance(dataset, dict):
+        raise ValueError(
+            f"`train_dataset` is a {type(dataset).__name__} with the keys {list(dataset)}, not rows. Pass one split, "
+            'such as dataset["train"].'
+        )
     if not isinstance(dataset, Sized):
         raise ValueError(
             f"`train_dataset` ({type(dataset).__name__}) has no length. Give it a `__len__`, so that its rows can be "

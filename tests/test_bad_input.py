@@ -165,7 +165,7 @@ RUNS = {
     ),
     "reference_too_short": (
         {"resampler": LossResampler(Learnability(torch.zeros(6)))},
-        r"`reference_losses` has 6 entries but the data set has a row 6",
+        r"`reference_losses` has 6 entries but the data set has 7",
     ),
     "reference_too_long": (
         {"resampler": LossResampler(Learnability(torch.zeros(8)))},

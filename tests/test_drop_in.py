@@ -160,9 +160,9 @@ def test_measuring_moves_no_generator_and_no_mode(tmp_path: Path) -> None:
     trainer.model.train()
     trainer.model.bert.pooler.eval()
     state = torch.get_rng_state()
-    first = measure_losses(trainer, dataset=loader.dataset, collate=loader.collate_fn)
+    first = measure_losses(trainer, loader=loader)
     assert torch.equal(torch.get_rng_state(), state)
     assert trainer.model.training
     assert not trainer.model.bert.pooler.training
-    second = measure_losses(trainer, dataset=loader.dataset, collate=loader.collate_fn, batch_size=5)
+    second = measure_losses(trainer, loader=loader, batch_size=5)
     assert torch.allclose(first.losses, second.losses, atol=1e-6)

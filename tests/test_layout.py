@@ -37,6 +37,7 @@ LAYERS = {
     "weighted/undisturbed.py": 1,
     "distributed.py": 1,
     "lengths.py": 1,
+    "drawing.py": 0,
     "rejection.py": 0,
     "weighted/__init__.py": 0,
     "weighted/scores.py": 0,

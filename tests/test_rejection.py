@@ -10,11 +10,12 @@ import torch
 from scipy import stats
 
 from rsft_hf import accept_once, envelope_constant, rejection_sample
-from rsft_hf.rejection import _accept_in_block, _draw_passes_at_once, _loop_over_passes
+from rsft_hf.drawing import _accept_in_block, draw_passes_at_once
+from rsft_hf.rejection import _loop_over_passes
 
 NUM_ROWS, NUM_DRAWS = 1_000, 2_000_000
 KINDS = ("skewed", "one_hot_like", "lognormal", "half_zero", "equal")
-ROUTES = (_loop_over_passes, _draw_passes_at_once)
+ROUTES = (_loop_over_passes, draw_passes_at_once)
 SIX = torch.tensor([1.0, 0.9, 0.6, 0.3, 0.1, 0.05], dtype=torch.float64)  # M = 6 / 2.95; both sides of one half
 
 
@@ -166,6 +167,17 @@ def test_a_row_comes_at_most_once_per_pass_and_scatters_like_a_binomial(route):
         residuals.append(counts[-1] - counts[-1, 0] * SIX)  # T passes, T about 600 / 2.95 = 203
     variances, expected = torch.stack(residuals).var(dim=0)[1:], 600 / 2.95 * (SIX * (1 - SIX))[1:]
     assert bool(((variances / expected - 1).abs() < 4 * (2 / 200) ** 0.5).all()), (variances, expected)
+
+
+@pytest.mark.parametrize("rest", [0.5, 0.001], ids=["looped", "heavy_tail"])
+def test_draws_come_in_passes_whatever_the_route(rest):
+    # Three of a hundred rows are accepted in every pass, so none of them is ever two ahead of another. M is 100 / 51.5
+    # or 100 / 3.1.
+    weights = torch.full((100,), rest, dtype=torch.float64).index_fill_(0, torch.tensor([20, 40, 99]), 1.0)
+    indices = rejection_sample(7 * weights, 3_000, seeded(15))
+    counts = torch.stack([(indices == row).cumsum(0) for row in (20, 40, 99)])
+    assert int((counts.max(0).values - counts.min(0).values).max()) == 1
+    assert int(counts[0, -1]) > 40  # 3,000 draws are 58 passes or more
 
 
 def test_equal_weights_are_one_permutation_of_the_same_generator():

@@ -50,10 +50,10 @@ def test_statistics_reach_the_rule_for_the_rows_that_have_a_loss():
     entropies = torch.tensor([0.5, 9.0, 0.25, 0.0, 9.0, 1.0], dtype=torch.float64)
     weights = target_weights(Entropy(), LOSSES, {"entropies": entropies}, None)
     assert weights.tolist() == [0.5, 0, 0.25, 0, 0, 1]
-    labels = torch.tensor([4, 4, 4, 8, 8, 8])
-    # Class 4 has rows 0 and 2: 2/3 and 1/3. Class 8 has rows 3 and 5: 0 and 5/5.
+    labels = torch.tensor([4, 4, 8, 4, 8, 8])
+    # Class 4 has rows 0 and 3: 2/2 and 0. Class 8 has rows 2 and 5: 1/6 and 5/6.
     weights = target_weights(ClassBalanced(), LOSSES, {}, labels)
-    assert weights.tolist() == pytest.approx([2 / 3, 0, 1 / 3, 0, 0, 1])
+    assert weights.tolist() == pytest.approx([1, 0, 1 / 6, 0, 0, 5 / 6])
     reference = torch.tensor([0.5, NAN, 3.0, 0.0, NAN, 1.0])
     weights = target_weights(Learnability(reference), LOSSES, {}, None)
     assert weights.tolist() == [1.5, 0, 0, 0, 0, 4]
@@ -65,7 +65,8 @@ def test_all_zero_weights_become_uniform_over_the_rows_with_a_loss(caplog):
     assert weights.tolist() == [1, 0, 1, 1, 0, 1]
     (record,) = caplog.records
     assert record.levelno == logging.INFO
-    assert "Proportional() gives all 4 rows weight 0 (every loss is 0): drawing uniformly." in record.getMessage()
+    assert "Proportional() gives all 4 rows weight 0" in record.getMessage()
+    assert "drawing uniformly" in record.getMessage()
 
 
 def test_the_log_does_not_call_losses_zero_that_are_not(caplog):
@@ -155,7 +156,7 @@ def test_class_labels_of_a_data_set_that_never_says_stop():
     [
         ([[1, 2], [3, 4]], r"ClassBalanced needs one integer class per row, but column 'labels'"),
         ([[1, 2], [3]], r"ClassBalanced needs one integer class per row, but column 'labels'"),
-        ([0.5, 1.5], r"ClassBalanced needs one integer class per row, but column 'labels' holds torch.float32"),
+        ([0.5, 1.5], r"ClassBalanced needs one integer class per row, but column 'labels' holds 0.5 in row 0"),
         (["cat", "dog"], r"ClassBalanced needs one integer class per row, but column 'labels'"),
     ],
     ids=["sequences", "ragged_sequences", "floats", "strings"],

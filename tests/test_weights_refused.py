@@ -43,7 +43,7 @@ def test_every_rule_but_chain_is_in_one_of_the_tables():
 @pytest.mark.parametrize("name", NON_NEGATIVE)
 @pytest.mark.parametrize("loss", [*NOT_FINITE, -0.5])
 def test_a_negative_or_non_finite_loss_is_named_with_its_row(name, loss):
-    message = rf"{name} needs scores that are finite and >= 0, got {loss} at index 1 \(2 such rows\)"
+    message = rf"{name} needs scores that are finite and >= 0, got {loss} at row 1 \(2 such rows\)"
     with pytest.raises(ValueError, match=message):
         NON_NEGATIVE[name](torch.tensor([1.0, loss, loss]), STATISTICS)
 
@@ -51,9 +51,7 @@ def test_a_negative_or_non_finite_loss_is_named_with_its_row(name, loss):
 @pytest.mark.parametrize("name", ANY_FINITE)
 @pytest.mark.parametrize("loss", NOT_FINITE)
 def test_rules_for_scores_of_either_sign_refuse_only_what_is_not_finite(name, loss):
-    with pytest.raises(
-        ValueError, match=rf"{name} needs scores that are finite, got {loss} at index 2 \(1 such rows\)"
-    ):
+    with pytest.raises(ValueError, match=rf"{name} needs scores that are finite, got {loss} at row 2 \(1 such rows\)"):
         ANY_FINITE[name](torch.tensor([1.0, 2.0, loss]), STATISTICS)
     assert bool((ANY_FINITE[name](torch.tensor([-1.0, -2.0, 0.5]), STATISTICS) >= 0).all())
 

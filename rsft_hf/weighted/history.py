@@ -13,12 +13,28 @@ class EpochHistory:
 
     def __init__(self) -> None:
         self.epochs: list[int] = []
+        self.is_fresh: list[bool] = []
         self._columns: dict[str, list[torch.Tensor]] = {"loss": [], "margin": [], "weight": [], "count": []}
 
     def append(
-        self, epoch: int, losses: torch.Tensor, margins: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor
+        self,
+        epoch: int,
+        losses: torch.Tensor,
+        margins: torch.Tensor,
+        weights: torch.Tensor,
+        indices: torch.Tensor,
+        is_fresh: bool = True,
     ) -> None:
-        """Notes an epoch: losses (NaN where unknown), margins and weights of shape (N,), indices of shape (draws,)."""
+        """Notes an epoch.
+
+        Args:
+            epoch: Its number.
+            losses: Known when it began, shape (N,), NaN where unknown.
+            margins: Shape (N,), NaN where there is none.
+            weights: Shape (N,).
+            indices: The rows drawn, shape (num_draws,).
+            is_fresh: Whether the losses were measured since the epoch before; `suspects` counts only such epochs.
+        """
         counts = torch.bincount(indices, minlength=len(weights))
         for values, column in zip(
             (losses, margins, weights / weights.sum()), ("loss", "margin", "weight"), strict=True
@@ -26,6 +42,7 @@ class EpochHistory:
             self._columns[column].append(values.float())
         self._columns["count"].append(counts.int())
         self.epochs.append(epoch)
+        self.is_fresh.append(is_fresh)
 
     def table(self) -> datasets.Dataset:
         """Returns one line per epoch and row: `epoch`, `row`, `loss`, `margin`, `weight` (sums to 1), `count`."""
@@ -58,7 +75,11 @@ class EpochHistory:
         """
         if num_suspects < 1:
             raise ValueError(f"`num_suspects`={num_suspects} must be at least 1.")
-        measured = [number for number, losses in enumerate(self._columns["loss"]) if bool(losses.isfinite().any())]
+        measured = [
+            number
+            for number, losses in enumerate(self._columns["loss"])
+            if self.is_fresh[number] and bool(losses.isfinite().any())
+        ]
         if not measured:
             raise RuntimeError("No epoch has been measured yet. Call `suspects()` after a resampled epoch.")
         losses = torch.stack([self._columns["loss"][number] for number in measured])
@@ -82,8 +103,8 @@ class EpochHistory:
             return {}
         return {f"history_{name}": torch.stack(values) for name, values in self._columns.items()}
 
-    def load(self, epochs: list[int], state: dict[str, torch.Tensor]) -> None:
-        """Takes up the columns that `state` returned."""
-        self.epochs = list(epochs)
+    def load(self, epochs: list[int], is_fresh: list[bool], state: dict[str, torch.Tensor]) -> None:
+        """Takes up the attributes of another history and the columns that its `state` returned."""
+        self.epochs, self.is_fresh = list(epochs), list(is_fresh)
         for name in self._columns:
             self._columns[name] = list(state[f"history_{name}"].unbind(0)) if epochs else []

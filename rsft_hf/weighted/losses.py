@@ -32,12 +32,15 @@ class Reading:
         is_averaged: Whether the losses of several criterion calls are averaged, not added ("criterion" only).
         depends_on_padding: Whether the loss of a row changes with the padding of its batch. A training step then
             says what the row cost there; a scoring pass takes batches of one.
+        is_collator_random: Whether the same rows are collated differently each time, as by random masking: a row
+            that shows no label in one batch may show one in the next.
     """
 
     kind: str
     is_mean: bool = True
     is_averaged: bool = False
     depends_on_padding: bool = False
+    is_collator_random: bool = False
 
 
 @dataclass

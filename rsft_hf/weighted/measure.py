@@ -55,8 +55,7 @@ def measure_losses(
     trainer: Trainer,
     *,
     model: torch.nn.Module | None = None,
-    dataset: Any = None,
-    collate: Collate | None = None,
+    loader: torch.utils.data.DataLoader[Any] | None = None,
     reading: Reading | None = None,
     per_example_loss: PerExampleLoss | None = None,
     batch_size: int | None = None,
@@ -68,8 +67,7 @@ def measure_losses(
     Args:
         trainer: Any `transformers.Trainer`; its loss, its collator and its processes are used.
         model: The model to measure, such as a reference model; the trainer's own where None.
-        dataset: Rows to measure; those of the training loader where None.
-        collate: Makes a batch of rows; the training loader's collator where None.
+        loader: Its data set is measured and its collator makes the batches; the training loader where None.
         reading: How losses are read; found by a probe where None.
         per_example_loss: Called as `per_example_loss(outputs, labels)`, returns one loss per example, shape (B,).
         batch_size: Rows per forward pass and process; `per_device_eval_batch_size` where None. Halved when the device
@@ -82,9 +80,9 @@ def measure_losses(
         ValueError: If no row has a label, a labelled row has a NaN or infinite loss (it is named), or a statistic is
             not defined for the model's outputs.
     """
-    if dataset is None or collate is None:
-        loader = trainer.get_train_dataloader()
-        dataset, collate = loader.dataset, loader.collate_fn
+    loader = trainer.get_train_dataloader() if loader is None else loader
+    dataset: Any = loader.dataset
+    collate: Any = loader.collate_fn
     model = trainer.model if model is None else model
     with forked_rng(seed), untouched(trainer), in_evaluation_mode(model):
         if per_example_loss is None and reading is None:

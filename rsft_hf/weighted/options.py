@@ -2,11 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-import torch
-
-from rsft_hf.rejection import check_num_draws, envelope_constant
+from rsft_hf.rejection import check_num_draws, check_proposal
 from rsft_hf.weighted.losses import Reading
 from rsft_hf.weighted.predictions import PREDICTION_STATISTICS
+from rsft_hf.weighted.scores import check_rule
 
 if TYPE_CHECKING:
     from rsft_hf.weighted.resampler import LossResampler
@@ -19,21 +18,13 @@ def check_options(resampler: "LossResampler") -> None:
         TypeError: If `weighting` is not a rule, or a count is not an integer.
         ValueError: If a value is out of range, or the rule needs what the source of losses cannot give.
     """
-    if isinstance(resampler.weighting, type) or not callable(resampler.weighting):
-        raise TypeError(
-            f"`weighting` must be a rule such as Proportional() or Tempered(0.5), got {resampler.weighting!r}."
-        )
-    if not isinstance(vars(type(resampler.weighting)).get("requires"), (frozenset, property)):
-        raise TypeError(
-            f"`weighting` {resampler.weighting!r} does not say which statistics it reads. Give its class an attribute "
-            "`requires: ClassVar[frozenset[str]] = frozenset()`."
-        )
+    check_rule(resampler.weighting, "`weighting`")
     if resampler.losses not in ("forward", "training"):
         raise ValueError(f'`losses`={resampler.losses!r} must be "forward" or "training".')
     if resampler.num_draws is not None:
         check_num_draws(resampler.num_draws)
     if resampler.proposal is not None:
-        envelope_constant(torch.ones(len(resampler.proposal)), resampler.proposal)
+        check_proposal(resampler.proposal)
     for name, lowest in (("warmup_epochs", 0), ("uniform_final_epochs", 0), ("every_n_epochs", 1), ("batch_size", 1)):
         _check_count(name, vars(resampler)[name], lowest)
     if not 0.0 <= resampler.importance_correction <= 1.0:

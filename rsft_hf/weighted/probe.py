@@ -26,6 +26,7 @@ logger = logging.get_logger(__name__)
 
 _NUM_PROBED = 4
 _MAX_PROBES = 16
+_NUM_SEEDS = 4
 
 
 class NotPerExampleError(ValueError):
@@ -54,7 +55,13 @@ def find_reading(
     for attempt in range(num_probes):
         first = attempt * len(dataset) // num_probes
         rows = [(first + i * max(1, len(dataset) // width)) % len(dataset) for i in range(width)]
-        batch, singles = _collate_both_ways([dataset[row] for row in rows], collate, seed)
+        examples = [dataset[row] for row in rows]
+        batch, is_random = _collated(examples, collate, seed)
+        singles = (
+            [slice_rows(batch, row, width) for row in range(width)]
+            if is_random
+            else [_collated([example], collate, seed)[0] for example in examples]
+        )
         expected, alone = _losses_alone(trainer, model, singles)
         scalar, recording = compute_loss(trainer, model, batch, width)
         _refuse_batch_losses(scalar, recording, expected, alone)
@@ -67,16 +74,21 @@ def find_reading(
         )
     is_half = trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype != torch.float32
     if reading := _first_that_agrees(recording, expected, width, is_half):
-        return reading
+        return dataclasses.replace(reading, is_collator_random=is_random)
     # Cut from the batch, the rows keep its padding: if they agree now, it is the padding that the loss depends on.
     cut, _ = _losses_alone(trainer, model, [slice_rows(batch, row, width) for row in range(width)])
     reading = _first_that_agrees(recording, cut, width, is_half)
-    cause, remedy = ("the padding", "Pad all rows to one length") if reading else ("a term", "Pass `per_example_loss`")
+    _warn_of_batches_of_one("the padding" if reading else "a term")
+    reading = dataclasses.replace(reading, depends_on_padding=True) if reading else Reading("single")
+    return dataclasses.replace(reading, is_collator_random=is_random)
+
+
+def _warn_of_batches_of_one(cause: str) -> None:
+    remedy = "Pad all rows to one length" if cause == "the padding" else "Pass `per_example_loss`"
     logger.warning(
         f"The loss of an example depends on {cause} of its batch, so each is scored in a batch of its own: exact, but "
         f"slower. {remedy} to avoid it."
     )
-    return dataclasses.replace(reading, depends_on_padding=True) if reading else Reading("single")
 
 
 def _losses_alone(
@@ -124,15 +136,15 @@ def _is_unlabelled(recordings: list[Recording]) -> bool:
     return all(float(call.normalisers.sum()) == 0 for one in recordings for call in one.calls)
 
 
-def _collate_both_ways(examples: list[Any], collate: Collate, seed: int) -> tuple[Batch, list[Batch]]:
-    def collated(rows: list[Any], shift: int = 0) -> Batch:
-        with forked_rng(seed + shift):
-            return collate([dict(row) if isinstance(row, Mapping) else row for row in rows])
+def _collated(examples: list[Any], collate: Collate, seed: int) -> tuple[Batch, bool]:
+    """The batch that a seed gives, and whether another seed gives another one."""
 
-    batch = collated(examples)
-    if _same(batch, collated(examples, shift=1)):
-        return batch, [collated([example]) for example in examples]
-    return batch, [slice_rows(batch, row, len(examples)) for row in range(len(examples))]
+    def collated(shift: int = 0) -> Batch:
+        with forked_rng(seed + shift):
+            return collate([dict(row) if isinstance(row, Mapping) else row for row in examples])
+
+    batch = collated()
+    return batch, not all(_same(batch, collated(shift)) for shift in range(1, _NUM_SEEDS))
 
 
 def _same(left: Batch, right: Batch) -> bool:

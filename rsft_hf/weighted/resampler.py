@@ -101,7 +101,8 @@ class LossResampler(Resampler):
 
     def draws_per_epoch(self) -> int:
         """Returns `num_draws`, or the size of the data set."""
-        return self.num_rows if self.num_draws is None else self.num_draws
+        self._bound()
+        return self.num_rows if self.num_draws is None else int(self.num_draws)
 
     def resample(self, epoch: int) -> torch.Tensor:
         """Returns the rows of the epoch: measured, weighted, drawn and broadcast. Collective."""
@@ -120,7 +121,7 @@ class LossResampler(Resampler):
         self._row_factors = None
         if self.importance_correction > 0 and not is_uniform:
             self._row_factors = correction_factors(weights, self.importance_correction)
-        self.history.append(epoch, source.ledger.losses, source.ledger.logit_margins, weights, indices)
+        self.history.append(epoch, source.ledger.losses, source.ledger.logit_margins, weights, indices, source.is_fresh)
         self._metrics = draw_metrics(weights, proposal, indices)
         if not bool(losses.isnan().all()):
             self._metrics["mean_loss"] = float(losses.nanmean())
@@ -131,6 +132,7 @@ class LossResampler(Resampler):
 
     def metrics(self) -> dict[str, float]:
         """Returns the figures of the current epoch, and the share of the time since the start spent resampling."""
+        self._bound()
         overhead = self._seconds / max(time.perf_counter() - self._began, 1e-9)
         return {f"resampling/{name}": value for name, value in {**self._metrics, "overhead_fraction": overhead}.items()}
 
@@ -168,6 +170,7 @@ class LossResampler(Resampler):
             "weighting": repr(self.weighting),
             "losses": self.losses,
             "history_epochs": self.history.epochs,
+            "history_is_fresh": self.history.is_fresh,
             "metrics": self._metrics,
         }
         if is_writer:
@@ -192,7 +195,7 @@ class LossResampler(Resampler):
         self.seed, self._metrics = numbers["seed"], numbers["metrics"]
         self._row_factors = tensors.get("row_factors")
         self._bound().load(numbers, tensors)
-        self.history.load(numbers["history_epochs"], tensors)
+        self.history.load(numbers["history_epochs"], numbers["history_is_fresh"], tensors)
 
     def _bound(self) -> LossSource:
         if self.source is None:

@@ -6,7 +6,7 @@ Measured statistics enter, weights leave. The rules for losses stand in `weights
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,6 +21,7 @@ class ExampleStatistics:
         confidences: Probability of the predicted class, shape (N,), in [0, 1].
         labels: Class of each example, shape (N,), int64.
         rows: Index of each example in the data set, shape (N,), int64.
+        num_rows: Number of rows of the whole data set, those without a loss included.
     """
 
     entropies: torch.Tensor | None = None
@@ -28,44 +29,44 @@ class ExampleStatistics:
     confidences: torch.Tensor | None = None
     labels: torch.Tensor | None = None
     rows: torch.Tensor | None = None
+    num_rows: int | None = None
 
 
 @dataclass(frozen=True)
 class Entropy:
-    """w = entropy of the prediction, nats: uncertainty instead of loss, so a wrong label cannot raise it."""
+    """w = entropy of the prediction, nats: the label plays no part, so a wrong one cannot raise the weight."""
 
     requires: ClassVar[frozenset[str]] = frozenset({"entropies"})
 
     def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
         """Returns the measured entropies; the scores are not used."""
-        return non_negative(read_statistic(statistics, "entropies", "Entropy"), "Entropy")
+        return non_negative(read_statistic(statistics, "entropies", "Entropy"), "Entropy", statistics)
 
 
 @dataclass(frozen=True)
 class Margin:
-    """w = 1 - (p_first - p_second): rows near the decision boundary are drawn most. Needs no label."""
+    """w = 1 - (p_first - p_second): rows near the decision boundary are drawn most, whatever their label."""
 
     requires: ClassVar[frozenset[str]] = frozenset({"margins"})
 
     def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
         """Returns one minus the measured margins, in [0, 1]; the scores are not used."""
-        return (1 - non_negative(read_statistic(statistics, "margins", "Margin"), "Margin")).clamp(min=0)
+        return (1 - non_negative(read_statistic(statistics, "margins", "Margin"), "Margin", statistics)).clamp(min=0)
 
 
 @dataclass(frozen=True)
 class LeastConfidence:
-    """w = 1 - p_first: rows whose best guess is least probable are drawn most. Needs no label."""
+    """w = 1 - p_first: the least certain rows are drawn most, whatever their label."""
 
     requires: ClassVar[frozenset[str]] = frozenset({"confidences"})
 
     def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
         """Returns one minus the measured confidences, in [0, 1]; the scores are not used."""
-        return (
-            1 - non_negative(read_statistic(statistics, "confidences", "LeastConfidence"), "LeastConfidence")
-        ).clamp(min=0)
+        confidences = read_statistic(statistics, "confidences", "LeastConfidence")
+        return (1 - non_negative(confidences, "LeastConfidence", statistics)).clamp(min=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Learnability:
     """w = max(0, L - L_reference): hard now, yet easy for a model that has learnt the task.
 
@@ -97,47 +98,70 @@ class Learnability:
             >>> rule(torch.tensor([3.0, 0.5]), ExampleStatistics(rows=torch.tensor([0, 1]))).tolist()
             [2.0, 0.0]
         """
+        scores = finite(scores, "Learnability", statistics)
         rows = read_statistic(statistics, "rows", "Learnability")
-        if int(rows.max()) >= len(self.reference_losses):
+        num_rows = None if statistics is None else statistics.num_rows
+        if int(rows.max()) >= len(self.reference_losses) or num_rows not in (None, len(self.reference_losses)):
             raise ValueError(
-                f"`reference_losses` has {len(self.reference_losses)} entries but the data set has a row "
-                f"{int(rows.max())}. Measure the reference model on the same data set."
+                f"`reference_losses` has {len(self.reference_losses)} entries but the data set has "
+                f"{num_rows or f'a row {int(rows.max())}'}. Measure the reference model on the same data set."
             )
-        difference = finite(scores, "Learnability") - self.reference_losses[rows]
-        return finite(difference, "Learnability (loss - reference loss)").clamp(min=0)
+        difference = scores - self.reference_losses[rows]
+        return finite(difference, "Learnability (loss - reference loss)", statistics).clamp(min=0)
 
 
-def finite(scores: torch.Tensor, rule: str) -> torch.Tensor:
+def finite(scores: torch.Tensor, rule: str, statistics: ExampleStatistics | None = None) -> torch.Tensor:
     """Returns the scores, float64 on the CPU; raises ValueError naming `rule` and the row of one not finite."""
-    return _checked(scores, rule, torch.isfinite, "finite")
+    return _checked(scores, rule, torch.isfinite, "finite", statistics)
 
 
-def non_negative(scores: torch.Tensor, rule: str) -> torch.Tensor:
+def non_negative(scores: torch.Tensor, rule: str, statistics: ExampleStatistics | None = None) -> torch.Tensor:
     """Returns what `finite` does, and raises for a negative score too."""
-    return _checked(scores, rule, lambda values: torch.isfinite(values) & (values >= 0), "finite and >= 0")
+    return _checked(scores, rule, lambda values: torch.isfinite(values) & (values >= 0), "finite and >= 0", statistics)
+
+
+def read_statistic(statistics: ExampleStatistics | None, name: str, rule: str) -> torch.Tensor:
+    """Returns the statistic of that name; raises ValueError naming `rule` if it was not measured."""
+    values = None if statistics is None else vars(statistics)[name]
+    if values is None:
+        raise ValueError(
+            f"{rule} needs the statistic `{name}`, which was not measured. Pass ExampleStatistics({name}=...)."
+        )
+    return values
+
+
+def check_rule(rule: Any, name: str) -> None:
+    """Raises TypeError if `rule`, called `name` in the message, is not an object that maps scores to weights."""
+    if isinstance(rule, type) or not callable(rule):
+        raise TypeError(f"{name} must be a rule such as Proportional() or Tempered(0.5), got {rule!r}.")
+    try:
+        requires = rule.requires
+    except AttributeError:
+        requires = None
+    if not isinstance(requires, frozenset):
+        raise TypeError(
+            f"{name}, {rule!r}, does not say which statistics it reads. Give its class an attribute "
+            "`requires: ClassVar[frozenset[str]] = frozenset()`."
+        )
 
 
 def _checked(
-    scores: torch.Tensor, rule: str, is_right: Callable[[torch.Tensor], torch.Tensor], what: str
+    scores: torch.Tensor,
+    rule: str,
+    is_right: Callable[[torch.Tensor], torch.Tensor],
+    what: str,
+    statistics: ExampleStatistics | None,
 ) -> torch.Tensor:
     scores = torch.as_tensor(scores).detach().to("cpu", torch.float64)
     if scores.ndim != 1 or len(scores) == 0:
         raise ValueError(f"{rule} takes scores of shape (N,) with N >= 1, got {tuple(scores.shape)}.")
     wrong = ~is_right(scores)
     if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
+        index = int(wrong.nonzero()[0])
+        rows = None if statistics is None else statistics.rows
+        place = f"index {index}" if rows is None else f"row {int(rows[index])}"
         raise ValueError(
-            f"{rule} needs scores that are {what}, got {float(scores[row])} at index {row} ({int(wrong.sum())} such "
+            f"{rule} needs scores that are {what}, got {float(scores[index])} at {place} ({int(wrong.sum())} such "
             "rows). Repair or remove the row; scores that may be negative go through Softmax first."
         )
     return scores
-
-
-def read_statistic(statistics: ExampleStatistics | None, name: str, rule: str) -> torch.Tensor:
-    """Returns the statistic of that name; raises ValueError naming `rule` if it was not measured."""
-    values = getattr(statistics, name) if statistics is not None else None
-    if values is None:
-        raise ValueError(
-            f"{rule} needs the statistic `{name}`, which was not measured. Pass ExampleStatistics({name}=...)."
-        )
-    return values

@@ -34,12 +34,14 @@ class LossSource:
     Attributes:
         ledger: The losses and margins, in data-set order.
         predictions: Prediction statistics of the last scoring pass, by name, each of shape (N,).
+        is_fresh: Whether something was measured since the losses were asked for last.
     """
 
     def __init__(self, options: "LossResampler", trainer: Trainer) -> None:
         self.options, self.trainer = options, trainer
         self.ledger = LossLedger(len(trainer.train_dataset), options.ema_decay)
         self.predictions: dict[str, torch.Tensor] = {}
+        self.is_fresh = False
         self._reading: Reading | None = None
         self._is_measured = False
 
@@ -55,6 +57,7 @@ class LossSource:
             Shape (N,), float64, NaN for a row without a label; a row that no step has read yet counts as an average
             one. All NaN if nothing is known.
         """
+        self.is_fresh = self.options.losses == "training"
         if self.options.losses == "training":
             self.ledger.merge(self.trainer.accelerator)
         if self._reading is None:
@@ -66,12 +69,16 @@ class LossSource:
                 per_example_loss=self.options.per_example_loss,
                 batch_size=self.options.batch_size,
                 statistics=self.options.weighting.requires,
-                **self._what_is_trained(seed),
+                model=self._trained_model(),
+                loader=self._training_loader(),
+                seed=seed,
             )
             self.ledger.replace(measurement.losses, measurement.logit_margins)
-            self.predictions, self._is_measured = measurement.predictions, True
-        losses = self.ledger.losses
-        return torch.where(losses.isnan() & ~self.ledger.is_unlabelled, losses.nanmean(), losses)
+            self.predictions, self._is_measured, self.is_fresh = measurement.predictions, True, True
+        losses, is_unlabelled = self.ledger.losses, self.ledger.is_unlabelled
+        if self.options.losses == "training" and self._reading.is_collator_random:
+            is_unlabelled = torch.zeros_like(is_unlabelled)  # hidden by chance, so not for good
+        return torch.where(losses.isnan() & ~is_unlabelled, losses.nanmean(), losses)
 
     @contextlib.contextmanager
     def observe(self, model: torch.nn.Module, rows: list[int], factors: torch.Tensor | None) -> Iterator[None]:
@@ -125,26 +132,23 @@ class LossSource:
         every_n_epochs = self.options.every_n_epochs
         if every_n_epochs is None:
             return False
-        return not self._is_measured or (epoch - self.options.warmup_epochs) % every_n_epochs == 0
+        missing = (self.options.weighting.requires & set(PREDICTION_STATISTICS)) - set(self.predictions)
+        return not self._is_measured or bool(missing) or (epoch - self.options.warmup_epochs) % every_n_epochs == 0
 
-    def _what_is_trained(self, seed: int) -> dict[str, Any]:
-        trainer = self.trainer
-        loader = trainer.callback_handler.train_dataloader or trainer.get_train_dataloader()
-        return {
-            # DeepSpeed alone computes through its wrapper; DDP's would only add communication.
-            "model": trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model,
-            "dataset": loader.dataset,
-            "collate": loader.collate_fn,
-            "seed": seed,
-        }
+    def _trained_model(self) -> torch.nn.Module:
+        # DeepSpeed alone computes through its wrapper; DDP's would only add communication.
+        return self.trainer.model_wrapped if self.trainer.is_deepspeed_enabled else self.trainer.model
+
+    def _training_loader(self) -> Any:
+        return self.trainer.callback_handler.train_dataloader or self.trainer.get_train_dataloader()
 
     def _found_reading(self, seed: int) -> Reading:
         """Looks at a few rows before the first step, whatever the source, so that what cannot work fails there."""
         if self.options.per_example_loss is not None:
             reading = Reading("given")
         else:
-            trained = self._what_is_trained(seed)
-            with forked_rng(seed), untouched(self.trainer), in_evaluation_mode(trained["model"]):
-                reading = find_reading(self.trainer, **trained)
+            model, loader = self._trained_model(), self._training_loader()
+            with forked_rng(seed), untouched(self.trainer), in_evaluation_mode(model):
+                reading = find_reading(self.trainer, model, loader.dataset, loader.collate_fn, seed)
         check_reading(reading, self.options.losses, self.options.importance_correction)
         return reading

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from transformers import Trainer
 from transformers.utils import logging
@@ -36,23 +37,23 @@ def target_weights(
     rows = (~losses.isnan()).nonzero().squeeze(1)
     if len(rows) == 0:
         raise ValueError("No row of the training set has a loss: all labels are missing or ignored (-100).")
-    statistics = ExampleStatistics(
-        **{name: values[rows] for name, values in predictions.items()},
-        labels=None if labels is None else labels[rows],
-        rows=rows,
-    )
-    scored = _checked(weighting, weighting(losses[rows], statistics), rows)
+    scored = _weights_of(weighting, losses, rows, predictions, labels)
     if not bool(scored.any()):
-        logger.info(f"{weighting!r} gives all {len(rows)} rows weight 0 (every loss is 0): drawing uniformly.")
+        logger.info(f"{weighting!r} gives all {len(rows)} rows weight 0: drawing uniformly.")
         scored = torch.ones_like(scored)
     return torch.zeros_like(losses).index_copy_(0, rows, scored)
 
 
 def try_weighting(weighting: Weighting, num_rows: int, labels: torch.Tensor | None) -> None:
-    """Calls the rule on made-up losses, so that one that returns nonsense is found before the first step."""
+    """Calls the rule on made-up losses, so that one that returns nonsense is found before the first step.
+
+    A rule that reads `rows` knows something of each row that made-up losses may contradict, and is not tried.
+    """
+    if "rows" in weighting.requires:
+        return
     losses = torch.linspace(0.5, 1.5, num_rows, dtype=torch.float64)
     predictions = {name: torch.linspace(0.25, 0.75, num_rows, dtype=torch.float64) for name in PREDICTION_STATISTICS}
-    target_weights(weighting, losses, predictions, labels)
+    _weights_of(weighting, losses, torch.arange(num_rows), predictions, labels)
 
 
 def class_labels(trainer: Trainer, dataset: Any) -> torch.Tensor:
@@ -69,14 +70,16 @@ def class_labels(trainer: Trainer, dataset: Any) -> torch.Tensor:
             f"ClassBalanced needs a column with the class of each row: none of {names} is in {columns}. Rename the "
             "column or name it in `TrainingArguments.label_names`."
         )
-    values = dataset[name] if isinstance(dataset, datasets.Dataset) else [row[name] for row in dataset]
-    labels = torch.tensor([-100 if value is None else value for value in values])
-    if labels.ndim != 1 or labels.is_floating_point():
+    is_table = isinstance(dataset, datasets.Dataset)
+    values = list(dataset[name]) if is_table else [dataset[row][name] for row in range(len(dataset))]
+    classes = [_as_class(value) for value in values]
+    if None in classes:
+        row = classes.index(None)
         raise ValueError(
-            f"ClassBalanced needs one integer class per row, but column {name!r} holds {labels.dtype} of shape "
-            f"{tuple(labels.shape)}. Use a rule without classes."
+            f"ClassBalanced needs one integer class per row, but column {name!r} holds {values[row]!r} in row {row}. "
+            "Use a rule without classes."
         )
-    return labels
+    return torch.tensor(classes)
 
 
 def draw_metrics(weights: torch.Tensor, proposal: torch.Tensor | None, indices: torch.Tensor) -> dict[str, float]:
@@ -124,6 +127,31 @@ def correction_factors(weights: torch.Tensor, exponent: float) -> torch.Tensor:
     num_drawable = int((weights > 0).sum())
     relative = num_drawable * weights / weights.sum()
     return torch.where(weights > 0, relative.clamp(min=1e-300) ** -exponent, 0.0).float()
+
+
+def _as_class(value: Any) -> int | None:
+    """The class as an integer, -100 where there is none, None where it is something else."""
+    if value is None:
+        return -100
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and np.ndim(value) == 0:
+        value = value.item()
+    return int(value) if isinstance(value, (int, bool)) else None
+
+
+def _weights_of(
+    weighting: Weighting,
+    losses: torch.Tensor,
+    rows: torch.Tensor,
+    predictions: Mapping[str, torch.Tensor],
+    labels: torch.Tensor | None,
+) -> torch.Tensor:
+    statistics = ExampleStatistics(
+        **{name: values[rows] for name, values in predictions.items()},
+        labels=None if labels is None else labels[rows],
+        rows=rows,
+        num_rows=len(losses),
+    )
+    return _checked(weighting, weighting(losses[rows], statistics), rows)
 
 
 def _checked(weighting: Weighting, weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -5,12 +5,13 @@ rule and the previous rule's weights for the next one in a `Chain`; `statistics`
 see only the rows that can be scored; how a loss is measured, and what is done with the weights, is not known here.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 
-from rsft_hf.weighted.scores import ExampleStatistics, finite, non_negative, read_statistic
+from rsft_hf.weighted.scores import ExampleStatistics, check_rule, finite, non_negative, read_statistic
 
 
 class Weighting(Protocol):
@@ -39,7 +40,7 @@ class Proportional:
             >>> Proportional()(torch.tensor([1.0, 3.0])).tolist()
             [1.0, 3.0]
         """
-        return non_negative(scores, "Proportional")
+        return non_negative(scores, "Proportional", statistics)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Tempered:
             >>> Tempered(0.5)(torch.tensor([1.0, 4.0])).tolist()  # (1/4)^.5, (4/4)^.5
             [0.5, 1.0]
         """
-        scores = non_negative(scores, "Tempered")
+        scores = non_negative(scores, "Tempered", statistics)
         # Relative to the largest, so that no power overflows; a common factor changes no draw.
         return (scores / scores.max().clamp(min=torch.finfo(torch.float64).tiny)) ** self.alpha
 
@@ -89,7 +90,8 @@ class Softmax:
             >>> Softmax(1.0)(torch.tensor([5.0, 5.0])).tolist()
             [0.5, 0.5]
         """
-        return torch.softmax(finite(scores, "Softmax") / self.temperature, dim=0)
+        scores = finite(scores, "Softmax", statistics)
+        return torch.softmax((scores - scores.max()) / self.temperature, dim=0)
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,8 @@ class Clipped:
             >>> Clipped(0.5)(torch.tensor([1.0, 2.0, 9.0])).tolist()
             [1.0, 2.0, 2.0]
         """
-        scores = non_negative(scores, "Clipped")
-        return scores.clamp(max=_order_statistic(scores, int(self.quantile * (len(scores) - 1))))
+        scores = non_negative(scores, "Clipped", statistics)
+        return scores.clamp(max=_order_statistic(scores, _floor(self.quantile * (len(scores) - 1))))
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,8 @@ class DropTop:
             >>> DropTop(0.34)(torch.tensor([1.0, 9.0, 2.0])).tolist()  # floor(.34 * 3) = 1 row
             [1.0, 0.0, 2.0]
         """
-        scores = non_negative(scores, "DropTop")
-        num_dropped = int(self.fraction * len(scores))
+        scores = non_negative(scores, "DropTop", statistics)
+        num_dropped = _floor(self.fraction * len(scores))
         highest_kept = _order_statistic(scores, len(scores) - num_dropped - 1)
         return torch.where(scores > highest_kept, 0.0, scores)
 
@@ -165,8 +167,9 @@ class Floored:
             >>> Floored(0.5)(torch.tensor([0.0, 2.0])).tolist()  # .5 * (0, 1) + .5 * (1/2, 1/2)
             [0.25, 0.75]
         """
-        scores = non_negative(scores, "Floored")
+        scores = non_negative(scores, "Floored", statistics)
         uniform = torch.full_like(scores, 1 / len(scores))
+        scores = scores / scores.max().clamp(min=torch.finfo(torch.float64).tiny)  # so that no sum overflows
         total = scores.sum()
         return (1 - self.fraction) * (scores / total if total > 0 else uniform) + self.fraction * uniform
 
@@ -185,7 +188,7 @@ class ClassBalanced:
             >>> ClassBalanced()(torch.tensor([1.0, 3.0, 7.0]), ExampleStatistics(labels=labels)).tolist()
             [0.25, 0.75, 1.0]
         """
-        scores = non_negative(scores, "ClassBalanced")
+        scores = non_negative(scores, "ClassBalanced", statistics)
         labels = read_statistic(statistics, "labels", "ClassBalanced")
         _, classes, sizes = labels.unique(return_inverse=True, return_counts=True)
         totals = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, classes, scores)
@@ -197,6 +200,7 @@ class Chain:
     """Applies several rules in turn, each to the weights of the one before.
 
     Raises:
+        TypeError: If one of them is not a rule.
         ValueError: If no rule is given.
     """
 
@@ -205,6 +209,8 @@ class Chain:
     def __init__(self, *rules: Weighting) -> None:
         if not rules:
             raise ValueError("Chain() needs at least one rule, such as Chain(DropTop(0.05), Floored(0.2)).")
+        for rule in rules:
+            check_rule(rule, "a rule of Chain()")
         object.__setattr__(self, "rules", rules)
 
     @property
@@ -222,6 +228,10 @@ class Chain:
         for rule in self.rules:
             scores = rule(scores, statistics)
         return scores
+
+
+def _floor(product: float) -> int:
+    return math.floor(product + 1e-9)  # 0.29 * 100 is 28.999...
 
 
 def _order_statistic(scores: torch.Tensor, position: int) -> torch.Tensor:
