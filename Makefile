@@ -8,6 +8,8 @@ STAMP := $(VENV)/.installed
 # No model or data set is fetched: what needs the hub says so at once instead of waiting for it.
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Models this small gain nothing from a second thread, and wait long for one that another program holds.
+export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format bench-overhead bench-drawing clean

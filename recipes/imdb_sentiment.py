@@ -3,7 +3,9 @@
     python recipes/imdb_sentiment.py                          # stanfordnlp/imdb, BERT base, three seeds: wants a GPU
     python recipes/imdb_sentiment.py --dataset builtin        # no download
 
-HEADER
+The second line needs no download, no GPU and about three minutes on two CPU cores; it is what `make demo` runs. Every
+option of TrainingArguments is an option here; `--config my.yaml` reads them from a file, the command line wins. The
+numbers of real runs, with their commands, stand in the README.
 """
 
 import copy
@@ -84,8 +86,11 @@ class SentimentTrainingArguments(TrainingArguments):
 
 
 BUILTIN_TRAINING = {"learning_rate": 5e-4, "num_train_epochs": 10.0, "per_device_train_batch_size": 32}
+# A model that knows nothing yet errs on one class at a time, and w = L then swings from class to class: a uniform start
+# and the softer rule prevent it. Chosen on rows held out of train.
+BUILTIN_DATA = {"group_column": "phenomenon", "seeds": [1], "weighting": "tempered:0.5", "warmup_epochs": 3}
 PRESETS = (
-    Preset("dataset", "builtin", {"model_name_or_path": "builtin", "group_column": "phenomenon", "seeds": [1]}),
+    Preset("dataset", "builtin", BUILTIN_DATA | {"model_name_or_path": "builtin"}),
     Preset("model_name_or_path", "builtin", BUILTIN_TRAINING | {"per_device_eval_batch_size": 128}),
 )
 
