@@ -101,14 +101,10 @@ class ProgressLine(TrainerCallback):
     """Prints one short line for each evaluation, in place of everything that is logged."""
 
     def __init__(self, name: str, metric: str) -> None:
-        self.name, self.metric, self.acceptance = name, metric, ""
+        self.name, self.metric = name, metric
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Keeps the acceptance rate of the epoch for the next line, and prints it with the metric."""
-        if not state.is_world_process_zero:
-            return
-        if f"{PREFIX}acceptance_rate" in logs:
-            self.acceptance = f", acceptance rate {logs[f'{PREFIX}acceptance_rate']:.3f}"
-        if f"eval_{self.metric}" in logs:
-            value = logs[f"eval_{self.metric}"]
-            print(f"{self.name}: epoch {state.epoch:.2f}, {self.metric} {value:.3f}{self.acceptance}", flush=True)
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        """Prints the epoch and the metric."""
+        if state.is_world_process_zero:
+            value = metrics[f"eval_{self.metric}"]
+            print(f"{self.name}: epoch {state.epoch:.2f}, {self.metric} {value:.3f}", flush=True)
