@@ -49,13 +49,19 @@ class EpochClock:
     batches: list[list[int]] = field(default_factory=list)
 
 
-def run_facts(trainer: Trainer, num_draws: int) -> dict[str, Any]:
-    """Returns what must be equal for a run to go on exactly: data, draws, batch, accumulation and processes."""
+def run_facts(trainer: Trainer, num_draws: int, batch_size: int | None = None) -> dict[str, Any]:
+    """Returns what must be equal for a run to go on exactly: data, draws, batch, accumulation and processes.
+
+    Args:
+        trainer: Whose run it is.
+        num_draws: Rows per epoch.
+        batch_size: Rows per micro-batch and process, if one found by trial is about to replace the trainer's.
+    """
     return {
         "rows of the training set": len(trainer.train_dataset),
         "draws per epoch": num_draws,
         "processes": trainer.args.world_size,
-        "rows per micro-batch and process": trainer._train_batch_size,
+        "rows per micro-batch and process": batch_size or trainer._train_batch_size,
         "gradient accumulation steps": trainer.args.gradient_accumulation_steps,
         "train_sampling_strategy": str(trainer.args.train_sampling_strategy),
         "fingerprint of the training set": dataset_fingerprint(trainer.train_dataset),

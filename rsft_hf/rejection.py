@@ -183,8 +183,8 @@ def check_proposal(proposal: torch.Tensor) -> torch.Tensor:
     if not bool((proposal > 0).all()):
         row = int((proposal <= 0).nonzero()[0])
         raise ValueError(
-            f"`proposal` is 0 at index {row} (or too small beside the largest), a row that could never be proposed. "
-            "Every entry must be > 0; to leave a row out, give it weight 0."
+            f"`proposal` is 0 at index {row}, a row that could never be proposed (or its entry is too small beside the "
+            "largest). Every entry must be > 0; to leave a row out, give it weight 0."
         )
     return proposal
 

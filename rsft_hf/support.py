@@ -5,6 +5,7 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate import Accelerator
 from transformers import TrainingArguments
 
 
@@ -36,12 +37,19 @@ def refuse_dataset(dataset: Any) -> None:
         raise ValueError("`train_dataset` has no rows. Check the split name and the filters applied to it.")
 
 
-def refuse_setting(args: TrainingArguments) -> None:
+def refuse_setting(args: TrainingArguments, accelerator: Accelerator) -> None:
     """Raises if the training arguments leave the order of the rows to something other than the sampler.
 
     Raises:
-        ValueError: For `dispatch_batches`, torch.nn.DataParallel and `train_sampling_strategy="batch_rebalance"`.
+        ValueError: For `dispatch_batches`, torch.nn.DataParallel, `train_sampling_strategy="batch_rebalance"`, and
+            tensor, context or sequence parallelism.
     """
+    parallel = accelerator.parallelism_config
+    if parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled):
+        raise ValueError(
+            "Tensor, context and sequence parallelism spread one row over several processes, which score and count "
+            "rows each for itself here. Use data parallelism (DDP, FSDP, ZeRO)."
+        )
     if args.accelerator_config.dispatch_batches:
         raise ValueError(
             "`dispatch_batches=True` lets the main process read every batch, so that no process knows which rows it "

@@ -55,12 +55,13 @@ class RejectionSamplingMixin(_Base):
         self.resampler = LossResampler() if resampler is None else resampler
         refuse_dataset(kwargs.get("train_dataset"))  # before Trainer complains of max_steps
         super().__init__(*args, **kwargs)
-        refuse_setting(self.args)
+        refuse_setting(self.args, self.accelerator)
         refuse_dataset(self.train_dataset)
         self._sampler: EpochSampler | None = None
         self._train_loader: DataLoader[Any] | None = None
         self._clock = EpochClock()
         self._step_model: torch.nn.Module | None = None
+        self._num_observed = 0
         self.add_callback(ResampleCallback(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -109,18 +110,26 @@ class RejectionSamplingMixin(_Base):
 
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Takes the trainer's own step, while the resampler may observe its loss."""
-        self._step_model = model
+        self._step_model, self._num_observed = model, 0
         try:
-            return super().training_step(model, *args, **kwargs)
+            loss = super().training_step(model, *args, **kwargs)
         finally:
             self._step_model = None
-            self._clock.num_steps_done += 1
+        if self.resampler.observes_rows and self._num_observed != 1:
+            raise RuntimeError(
+                f"The resampler observes the loss of each training step once, but saw it {self._num_observed} times: "
+                "a `training_step` of this trainer's own computes it outside of `compute_loss_context_manager()`. "
+                'Compute it inside, or use LossResampler(losses="forward", importance_correction=0).'
+            )
+        self._clock.num_steps_done += 1
+        return loss
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Surrounds the training loss with the resampler's observation, whoever overrides `compute_loss`."""
         stack = contextlib.ExitStack()
         stack.enter_context(super().compute_loss_context_manager())
         if self._step_model is not None and self.resampler.observes_rows:
+            self._num_observed += 1
             rows = self._clock.batches[self._clock.num_steps_done]
             stack.enter_context(self.resampler.observe_loss(self._step_model, rows))
         return stack
@@ -145,7 +154,7 @@ class RejectionSamplingMixin(_Base):
         self.train_dataset = self.resampler.bind(self)
         if resume_from_checkpoint is not None:
             directory = Path(resume_from_checkpoint) / STATE_DIRECTORY
-            self._clock = load_clock(directory, run_facts(self, self.resampler.draws_per_epoch()))
+            self._clock = load_clock(directory, run_facts(self, self.resampler.draws_per_epoch(), batch_size))
             self.resampler.load(directory)
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
 

@@ -195,16 +195,16 @@ def test_suspects_finds_the_planted_rows_worst_first():
 
 def test_history_goes_on_from_its_state(tmp_path):
     history = history_of([[1.0, NAN], [0.5, 2.0]], [[0, 0, 1], [1, 1, 1]])
-    save_state(tmp_path, "history", {"epochs": history.epochs, "is_fresh": history.is_fresh}, history.state())
+    save_state(tmp_path, "history", {"epochs": history.epochs}, history.state())
     numbers, tensors = load_state(tmp_path, "history")
     resumed = EpochHistory()
-    resumed.load(numbers["epochs"], numbers["is_fresh"], tensors)
+    resumed.load(numbers["epochs"], tensors)
     for one in (history, resumed):
         one.append(2, torch.zeros(2), torch.zeros(2), torch.ones(2), torch.tensor([0]))
     assert str(resumed.table().to_dict()) == str(history.table().to_dict())
     assert resumed.table()["epoch"][:] == [0, 0, 1, 1, 2, 2]
     empty = EpochHistory()
-    empty.load([], [], {})
+    empty.load([], {})
     assert empty.state() == {}
 
 

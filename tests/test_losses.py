@@ -9,7 +9,14 @@ import torch.nn.functional as F
 import transformers as hf
 
 import zoo
-from rsft_hf import LossResampler, NotPerExampleError, RejectionSamplingTrainer, Tempered, measure_losses
+from rsft_hf import (
+    LossResampler,
+    NotPerExampleError,
+    RejectionSamplingMixin,
+    RejectionSamplingTrainer,
+    Tempered,
+    measure_losses,
+)
 
 CASES = {case.name: case for case in zoo.CASES}
 READABLE = [name for name, case in CASES.items() if not case.is_in_batch]
@@ -171,21 +178,6 @@ def test_out_of_memory_halves_the_batch(tmp_path: Path, caplog: pytest.LogCaptur
     ]
 
 
-def test_importance_correction_makes_the_gradient_unbiased() -> None:
-    """The corrected loss of a batch is the mean of c_i L_i: worked by hand on two rows with c = (2, 2/3)."""
-    from rsft_hf.weighted.criterion import CriterionCapture
-
-    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
-    labels = torch.tensor([0, 0])
-    single = F.cross_entropy(logits, labels, reduction="none")  # (ln(1 + 1/e), ln(1 + e)) = (.3133, 1.3133)
-    with CriterionCapture(2, torch.tensor([2.0, 2.0 / 3.0])):
-        loss = F.cross_entropy(logits, labels)
-    assert loss.item() == pytest.approx((2 * 0.3132617 + 2 / 3 * 1.3132617) / 2)
-    (gradient,) = torch.autograd.grad(loss, logits)
-    expected = torch.autograd.grad((single * torch.tensor([2.0, 2.0 / 3.0])).mean(), logits)[0]
-    torch.testing.assert_close(gradient, expected)
-
-
 def test_full_correction_leaves_equal_weights_alone(tmp_path: Path) -> None:
     """Equal weights give c_i = 1: the corrected run is the uncorrected one, up to the order of a sum."""
     one = runs.trained(
@@ -195,3 +187,41 @@ def test_full_correction_leaves_equal_weights_alone(tmp_path: Path) -> None:
     )
     other = runs.trained(hf.Trainer, tmp_path)
     assert runs.largest_difference(one, other) < 1e-4
+
+
+def test_correction_refuses_a_loss_divided_by_tokens_elsewhere(tmp_path: Path) -> None:
+    trainer = CASES["llama_lm"].trainer(
+        tmp_path, RejectionSamplingTrainer, resampler=LossResampler(importance_correction=1.0)
+    )
+    with pytest.raises(RuntimeError, match="divided by their number elsewhere"):
+        trainer.train()
+
+
+def test_a_training_step_that_hides_its_loss_is_named(tmp_path: Path) -> None:
+    class Old(hf.Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss.backward()
+            return loss.detach()
+
+    class New(RejectionSamplingMixin, Old):
+        pass
+
+    with pytest.raises(RuntimeError, match="saw it 0 times"):
+        runs.trained(New, tmp_path, resampler=LossResampler(losses="training"))
+
+
+def test_a_term_that_appears_later_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A penalty on the distance from the start is zero before the first step, and a term of the batch after it."""
+
+    class Anchored(hf.BertForSequenceClassification):
+        def forward(self, input_ids, attention_mask, labels):
+            outputs = super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+            outputs["loss"] = outputs["loss"] + 10 * (self.classifier.weight - self.start).pow(2).sum()
+            return outputs
+
+    model = Anchored(runs.bert().config)
+    model.start = model.classifier.weight.detach().clone()
+    trainer = runs.trained(RejectionSamplingTrainer, tmp_path, model=model)
+    assert trainer.resampler.source._reading.kind == "single"
+    assert sum("a term of the loss appeared" in record.message for record in caplog.records) == 1

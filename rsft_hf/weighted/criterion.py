@@ -81,7 +81,20 @@ class CriterionCapture(TorchFunctionMode):
         losses = losses * factors.reshape(losses.shape)
         if reduction == "none":
             return losses
-        return losses.sum() if reduction == "sum" else losses.sum() / self.calls[-1].normalisers.sum().to(losses)
+        normalisers = self.calls[-1].normalisers.to(losses)
+        rows = normalisers.reshape(self.num_rows, -1).sum(1)
+        is_even = bool((rows == rows[0]).all())
+        if reduction == "mean":
+            # Rows that count alike: the mean of c L is unbiased. Others (tokens, class weights): numerator and
+            # denominator each estimate the uniform epoch's sum, and so does their ratio, up to O(1/batch).
+            return losses.sum() / (normalisers if is_even else normalisers * factors).sum()
+        if not is_even:
+            raise RuntimeError(
+                "`importance_correction` cannot correct a loss that is summed over tokens and divided by their number "
+                "elsewhere (`num_items_in_batch`): rows of different length would be weighed wrongly. Set "
+                "importance_correction=0."
+            )
+        return losses.sum()
 
     def _keep(self, losses: torch.Tensor, normalisers: torch.Tensor, **extra: Any) -> None:
         losses = losses.detach().float().flatten()
@@ -118,7 +131,7 @@ class CriterionCapture(TorchFunctionMode):
             losses,
             normalisers,
             num_classes=input.shape[-1 if input.ndim == 1 else 1],
-            margins=self._margins(input, target),
+            margins=self._margins(input, target, ignore_index),
         )
         return loss
 
@@ -153,13 +166,14 @@ class CriterionCapture(TorchFunctionMode):
         self._keep(losses, losses.new_ones(()))
         return F.ctc_loss(*args, **kwargs)
 
-    def _margins(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
+    def _margins(self, logits: torch.Tensor, target: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
         if logits.ndim != 2 or target.is_floating_point() or len(target) != self.num_rows:
             return None
         if not 2 <= logits.shape[1] <= _MAX_MARGIN_CLASSES:
             return None
         with torch.no_grad():
-            labels = target.clamp(min=0).unsqueeze(1)
+            # Question answering ignores the index one beyond the last class.
+            labels = target.masked_fill(target.eq(ignore_index), 0).unsqueeze(1)
             label_logits = logits.gather(1, labels).squeeze(1)
             return (label_logits - logits.scatter(1, labels, float("-inf")).amax(1)).float()
 
@@ -182,7 +196,7 @@ def _class_normalisers(target: torch.Tensor, weight: torch.Tensor | None, ignore
     is_labelled = target.ne(ignore_index).flatten()
     if weight is None:
         return is_labelled
-    return torch.where(is_labelled, weight[target.flatten().clamp(min=0)], 0.0)
+    return torch.where(is_labelled, weight[target.flatten().masked_fill(~is_labelled, 0)], 0.0)
 
 
 def _ctc_lengths(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

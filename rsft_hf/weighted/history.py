@@ -7,14 +7,15 @@ import datasets
 import numpy as np
 import torch
 
+_TABLE_COLUMNS = ("loss", "margin", "weight", "count")
+
 
 class EpochHistory:
     """Losses, margins, weights and counts of every epoch, in single precision."""
 
     def __init__(self) -> None:
         self.epochs: list[int] = []
-        self.is_fresh: list[bool] = []
-        self._columns: dict[str, list[torch.Tensor]] = {"loss": [], "margin": [], "weight": [], "count": []}
+        self._columns: dict[str, list[torch.Tensor]] = {name: [] for name in (*_TABLE_COLUMNS, "is_fresh")}
 
     def append(
         self,
@@ -23,7 +24,7 @@ class EpochHistory:
         margins: torch.Tensor,
         weights: torch.Tensor,
         indices: torch.Tensor,
-        is_fresh: bool = True,
+        is_fresh: torch.Tensor | None = None,
     ) -> None:
         """Notes an epoch.
 
@@ -33,7 +34,8 @@ class EpochHistory:
             margins: Shape (N,), NaN where there is none.
             weights: Shape (N,).
             indices: The rows drawn, shape (num_draws,).
-            is_fresh: Whether the losses were measured since the epoch before; `suspects` counts only such epochs.
+            is_fresh: Whether a row's loss was measured since the epoch before, shape (N,), bool; all where None.
+                `suspects` counts only those, as a stale loss rises over the others by standing still.
         """
         counts = torch.bincount(indices, minlength=len(weights))
         for values, column in zip(
@@ -42,7 +44,7 @@ class EpochHistory:
             self._columns[column].append(values.float())
         self._columns["count"].append(counts.int())
         self.epochs.append(epoch)
-        self.is_fresh.append(is_fresh)
+        self._columns["is_fresh"].append(torch.ones_like(counts, dtype=torch.bool) if is_fresh is None else is_fresh)
 
     def table(self) -> datasets.Dataset:
         """Returns one line per epoch and row: `epoch`, `row`, `loss`, `margin`, `weight` (sums to 1), `count`."""
@@ -53,7 +55,7 @@ class EpochHistory:
             "epoch": np.repeat(np.array(self.epochs, dtype=np.int64), num_rows),
             "row": np.tile(np.arange(num_rows, dtype=np.int64), len(self.epochs)),
         }
-        columns |= {name: torch.cat(values).numpy() for name, values in self._columns.items()}
+        columns |= {name: torch.cat(self._columns[name]).numpy() for name in _TABLE_COLUMNS}
         return datasets.Dataset.from_dict(columns)
 
     def suspects(self, num_suspects: int) -> datasets.Dataset:
@@ -75,14 +77,14 @@ class EpochHistory:
         """
         if num_suspects < 1:
             raise ValueError(f"`num_suspects`={num_suspects} must be at least 1.")
-        measured = [
-            number
-            for number, losses in enumerate(self._columns["loss"])
-            if self.is_fresh[number] and bool(losses.isfinite().any())
+        fresh = [
+            torch.where(is_fresh, losses, float("nan"))
+            for losses, is_fresh in zip(self._columns["loss"], self._columns["is_fresh"], strict=True)
         ]
+        measured = [number for number, losses in enumerate(fresh) if bool(losses.isfinite().any())]
         if not measured:
             raise RuntimeError("No epoch has been measured yet. Call `suspects()` after a resampled epoch.")
-        losses = torch.stack([self._columns["loss"][number] for number in measured])
+        losses = torch.stack([fresh[number] for number in measured])
         margins = torch.stack([self._columns["margin"][number] for number in measured])
         excess = (losses - losses.nanmedian(dim=1, keepdim=True).values).nanmean(dim=0)
         excess = torch.where(excess.isnan(), float("-inf"), excess)
@@ -103,8 +105,8 @@ class EpochHistory:
             return {}
         return {f"history_{name}": torch.stack(values) for name, values in self._columns.items()}
 
-    def load(self, epochs: list[int], is_fresh: list[bool], state: dict[str, torch.Tensor]) -> None:
-        """Takes up the attributes of another history and the columns that its `state` returned."""
-        self.epochs, self.is_fresh = list(epochs), list(is_fresh)
+    def load(self, epochs: list[int], state: dict[str, torch.Tensor]) -> None:
+        """Takes up the epochs of another history and the columns that its `state` returned."""
+        self.epochs = list(epochs)
         for name in self._columns:
             self._columns[name] = list(state[f"history_{name}"].unbind(0)) if epochs else []

@@ -99,7 +99,7 @@ def _losses_alone(
 
 
 def _first_that_agrees(recording: Recording, expected: torch.Tensor, width: int, is_half: bool) -> Reading | None:
-    relative, absolute = (3e-2, 1e-2) if is_half else (1e-4, 1e-5)
+    relative, absolute = (3e-2, 1e-3) if is_half else (1e-4, 1e-5)
     candidates = [
         Reading("criterion", is_mean, is_averaged) for is_averaged in (False, True) for is_mean in (True, False)
     ]

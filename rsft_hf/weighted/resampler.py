@@ -45,7 +45,8 @@ class LossResampler(Resampler):
         warmup_epochs: Epochs at the start that read the data set uniformly, at least 0.
         uniform_final_epochs: Epochs at the end that do, at least 0 (InfoBatch, arXiv:2303.04947, ends so).
         importance_correction: Exponent b in [0, 1] of the factor (1 / (N p_i)) ** b on each row's loss; at 1 the
-            gradient is unbiased.
+            gradient is unbiased where every row has one label; where a batch averages over tokens or class
+            weights it is so up to O(1/batch), and a loss divided by `num_items_in_batch` is refused.
         per_example_loss: Called as `per_example_loss(outputs, labels)`, returns shape (B,); for models whose losses
             cannot be read otherwise.
         ema_decay: Weight of a row's old loss when a new one comes, in [0, 1); 0 keeps the last.
@@ -121,7 +122,9 @@ class LossResampler(Resampler):
         self._row_factors = None
         if self.importance_correction > 0 and not is_uniform:
             self._row_factors = correction_factors(weights, self.importance_correction)
-        self.history.append(epoch, source.ledger.losses, source.ledger.logit_margins, weights, indices, source.is_fresh)
+        self.history.append(
+            epoch, source.ledger.losses, source.ledger.logit_margins, weights, indices, source.ledger.is_fresh
+        )
         self._metrics = draw_metrics(weights, proposal, indices)
         if not bool(losses.isnan().all()):
             self._metrics["mean_loss"] = float(losses.nanmean())
@@ -170,7 +173,6 @@ class LossResampler(Resampler):
             "weighting": repr(self.weighting),
             "losses": self.losses,
             "history_epochs": self.history.epochs,
-            "history_is_fresh": self.history.is_fresh,
             "metrics": self._metrics,
         }
         if is_writer:
@@ -195,7 +197,7 @@ class LossResampler(Resampler):
         self.seed, self._metrics = numbers["seed"], numbers["metrics"]
         self._row_factors = tensors.get("row_factors")
         self._bound().load(numbers, tensors)
-        self.history.load(numbers["history_epochs"], numbers["history_is_fresh"], tensors)
+        self.history.load(numbers["history_epochs"], tensors)
 
     def _bound(self) -> LossSource:
         if self.source is None:

@@ -9,7 +9,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import Trainer
+from transformers.utils import logging
 
 from rsft_hf.distributed import forked_rng
 from rsft_hf.weighted.ledger import LossLedger
@@ -23,6 +25,8 @@ from rsft_hf.weighted.undisturbed import in_evaluation_mode, untouched
 if TYPE_CHECKING:
     from rsft_hf.weighted.resampler import LossResampler
 
+logger = logging.get_logger(__name__)
+
 
 class LossSource:
     """Keeps the losses of one run.
@@ -34,14 +38,12 @@ class LossSource:
     Attributes:
         ledger: The losses and margins, in data-set order.
         predictions: Prediction statistics of the last scoring pass, by name, each of shape (N,).
-        is_fresh: Whether something was measured since the losses were asked for last.
     """
 
     def __init__(self, options: "LossResampler", trainer: Trainer) -> None:
         self.options, self.trainer = options, trainer
         self.ledger = LossLedger(len(trainer.train_dataset), options.ema_decay)
         self.predictions: dict[str, torch.Tensor] = {}
-        self.is_fresh = False
         self._reading: Reading | None = None
         self._is_measured = False
 
@@ -57,11 +59,9 @@ class LossSource:
             Shape (N,), float64, NaN for a row without a label; a row that no step has read yet counts as an average
             one. All NaN if nothing is known.
         """
-        self.is_fresh = self.options.losses == "training"
         if self.options.losses == "training":
             self.ledger.merge(self.trainer.accelerator)
-        if self._reading is None:
-            self._reading = self._found_reading(seed)
+        self._find_reading(seed)
         if may_measure and self._is_due(epoch):
             measurement = measure_losses(
                 self.trainer,
@@ -74,9 +74,9 @@ class LossSource:
                 seed=seed,
             )
             self.ledger.replace(measurement.losses, measurement.logit_margins)
-            self.predictions, self._is_measured, self.is_fresh = measurement.predictions, True, True
+            self.predictions, self._is_measured = measurement.predictions, True
         losses, is_unlabelled = self.ledger.losses, self.ledger.is_unlabelled
-        if self.options.losses == "training" and self._reading.is_collator_random:
+        if self._reading is not None and self._reading.is_collator_random:
             is_unlabelled = torch.zeros_like(is_unlabelled)  # hidden by chance, so not for good
         return torch.where(losses.isnan() & ~is_unlabelled, losses.nanmean(), losses)
 
@@ -142,13 +142,24 @@ class LossSource:
     def _training_loader(self) -> Any:
         return self.trainer.callback_handler.train_dataloader or self.trainer.get_train_dataloader()
 
-    def _found_reading(self, seed: int) -> Reading:
-        """Looks at a few rows before the first step, whatever the source, so that what cannot work fails there."""
+    def _find_reading(self, seed: int) -> None:
+        """Looks at a few rows before every epoch, so that what cannot work fails before a step is made.
+
+        Once is not enough: a term that is zero at the start (a penalty on the distance from the start, say) shows
+        only later.
+        """
         if self.options.per_example_loss is not None:
             reading = Reading("given")
         else:
             model, loader = self._trained_model(), self._training_loader()
             with forked_rng(seed), untouched(self.trainer), in_evaluation_mode(model):
                 reading = find_reading(self.trainer, model, loader.dataset, loader.collate_fn, seed)
+        # The main process's word: at the edge of a tolerance the processes might choose differently, and then wait.
+        (reading,) = broadcast_object_list([reading])
         check_reading(reading, self.options.losses, self.options.importance_correction)
-        return reading
+        if self._reading is not None and self._reading.kind != reading.kind:
+            logger.warning(
+                f"The losses can no longer be read by {self._reading.kind!r} and are read by {reading.kind!r} from "
+                "here on: a term of the loss appeared that was zero before."
+            )
+        self._reading = reading

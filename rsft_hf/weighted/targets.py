@@ -108,7 +108,7 @@ def draw_metrics(weights: torch.Tensor, proposal: torch.Tensor | None, indices: 
 
 
 def correction_factors(weights: torch.Tensor, exponent: float) -> torch.Tensor:
-    """Returns (1 / (n p_i)) ** exponent, which makes the gradient of the drawn rows unbiased at exponent 1.
+    """Returns (1 / (n p_i)) ** exponent, which at exponent 1 makes the mean over drawn rows unbiased.
 
     E[L_i / (n p_i)] over i ~ p is the mean loss of the n rows that can be drawn. Katharopoulos & Fleuret 2018,
     arXiv:1803.00942.

@@ -33,7 +33,19 @@ def untouched(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     finally:
-        vars(trainer).update(kept)
+        for name, value in kept.items():
+            _restore(trainer, name, value)
+
+
+def _restore(trainer: Trainer, name: str, value: Any) -> None:
+    present = vars(trainer).get(name)
+    if isinstance(present, dict):  # in place: a callback may hold it
+        present.clear()
+        present.update(value)
+    elif isinstance(present, list):
+        present[:] = value
+    else:
+        vars(trainer)[name] = value
 
 
 def _is_plain(value: Any) -> bool:
