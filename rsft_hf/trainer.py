@@ -60,6 +60,7 @@ class RejectionSamplingMixin(_Base):
         self._sampler: EpochSampler | None = None
         self._train_loader: DataLoader[Any] | None = None
         self._clock = EpochClock()
+        self._facts: dict[str, Any] = {}
         self._step_model: torch.nn.Module | None = None
         self._num_observed = 0
         self.add_callback(ResampleCallback(self))
@@ -152,9 +153,10 @@ class RejectionSamplingMixin(_Base):
         refuse_dataset(self.train_dataset)
         self._clock, self._sampler = EpochClock(), None
         self.train_dataset = self.resampler.bind(self)
+        self._facts = run_facts(self, self.resampler.draws_per_epoch(), batch_size)
         if resume_from_checkpoint is not None:
             directory = Path(resume_from_checkpoint) / STATE_DIRECTORY
-            self._clock = load_clock(directory, run_facts(self, self.resampler.draws_per_epoch(), batch_size))
+            self._clock = load_clock(directory, self._facts)
             self.resampler.load(directory)
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
 
@@ -168,7 +170,7 @@ class RejectionSamplingMixin(_Base):
         with replaced_directory(Path(output_dir) / STATE_DIRECTORY, is_writer) as directory:
             self.resampler.save(directory, is_writer)
             if is_writer:
-                save_clock(directory, self._clock, run_facts(self, self.resampler.draws_per_epoch()))
+                save_clock(directory, self._clock, self._facts)
 
     def _epoch_sampler(self) -> EpochSampler:
         if self._sampler is None:
