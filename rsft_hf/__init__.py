@@ -1,6 +1,36 @@
 """Rejection-sampling fine-tuning inside the Hugging Face `Trainer`."""
 
-from rsft_hf.callbacks import ResampleCallback
+from rsft_hf.callbacks import CandidateTableCallback, ResampleCallback
+from rsft_hf.generative.acceptance import (
+    RSO,
+    Acceptance,
+    CandidateBatch,
+    DensityRatio,
+    DifficultyRange,
+    PerPromptCap,
+    RandomLike,
+    RandomPerPrompt,
+    Sequence,
+    Threshold,
+    TopKOverall,
+    TopKPerPrompt,
+)
+from rsft_hf.generative.again import accept_again, score_again
+from rsft_hf.generative.candidates import Candidate
+from rsft_hf.generative.engines.engine import Engine, GeneratedSequence, GenerationRequest
+from rsft_hf.generative.engines.generate import GenerateEngine
+from rsft_hf.generative.exports import export_dpo, export_kto, export_sft, load_candidates
+from rsft_hf.generative.filters import (
+    Deduplicate,
+    LengthRange,
+    MatchesPattern,
+    RejectEmpty,
+    RejectRepetition,
+    RejectTruncated,
+    Satisfies,
+)
+from rsft_hf.generative.resampler import CandidateResampler
+from rsft_hf.generative.rewards import RewardFunctions, Scores
 from rsft_hf.rejection import (
     accept_once,
     acceptance_probabilities,
@@ -29,33 +59,67 @@ from rsft_hf.weighted.weights import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "RSO",
+    "Acceptance",
+    "Candidate",
+    "CandidateBatch",
+    "CandidateResampler",
+    "CandidateTableCallback",
     "Chain",
     "ClassBalanced",
     "Clipped",
+    "Deduplicate",
+    "DensityRatio",
+    "DifficultyRange",
     "DropTop",
+    "Engine",
     "Entropy",
     "EpochSampler",
     "ExampleStatistics",
     "Floored",
+    "GenerateEngine",
+    "GeneratedSequence",
+    "GenerationRequest",
     "Learnability",
     "LeastConfidence",
+    "LengthRange",
     "LossResampler",
     "Margin",
+    "MatchesPattern",
     "Measurement",
     "NotPerExampleError",
+    "PerPromptCap",
     "Proportional",
+    "RandomLike",
+    "RandomPerPrompt",
+    "RejectEmpty",
+    "RejectRepetition",
+    "RejectTruncated",
     "RejectionSamplingMixin",
     "RejectionSamplingSeq2SeqTrainer",
     "RejectionSamplingTrainer",
     "ResampleCallback",
     "Resampler",
+    "RewardFunctions",
+    "Satisfies",
+    "Scores",
+    "Sequence",
     "Softmax",
     "Tempered",
+    "Threshold",
+    "TopKOverall",
+    "TopKPerPrompt",
     "Weighting",
+    "accept_again",
     "accept_once",
     "acceptance_probabilities",
     "effective_sample_size",
     "envelope_constant",
+    "export_dpo",
+    "export_kto",
+    "export_sft",
+    "load_candidates",
     "measure_losses",
     "rejection_sample",
+    "score_again",
 ]

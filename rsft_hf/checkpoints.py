@@ -4,27 +4,22 @@ A trainer enters; `clock.json` and `clock.safetensors` beside the model are writ
 is the resampler's affair.
 """
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
 import torch
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from rsft_hf.distributed import forked_rng
+from rsft_hf.fingerprint import dataset_fingerprint
 from rsft_hf.resampling import load_state, save_state
 
 logger = logging.get_logger(__name__)
-
-_NUM_FINGERPRINT_ROWS = 16
 
 
 @dataclass
@@ -128,41 +123,6 @@ def last_complete_checkpoint(output_dir: str, state_directory: str) -> str:
         f"No complete checkpoint in {output_dir} ({len(folders)} folders looked at). Call train() without "
         "`resume_from_checkpoint` to start anew, with `save_only_model` off so that later runs can resume."
     )
-
-
-def dataset_fingerprint(dataset: Any) -> str:
-    """Returns a digest of the columns and of sixteen rows spread over the data set, equal from run to run."""
-    digest = hashlib.blake2b(digest_size=8)
-    if isinstance(dataset, datasets.Dataset):
-        dataset = dataset.with_format(None)  # the stored values: a random transform would differ at every look
-    with forked_rng(0):
-        for number in range(min(_NUM_FINGERPRINT_ROWS, len(dataset))):
-            for part in _parts(dataset[number * len(dataset) // min(_NUM_FINGERPRINT_ROWS, len(dataset))]):
-                digest.update(part)
-    return digest.hexdigest()
-
-
-def _parts(value: Any) -> Iterable[bytes]:
-    if isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            yield str(key).encode()
-            yield from _parts(value[key])
-    elif isinstance(value, (list, tuple)):
-        yield f"[{len(value)}".encode()
-        for item in value:
-            yield from _parts(item)
-    elif isinstance(value, torch.Tensor):
-        yield (
-            value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            if value.ndim
-            else repr(value.item()).encode()
-        )
-    elif isinstance(value, np.ndarray):
-        yield value.tobytes()
-    elif value is None or isinstance(value, (str, bytes, bool, int, float)):
-        yield repr(value).encode()
-    else:
-        yield type(value).__name__.encode()  # an image or the like, whose repr may hold an address
 
 
 def _is_json(path: Path) -> bool:

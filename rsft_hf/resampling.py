@@ -49,7 +49,7 @@ class Resampler(ABC):
 
     @abstractmethod
     def metrics(self) -> dict[str, float]:
-        """Returns what there is to log of the current epoch, with keys that begin with `resampling/`."""
+        """Returns what there is to log of the current epoch, keys as the trackers shall show them."""
 
     @abstractmethod
     def save(self, directory: Path, is_writer: bool) -> None:
@@ -58,6 +58,22 @@ class Resampler(ABC):
     @abstractmethod
     def load(self, directory: Path) -> None:
         """Takes up the state that `save` wrote. Called after `bind`, on every process."""
+
+    def end_epoch(self) -> dict[str, float]:
+        """Returns what there is to log when the epoch has been trained on."""
+        return {}
+
+    def collator(self, collator: Any) -> Any:
+        """Returns the collator to train with: the trainer's own, unless the bound data set needs another."""
+        return collator
+
+    def evaluates(self, dataset: Any) -> bool:
+        """Returns whether `evaluate` measures on this data set, instead of the trainer's own evaluation."""
+        return False
+
+    def evaluate(self, dataset: Any, prefix: str) -> dict[str, float]:
+        """Returns held-out figures of the model as it stands, keys with `prefix`. Collective."""
+        raise NotImplementedError(f"{type(self).__name__} leaves evaluation to the trainer.")
 
     @property
     def observes_rows(self) -> bool:

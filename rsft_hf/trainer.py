@@ -9,19 +9,19 @@ train() -> _inner_training_loop: bind the resampler, load its state from the che
 
 import contextlib
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import logging
 
+from rsft_hf.arrangement import arranged
 from rsft_hf.callbacks import ResampleCallback
 from rsft_hf.checkpoints import EpochClock, last_complete_checkpoint, load_clock, run_facts, save_clock
-from rsft_hf.lengths import example_lengths
-from rsft_hf.resampling import EpochSampler, Resampler, replaced_directory, run_seed
+from rsft_hf.resampling import EpochSampler, Resampler, replaced_directory
 from rsft_hf.support import refuse_dataset, refuse_setting
 from rsft_hf.weighted.resampler import LossResampler
 
@@ -45,6 +45,8 @@ class RejectionSamplingMixin(_Base):
     """
 
     train_dataset: Any
+    data_collator: Any
+    control: Any
 
     def __init__(self, *args: Any, resampler: Resampler | None = None, **kwargs: Any) -> None:
         if resampler is not None and not isinstance(resampler, Resampler):
@@ -58,6 +60,7 @@ class RejectionSamplingMixin(_Base):
         refuse_setting(self.args, self.accelerator)
         refuse_dataset(self.train_dataset)
         self._sampler: EpochSampler | None = None
+        self._bound_dataset: Any = None
         self._train_loader: DataLoader[Any] | None = None
         self._clock = EpochClock()
         self._facts: dict[str, Any] = {}
@@ -89,7 +92,7 @@ class RejectionSamplingMixin(_Base):
                 )
         else:
             clock.epoch += 1
-            clock.indices = self._arrange(self.resampler.resample(clock.epoch))
+            clock.indices = arranged(self, self._bound_dataset, self.resampler.resample(clock.epoch), clock.epoch)
             clock.has_waiting_metrics = True
         clock.is_resumed, clock.num_steps_done = False, num_skipped
         self._epoch_sampler().replace(clock.indices)
@@ -137,8 +140,42 @@ class RejectionSamplingMixin(_Base):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Returns the trainer's own training loader, over the rows that are drawn."""
-        self._train_loader = super().get_train_dataloader()
+        self._epoch_sampler()  # binds the resampler, if no training has
+        kept = self.train_dataset, self.data_collator
+        try:
+            self.train_dataset, self.data_collator = self._bound_dataset, self.resampler.collator(self.data_collator)
+            self._train_loader = super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = kept
         return self._train_loader
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Evaluates as the trainer does; held-out prompts are answered by the model, and the answers scored."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if dataset is None or isinstance(dataset, dict) or not self.resampler.evaluates(dataset):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if not self.is_in_train and self._bound_dataset is None:
+            self._epoch_sampler()  # binds the resampler
+        began = time.perf_counter()
+        metrics = self.resampler.evaluate(dataset, metric_key_prefix)
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
+        Trainer.log(self, dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def restore_best_weights(self) -> None:
+        """Puts back the weights of the best checkpoint so far, without the optimizer's state, unless they are in."""
+        if self.state.best_model_checkpoint is None or self.state.best_global_step == self.state.global_step:
+            return
+        self._load_best_model()
+        self.optimizer.state.clear()  # its momenta belong to the weights that were left
+
+    def log_end_of_epoch(self) -> None:
+        """Logs what there is to say of an epoch that has been trained on."""
+        if self.args.logging_strategy != "no" and (figures := self.resampler.end_epoch()):
+            Trainer.log(self, figures)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Returns the rows of an epoch: for the training loader those drawn, which may be fewer than there are."""
@@ -152,7 +189,7 @@ class RejectionSamplingMixin(_Base):
         # Here the path of the checkpoint is resolved, and a batch size found by trial begins anew.
         refuse_dataset(self.train_dataset)
         self._clock, self._sampler = EpochClock(), None
-        self.train_dataset = self.resampler.bind(self)
+        self._bound_dataset = self.resampler.bind(self)
         self._facts = run_facts(self, self.resampler.draws_per_epoch(), batch_size)
         if resume_from_checkpoint is not None:
             directory = Path(resume_from_checkpoint) / STATE_DIRECTORY
@@ -177,8 +214,9 @@ class RejectionSamplingMixin(_Base):
             if self.train_dataset is None:
                 raise ValueError("Training needs a `train_dataset`.")
             if not self.is_in_train:
-                self.train_dataset = self.resampler.bind(self)
-            self._sampler = EpochSampler(self.resampler.draws_per_epoch(), len(self.train_dataset))
+                self._bound_dataset = self.resampler.bind(self)
+            # A pool is empty before its first round.
+            self._sampler = EpochSampler(self.resampler.draws_per_epoch(), max(1, len(self._bound_dataset)))
         return self._sampler
 
     def _num_skipped_steps(self, loader: DataLoader[Any]) -> int:
@@ -187,35 +225,6 @@ class RejectionSamplingMixin(_Base):
             return 0
         accumulation = self.args.gradient_accumulation_steps
         return self.state.global_step % math.ceil(len(loader) / accumulation) * accumulation
-
-    def _arrange(self, indices: torch.Tensor) -> torch.Tensor:
-        """Orders the accepted rows as `train_sampling_strategy` says; "random" is the order of acceptance."""
-        strategy = self.args.train_sampling_strategy
-        if strategy == "sequential":
-            return indices.sort().values
-        if strategy == "group_by_length":
-            lengths = self._lengths()
-            # Trainer's own sampler draws from the global generator and so does not resume exactly.
-            generator = torch.Generator().manual_seed(run_seed(self) + self._clock.epoch)
-            positions = get_length_grouped_indices(
-                [lengths[row] for row in indices.tolist()],
-                self.args.train_batch_size * self.args.gradient_accumulation_steps,
-                generator=generator,
-            )
-            return indices[positions]
-        return indices
-
-    def _lengths(self) -> list[int]:
-        lengths = example_lengths(self.train_dataset, self.args.length_column_name)
-        if lengths is not None:
-            return lengths
-        name = "input_ids" if self.processing_class is None else self.processing_class.model_input_names[0]
-        if name not in self.train_dataset[0]:
-            raise ValueError(
-                f'`train_sampling_strategy="group_by_length"` finds no {name!r} in the rows of the training set. Add a '
-                f"column {self.args.length_column_name!r} (`length_column_name`) with the length of each row."
-            )
-        return [len(self.train_dataset[row][name]) for row in range(len(self.train_dataset))]
 
 
 class RejectionSamplingTrainer(RejectionSamplingMixin, Trainer):

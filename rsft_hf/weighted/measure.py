@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from rsft_hf.distributed import forked_rng, sum_over_processes
 from rsft_hf.lengths import example_lengths
+from rsft_hf.undisturbed import in_evaluation_mode, untouched
 from rsft_hf.weighted.losses import (
     Batch,
     Collate,
@@ -31,7 +32,6 @@ from rsft_hf.weighted.losses import (
 )
 from rsft_hf.weighted.predictions import PREDICTION_STATISTICS, prediction_statistics
 from rsft_hf.weighted.probe import find_reading
-from rsft_hf.weighted.undisturbed import in_evaluation_mode, untouched
 
 logger = logging.get_logger(__name__)
 

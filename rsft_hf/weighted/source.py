@@ -14,13 +14,13 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from rsft_hf.distributed import forked_rng
+from rsft_hf.undisturbed import in_evaluation_mode, untouched
 from rsft_hf.weighted.ledger import LossLedger
 from rsft_hf.weighted.losses import Reading, RowLosses, given_losses, record_loss, row_losses
 from rsft_hf.weighted.measure import measure_losses
 from rsft_hf.weighted.options import check_reading
 from rsft_hf.weighted.predictions import PREDICTION_STATISTICS
 from rsft_hf.weighted.probe import find_reading
-from rsft_hf.weighted.undisturbed import in_evaluation_mode, untouched
 
 if TYPE_CHECKING:
     from rsft_hf.weighted.resampler import LossResampler

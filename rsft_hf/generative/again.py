@@ -1,0 +1,121 @@
+"""Stored candidates scored or judged again, with other rewards or another rule, without being generated again.
+
+The folder of a round enters, a new folder with the same candidates leaves; the old one stays as it was.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from rsft_hf.generative.acceptance import Acceptance, check_acceptance
+from rsft_hf.generative.candidates import CandidateStore
+from rsft_hf.generative.facts import stable_repr
+from rsft_hf.generative.filters import Deduplicate, Filter
+from rsft_hf.generative.refusals import column_names
+from rsft_hf.generative.rewards import RewardFunctions
+from rsft_hf.generative.selection import ACCEPTED, COLUMNS, RoundTable, SelectionRules, judge
+from rsft_hf.generative.stages import PromptSet, filter_candidates, score_candidates
+
+
+def score_again(
+    directory: Path | str,
+    destination: Path | str,
+    reward_funcs: Any,
+    prompts: Any,
+    *,
+    reward_weights: Sequence[float] | None = None,
+    filters: Sequence[Filter] = (),
+    dedup: Deduplicate | None = None,
+    prompt_column: str = "prompt",
+) -> Path:
+    """Returns the folder with the candidates of a round, filtered and scored by these functions, not yet judged.
+
+    Args:
+        directory: Folder of a round.
+        destination: Folder to write, absent or empty.
+        reward_funcs: As in `CandidateResampler`.
+        prompts: The data set they were generated for, for the columns that rewards read.
+        reward_weights: As in `CandidateResampler`.
+        filters: As in `CandidateResampler`; none by default.
+        dedup: As in `CandidateResampler`.
+        prompt_column: Column of the prompts.
+
+    Raises:
+        FileNotFoundError: If the folder holds no candidates.
+        FileExistsError: If the destination is not empty.
+        ValueError: If a function needs a column that is absent.
+    """
+    functions, source = RewardFunctions(reward_funcs, reward_weights), _opened(directory)
+    functions.check([name for name in column_names(prompts) if name != prompt_column])
+    store = _created(destination, functions.names, source)
+    rows = PromptSet(prompts, prompt_column)
+    for path in source.shards():
+        candidates = source.read(path)
+        for candidate in candidates:
+            candidate.verdict = candidate.rule = candidate.reward = candidate.duplicate_key = candidate.is_accepted = (
+                None
+            )
+            candidate.rewards, candidate.extras = {}, {}
+            candidate.row = rows.row(candidate.prompt_id)[1]
+        filter_candidates(candidates, filters, dedup)
+        score_candidates(candidates, functions)
+        store.write(store.directory / path.name, candidates, "scored")
+    return store.directory
+
+
+def accept_again(
+    directory: Path | str, destination: Path | str, acceptance: Acceptance, *, seed: int = 0, round_number: int = 0
+) -> Path:
+    """Returns the folder with the candidates of a round, judged by another rule.
+
+    Args:
+        directory: Folder of a round whose candidates are scored.
+        destination: Folder to write, absent or empty.
+        acceptance: The rule.
+        seed: Of rules that draw or break ties.
+        round_number: For rules that follow a schedule.
+
+    Raises:
+        FileNotFoundError: If the folder holds no candidates.
+        FileExistsError: If the destination is not empty.
+        TypeError: If `acceptance` is no rule.
+        ValueError: If the rule needs log probabilities that were not stored.
+    """
+    check_acceptance(acceptance, "`acceptance`")
+    source = _opened(directory)
+    rule = acceptance.for_round(round_number)
+    table = RoundTable.of(source.columns(COLUMNS))
+    verdicts = judge(table, SelectionRules(rule, 1, False, seed, round_number))
+    store, start = _created(destination, source.reward_names, source), 0
+    for path in source.shards():
+        candidates = [one for one in source.read(path) if one.finish_reason != "reference"]
+        for candidate, verdict in zip(candidates, verdicts[start : start + len(candidates)], strict=True):
+            candidate.verdict, candidate.is_accepted = verdict, verdict in ACCEPTED
+            candidate.rule = candidate.rule if verdict == "filtered" else stable_repr(rule)
+        start += len(candidates)
+        if candidates:
+            store.write(store.directory / path.name, candidates, "judged")
+    return store.directory
+
+
+def _opened(directory: Path | str) -> CandidateStore:
+    shards = sorted(Path(directory).glob("*.parquet"))
+    if not shards:
+        raise FileNotFoundError(f"{directory} holds no candidates. Give the folder of one round, such as round-000.")
+    schema = pq.read_schema(shards[0])
+    names = [name.removeprefix("rewards/") for name in schema.names if name.startswith("rewards/")]
+    return CandidateStore(Path(directory), names, is_conversational=str(schema.field("prompt").type) != "string")
+
+
+def _created(destination: Path | str, reward_names: Sequence[str], source: CandidateStore) -> CandidateStore:
+    folder = Path(destination)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty. Give a folder that does not exist yet.")
+    folder.mkdir(parents=True, exist_ok=True)
+    store = CandidateStore(folder, reward_names, source.is_conversational)
+    store.write_manifest(
+        source.manifest() | {"reward_names": list(reward_names), "derived_from": str(source.directory)}
+    )
+    return store

@@ -1,0 +1,187 @@
+"""Candidates: one record each, and the store that keeps a round of them on disk.
+
+    <output_dir>/candidates/round-000/manifest.json
+                                      attempt-00-shard-00000.parquet      some prompts with all their candidates
+
+A shard is written whole or not at all, and again when its candidates have been scored and judged; every version has the
+same columns. The store knows no model, no reward and no rule.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+STAGES = ("generated", "scored", "judged")
+MANIFEST = "manifest.json"
+_STAGE_KEY = b"rsft_hf.stage"
+
+Prompt = str | list[dict[str, str]]
+
+
+@dataclass
+class Candidate:
+    """One generated answer to one prompt, and all that becomes of it.
+
+    Attributes:
+        prompt_id: Row of the prompt in its data set.
+        prompt: Text, or messages with `role` and `content`.
+        token_ids: The tokens sampled, an end-of-sequence token included where there is one; no prompt, no padding.
+        text: The tokens as text, without special tokens.
+        finish_reason: "stop" (an end token or stop string), "length" (cut off), or "reference" (not generated).
+        attempt: Attempt of the round, from 0; -1 for a reference.
+        index: Candidate within the attempt, from 0; -1 for a reference.
+        seed: Key of the candidate's own random stream.
+        log_q: Log probability of all tokens under the processed distribution they were sampled from, nats.
+        log_p: The same under the target of `DensityRatio` before rewards: the raw model, or the reference model.
+        rewards: What each reward function gave; None where it could not judge.
+        reward: Their weighted sum; None where none could judge, or the candidate was filtered out.
+        is_accepted: Whether it is trained on; None before it is judged.
+        verdict: "accepted", "rejected", "filtered", "duplicate", "unjudged" or "fallback".
+        rule: The filter or rule that gave the verdict.
+        duplicate_key: Equal for candidates that count as the same; None where nothing is deduplicated.
+        extras: What reward functions said of it by `log_extra`.
+        row: The other columns of the prompt's row, at hand while filters and rewards run; not stored.
+    """
+
+    prompt_id: int
+    prompt: Prompt
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    attempt: int = 0
+    index: int = 0
+    seed: int = 0
+    log_q: float | None = None
+    log_p: float | None = None
+    rewards: dict[str, float | None] = field(default_factory=dict)
+    reward: float | None = None
+    is_accepted: bool | None = None
+    verdict: str | None = None
+    rule: str | None = None
+    duplicate_key: str | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
+    row: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the answer in tokens, the end token included."""
+        return len(self.token_ids)
+
+    @property
+    def completion(self) -> Prompt:
+        """The answer in the form of the prompt: text, or a list of one assistant message."""
+        return self.text if isinstance(self.prompt, str) else [{"role": "assistant", "content": self.text}]
+
+
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_PLAIN_COLUMNS = {
+    "prompt_id": pa.int64(),
+    "attempt": pa.int32(),
+    "candidate": pa.int32(),
+    "text": pa.string(),
+    "token_ids": pa.list_(pa.int32()),
+    "num_tokens": pa.int32(),
+    "finish_reason": pa.string(),
+    "log_q": pa.float64(),
+    "log_p": pa.float64(),
+    "reward": pa.float64(),
+    "is_accepted": pa.bool_(),
+    "verdict": pa.string(),
+    "rule": pa.string(),
+    "duplicate_key": pa.string(),
+    "extras": pa.string(),
+    "seed": pa.int64(),
+}
+
+
+class CandidateStore:
+    """A round of candidates on disk, shard by shard.
+
+    Args:
+        directory: Folder of the round, such as `<output_dir>/candidates/round-000`.
+        reward_names: Names of the reward functions, one column `rewards/<name>` each.
+        is_conversational: Whether prompts are lists of messages.
+    """
+
+    def __init__(self, directory: Path, reward_names: Sequence[str], is_conversational: bool) -> None:
+        self.directory, self.reward_names = Path(directory), tuple(reward_names)
+        self.is_conversational = is_conversational
+        columns = {"prompt": _MESSAGES if is_conversational else pa.string(), **_PLAIN_COLUMNS}
+        columns |= {f"rewards/{name}": pa.float64() for name in self.reward_names}
+        self._schema = pa.schema(list(columns.items()))
+
+    def path(self, attempt: int, number: int) -> Path:
+        """Returns the file of a shard, whether it exists or not."""
+        return self.directory / f"attempt-{attempt:02d}-shard-{number:05d}.parquet"
+
+    def stage(self, path: Path) -> str | None:
+        """Returns how far the candidates of a shard have come, None where there is no shard."""
+        if not path.is_file():
+            return None
+        return (pq.read_schema(path).metadata or {}).get(_STAGE_KEY, b"").decode() or None
+
+    def write(self, path: Path, candidates: Iterable[Candidate], stage: str) -> None:
+        """Writes a shard, in one move: readers see the old file or the new one."""
+        rows = [_to_row(candidate, self.reward_names) for candidate in candidates]
+        schema = self._schema.with_metadata({_STAGE_KEY: stage.encode()})
+        draft = path.with_name(f".{path.name}.incomplete")
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), draft, compression="zstd")
+        os.replace(draft, path)
+
+    def read(self, path: Path) -> list[Candidate]:
+        """Returns the candidates of a shard, in the order written."""
+        return [_from_row(row, self.reward_names) for row in pq.read_table(path).to_pylist()]
+
+    def shards(self) -> list[Path]:
+        """Returns the files of all shards, in order of attempt and prompt."""
+        return sorted(self.directory.glob("*.parquet"))
+
+    def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
+        """Returns some columns of the whole round, in the order of the shards, without reading the others."""
+        collected: dict[str, list[Any]] = {name: [] for name in names}
+        for path in self.shards():
+            for name, column in pq.read_table(path, columns=list(names)).to_pydict().items():
+                collected[name] += column
+        return collected
+
+    def accepted(self) -> Iterator[Candidate]:
+        """Yields the accepted candidates of the round, reading one shard at a time."""
+        for path in self.shards():
+            table = pq.read_table(path, filters=[("is_accepted", "==", True)])
+            for row in table.to_pylist():
+                yield _from_row(row, self.reward_names)
+
+    def manifest(self) -> dict[str, Any]:
+        """Returns what was written of the round as a whole; empty where there is nothing."""
+        path = self.directory / MANIFEST
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def write_manifest(self, values: Mapping[str, Any]) -> None:
+        """Replaces the manifest in one move."""
+        draft = self.directory / f".{MANIFEST}.incomplete"
+        draft.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
+        os.replace(draft, self.directory / MANIFEST)
+
+
+def _to_row(candidate: Candidate, reward_names: Sequence[str]) -> dict[str, Any]:
+    row = {name: getattr(candidate, name) for name in _PLAIN_COLUMNS if name not in ("candidate", "extras")}
+    row |= {"candidate": candidate.index, "prompt": candidate.prompt}
+    row["extras"] = json.dumps(candidate.extras, default=str) if candidate.extras else None
+    return row | {f"rewards/{name}": candidate.rewards.get(name) for name in reward_names}
+
+
+def _from_row(row: Mapping[str, Any], reward_names: Sequence[str]) -> Candidate:
+    kept = {name: row[name] for name in _PLAIN_COLUMNS if name not in ("candidate", "extras", "num_tokens")}
+    return Candidate(
+        **kept,
+        prompt=row["prompt"],
+        index=row["candidate"],
+        extras=json.loads(row["extras"]) if row["extras"] else {},
+        rewards={name: row[f"rewards/{name}"] for name in reward_names},
+    )

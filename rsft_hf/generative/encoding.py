@@ -1,0 +1,127 @@
+"""Token ids in, token ids out: prompts for the engine, and training rows from what was sampled.
+
+The tokens that were sampled are the tokens that are learnt: decoding and encoding again would change them. The prompt
+is masked from the loss, end-of-sequence tokens are not.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rsft_hf.generative.candidates import Prompt
+
+IGNORED = -100  # what torch's cross-entropy leaves out
+
+Row = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes prompts, decodes what was sampled, and makes training rows.
+
+    Args:
+        tokenizer: The model's own.
+        is_encoder_decoder: Whether the answer is read apart from the prompt.
+        chat_template_kwargs: Handed to `apply_chat_template`, such as `enable_thinking`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    is_encoder_decoder: bool
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Returns the token ids a model continues from: text as the tokenizer encodes it, messages by chat template.
+
+        Raises:
+            ValueError: If the prompt is neither, is empty, or messages come without a chat template.
+        """
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt)["input_ids"]
+            if not self.is_encoder_decoder and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+                ids = ids[:-1]  # a tokenizer that closes every text: the model would continue after the end
+        else:
+            ids = self._chat_ids(prompt, add_generation_prompt=True)
+        if not ids:
+            raise ValueError(f"The prompt {prompt!r} has no tokens. Give every prompt at least one.")
+        return list(ids)
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Returns sampled tokens as text, without special tokens."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def training_row(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> Row:
+        """Returns `input_ids`, `attention_mask` and `labels` of one row, unpadded.
+
+        Decoder-only, prompt [5, 6] and completion [7, 2] give input_ids [5, 6, 7, 2] and labels [-100, -100, 7, 2].
+        """
+        prompt, completion = list(prompt_ids), list(completion_ids)
+        if self.is_encoder_decoder:
+            return {"input_ids": prompt, "attention_mask": [1] * len(prompt), "labels": completion}
+        return {
+            "input_ids": prompt + completion,
+            "attention_mask": [1] * (len(prompt) + len(completion)),
+            "labels": [IGNORED] * len(prompt) + completion,
+        }
+
+    def completion_ids(self, prompt: Prompt, completion: Prompt) -> list[int]:
+        """Returns the token ids of an answer that was written, not sampled, closed by an end token.
+
+        Raises:
+            ValueError: If a chat template does not continue the prompt when the answer follows it.
+        """
+        if not isinstance(prompt, str):
+            answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
+            start, whole = self.prompt_ids(prompt), self._chat_ids([*prompt, *answer], add_generation_prompt=False)
+            if whole[: len(start)] != start:
+                raise ValueError(
+                    "The chat template does not begin a conversation with its own generation prompt, so the answer "
+                    "cannot be told from the prompt. Give the rows with `input_ids` and `labels` instead."
+                )
+            return self._closed(whole[len(start) :])
+        if self.is_encoder_decoder:
+            return self._closed(list(self.tokenizer(text_target=completion)["input_ids"]))
+        return self._closed(list(self.tokenizer(completion, add_special_tokens=False)["input_ids"]))
+
+    def _closed(self, ids: list[int]) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        if end is None or end in ids[-2:]:  # a chat template may write a line break after the end token
+            return ids if end is None else ids[: len(ids) - ids[::-1].index(end)]
+        return [*ids, end]
+
+    def _chat_ids(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> list[int]:
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "Prompts are lists of messages and the tokenizer has no chat template. Set `tokenizer.chat_template`, "
+                "or give prompts as text."
+            )
+        encoded = self.tokenizer.apply_chat_template(
+            list(messages),
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=True,
+            **self.chat_template_kwargs,
+        )
+        return list(encoded["input_ids"])
+
+
+@dataclass(frozen=True)
+class RowCollator:
+    """Pads training rows on the right: `input_ids` with the padding token, `labels` with -100.
+
+    The mask comes from the rows, so that a padding token equal to the end token does not hide a real end.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+        """Returns a batch, each tensor of shape (rows, longest)."""
+        paddings = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
+        return {name: _padded([row[name] for row in rows], padding) for name, padding in paddings.items()}
+
+
+def _padded(values: Sequence[Sequence[int]], padding: int) -> torch.Tensor:
+    rows = [torch.as_tensor(value, dtype=torch.long) for value in values]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)

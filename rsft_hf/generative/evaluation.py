@@ -1,0 +1,89 @@
+"""Held-out figures of the model as it stands: generation on prompts that are not trained on, scored, never selected.
+
+Prompts enter, a dict of figures leaves. Every process generates a share of the prompts.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+from transformers import EvalPrediction
+
+from rsft_hf.distributed import FailTogether, gather_lists
+from rsft_hf.generative.candidates import Candidate
+from rsft_hf.generative.rewards import RewardFunctions
+from rsft_hf.generative.settings import sampling_config
+from rsft_hf.generative.stages import Generator, PromptSet, Sampling, score_candidates
+from rsft_hf.generative.statistics import distinct_n
+
+if TYPE_CHECKING:
+    from rsft_hf.generative.resampler import CandidateResampler
+
+_ROUND = -1  # names streams that no round draws from: every evaluation draws the same numbers
+_PROMPTS_AT_ONCE = 64
+
+
+def evaluate_prompts(
+    options: "CandidateResampler", generator: Generator, prompts: PromptSet, accelerator: Accelerator, trainer: Any
+) -> dict[str, float]:
+    """Returns the figures of one generation per prompt, keys without prefix. Collective.
+
+    Args:
+        options: The resampler, for its rewards and how to generate when evaluating.
+        generator: With the model that is trained.
+        prompts: What to generate for.
+        accelerator: Knows the processes.
+        trainer: Has `compute_metrics`, which gets texts as predictions and the reference column as labels.
+
+    Returns:
+        `reward` (the selecting functions' weighted sum), `rewards/<name>/mean` (of all functions), `length`
+        (tokens), `truncated`, `distinct_1`, `distinct_2`, and what `compute_metrics` returns.
+    """
+    is_greedy = options.eval_generation_config is None or not options.eval_generation_config.do_sample
+    # What the candidates are sampled with says how long an answer may be, and no more.
+    config = options.generation_config if options.eval_generation_config is None else options.eval_generation_config
+    complete = sampling_config(config, generator.model, generator.encoder.tokenizer, is_greedy)
+    sampling = Sampling(complete, num_candidates=1, round_number=_ROUND)
+    own = list(range(len(prompts)))[accelerator.process_index :: accelerator.num_processes]
+    candidates: list[Candidate] = []
+    with FailTogether(accelerator, "evaluating"):
+        for start in range(0, len(own), _PROMPTS_AT_ONCE):
+            candidates += generator(prompts, own[start : start + _PROMPTS_AT_ONCE], sampling)
+        judged = _scored(options.functions, candidates, trainer.state)
+        if options.eval_functions is not None:
+            rewards = [candidate.reward for candidate in candidates]
+            extra = _scored(options.eval_functions, candidates, trainer.state)
+            for row, candidate in enumerate(candidates):
+                candidate.rewards = judged[row] | extra[row]
+                candidate.reward = rewards[row]
+    candidates = sorted(gather_lists(accelerator, candidates), key=lambda candidate: candidate.prompt_id)
+    metrics = _figures(candidates)
+    if trainer.compute_metrics is not None:
+        references = [candidate.row.get(options.reference_column) for candidate in candidates]
+        prediction = EvalPrediction(predictions=[one.text for one in candidates], label_ids=references)
+        metrics |= trainer.compute_metrics(prediction)
+    return metrics
+
+
+def _scored(functions: RewardFunctions, candidates: Sequence[Candidate], state: Any) -> list[dict[str, float | None]]:
+    score_candidates(candidates, functions, state)
+    return [dict(candidate.rewards) for candidate in candidates]
+
+
+def _figures(candidates: Sequence[Candidate]) -> dict[str, float]:
+    tokens = [candidate.token_ids for candidate in candidates]
+    figures = {
+        "reward": _mean([candidate.reward for candidate in candidates]),
+        "length": _mean([float(candidate.num_tokens) for candidate in candidates]),
+        "truncated": _mean([float(candidate.finish_reason == "length") for candidate in candidates]),
+    }
+    figures |= {f"distinct_{n}": distinct_n(tokens, n) for n in (1, 2)}
+    for name in dict.fromkeys(name for candidate in candidates for name in candidate.rewards):
+        figures[f"rewards/{name}/mean"] = _mean([candidate.rewards.get(name) for candidate in candidates])
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else math.nan

@@ -1,0 +1,250 @@
+"""Draws the rows of each round from what the model itself generates and the rewards accept.
+
+    prompts -> engine -> candidates -> filters, rewards -> acceptance -> training rows, prompt masked
+            -> the pool is replaced -> indices, shuffled, cycled to num_draws
+
+This file holds the order of the stages; every stage stands in a file of its own, and can be called by hand.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import DataCollatorWithPadding, GenerationConfig, Trainer, default_data_collator
+from transformers.utils import logging
+
+from rsft_hf.distributed import FailTogether, broadcast_from_main, object_from_main
+from rsft_hf.fingerprint import dataset_fingerprint
+from rsft_hf.generative.acceptance import Acceptance, TopKPerPrompt
+from rsft_hf.generative.by_hand import StagesByHand
+from rsft_hf.generative.candidates import Candidate
+from rsft_hf.generative.encoding import RowCollator
+from rsft_hf.generative.engines.engine import Engine
+from rsft_hf.generative.evaluation import evaluate_prompts
+from rsft_hf.generative.facts import model_fingerprint, round_facts
+from rsft_hf.generative.filters import Deduplicate, Filter, RejectEmpty, RejectTruncated
+from rsft_hf.generative.options import check_options
+from rsft_hf.generative.pool import CandidatePool
+from rsft_hf.generative.refusals import column_names, prompt_set
+from rsft_hf.generative.rewards import RewardFunctions
+from rsft_hf.generative.setup import Setup, set_up
+from rsft_hf.generative.stages import encode_candidates
+from rsft_hf.generative.weights import restore_base, save_base
+from rsft_hf.rejection import rejection_sample
+from rsft_hf.resampling import Resampler, load_state, run_seed, save_state
+
+logger = logging.get_logger(__name__)
+
+
+class CandidateResampler(StagesByHand, Resampler):
+    """Trains on the model's own accepted candidates: each epoch is a round of generate, score, accept.
+
+    Args:
+        reward_funcs: One or several functions with the contract of TRL's GRPO, reward models, or names of such models.
+        acceptance: Rule from rewards to accepted candidates; `TopKPerPrompt(1)`, best of n, by default.
+        reward_weights: One factor per function; 1 each where None.
+        reward_processing_classes: One tokenizer per reward model, None for functions.
+        num_candidates: Candidates per prompt and attempt, at least 1.
+        generation_config: How to sample: `GenerationConfig(max_new_tokens=..., temperature=...)`. It overrides the
+            model's own; what neither says is plain sampling.
+        engine: "auto", "generate", or an `Engine`.
+        proposal_model: Generates instead of the trained model (a teacher); shares its tokenizer.
+        reference_model: Gives log p of `DensityRatio` instead of the generating model; "base" is a PEFT model with its
+            adapter off.
+        filters: Candidates that one of them refuses are neither scored nor accepted.
+        dedup: Which candidates of a prompt count as the same, of which the best-rewarded stays.
+        max_attempts: Samplings of a prompt in a round, as long as it has fewer accepted than it should; at least 1.
+        min_accepted_per_prompt: Accepted candidates below which a prompt is sampled again, or falls back.
+        on_nothing_accepted: What becomes of prompts below that after the last attempt: "skip" leaves them out, "best"
+            takes their best candidates, "reference" their reference answer; "raise" leaves them out too, and raises if
+            nothing at all was accepted in the round.
+        num_draws: Rows trained on per round; the number of prompts where None. Accepted rows are shuffled and, if they
+            are fewer, repeated.
+        every_n_epochs: Epochs from one round to the next; those between read the same rows in another order.
+        round_start: Weights that training starts from in each round: "last" goes on, "base" goes back to those of the
+            start (ReST-EM), "best" goes back to the best checkpoint before it generates.
+        replay_rounds: Earlier rounds whose accepted candidates are trained on again, from 0.
+        supervised_dataset: Rows with prompt and `completion`, or `input_ids` and `labels`, mixed into every round.
+        supervised_fraction: Their share of the rows trained on, in [0, 1].
+        prompt_column: Column of the prompts, text or messages.
+        reference_column: Column of the reference answers, for `on_nothing_accepted` and `compute_metrics`.
+        chat_template_kwargs: Handed to the chat template.
+        keep_log_probs: Whether to store log q and log p though no rule needs them.
+        eval_reward_funcs: Functions that score held-out answers only, and select nothing.
+        eval_generation_config: How to generate when evaluating; greedy where None.
+
+    Raises:
+        TypeError: If a rule, filter or function is of the wrong kind.
+        ValueError: If a number is out of its range, or arguments contradict each other.
+    """
+
+    def __init__(
+        self,
+        reward_funcs: Any,
+        acceptance: Acceptance | None = None,
+        *,
+        reward_weights: Sequence[float] | None = None,
+        reward_processing_classes: Any = None,
+        num_candidates: int = 8,
+        generation_config: GenerationConfig | None = None,
+        engine: str | Engine = "auto",
+        proposal_model: Any = None,
+        reference_model: Any = None,
+        filters: Sequence[Filter] = (RejectTruncated(), RejectEmpty()),
+        dedup: Deduplicate | None = None,
+        max_attempts: int = 1,
+        min_accepted_per_prompt: int = 1,
+        on_nothing_accepted: Literal["raise", "skip", "best", "reference"] = "raise",
+        num_draws: int | None = None,
+        every_n_epochs: int = 1,
+        round_start: Literal["last", "base", "best"] = "last",
+        replay_rounds: int = 0,
+        supervised_dataset: Any = None,
+        supervised_fraction: float = 0.0,
+        prompt_column: str = "prompt",
+        reference_column: str = "reference",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        keep_log_probs: bool = False,
+        eval_reward_funcs: Any = (),
+        eval_generation_config: GenerationConfig | None = None,
+    ) -> None:
+        self.acceptance: Acceptance = TopKPerPrompt(1) if acceptance is None else acceptance
+        self.functions = RewardFunctions(reward_funcs, reward_weights, reward_processing_classes)
+        has_eval = not isinstance(eval_reward_funcs, (list, tuple)) or len(eval_reward_funcs) > 0
+        self.eval_functions = RewardFunctions(eval_reward_funcs) if has_eval else None
+        self.num_candidates, self.generation_config, self.engine = num_candidates, generation_config, engine
+        self.proposal_model, self.reference_model = proposal_model, reference_model
+        self.filters, self.dedup = tuple(filters), dedup
+        self.max_attempts, self.min_accepted_per_prompt = max_attempts, min_accepted_per_prompt
+        self.on_nothing_accepted, self.num_draws = on_nothing_accepted, num_draws
+        self.every_n_epochs, self.round_start, self.replay_rounds = every_n_epochs, round_start, replay_rounds
+        self.supervised_dataset, self.supervised_fraction = supervised_dataset, supervised_fraction
+        self.prompt_column, self.reference_column = prompt_column, reference_column
+        self.chat_template_kwargs, self.eval_generation_config = chat_template_kwargs, eval_generation_config
+        check_options(self)
+        self.with_log_probs = keep_log_probs or reference_model is not None or bool(self.acceptance.requires)
+        self._parts: Setup | None = None
+        self.round_number: int | None = None
+
+    def bind(self, trainer: Trainer) -> CandidatePool:
+        """Returns the pool that takes the place of the prompts in the training loader. Collective."""
+        self.seed = run_seed(trainer)
+        self._parts = set_up(self, trainer, self.seed)
+        self.pool = CandidatePool(self._parts.supervised)
+        self._prompts_digest = dataset_fingerprint(trainer.train_dataset)
+        self._metrics: dict[str, float] = {}
+        self._drawn: list[int] = []
+        self._began = time.perf_counter()
+        return self.pool
+
+    def draws_per_epoch(self) -> int:
+        """Returns `num_draws`, or the number of prompts."""
+        return len(self._bound().prompts) if self.num_draws is None else self.num_draws
+
+    def resample(self, epoch: int) -> torch.Tensor:
+        """Returns the rows of the epoch, after a new round where one is due. Collective."""
+        if epoch % self.every_n_epochs == 0:
+            self._run_round(epoch // self.every_n_epochs)
+        indices = self._draw(epoch)
+        self._drawn, self._began = indices.tolist(), time.perf_counter()
+        return indices
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the figures of the last round."""
+        return dict(self._metrics)
+
+    def end_epoch(self) -> dict[str, float]:
+        """Returns the tokens trained on in the epoch, and how many a second; nothing of an epoch that was resumed."""
+        if not self._drawn:
+            return {}
+        tokens, seconds = self.pool.num_tokens(self._drawn), max(time.perf_counter() - self._began, 1e-9)
+        return {"tokens/train": float(tokens), "tokens_per_second/train": tokens / seconds}
+
+    def first_candidates(self, count: int) -> list[Candidate]:
+        """Returns up to `count` candidates of the round's first prompts, with rewards and verdicts."""
+        store, found = self._bound().runner.store(self.round_number or 0), list[Candidate]()
+        for path in store.shards():
+            if len(found) < count:
+                found += store.read(path)
+        return found[:count]
+
+    def collator(self, collator: Any) -> Any:
+        """Returns the trainer's collator, or one that pads labels where the trainer's default would not."""
+        if type(collator) is DataCollatorWithPadding or collator is default_data_collator:
+            return RowCollator(self._bound().runner.sampling.generation_config.pad_token_id)
+        return collator
+
+    def evaluates(self, dataset: Any) -> bool:
+        """Returns whether a data set holds prompts."""
+        return self.prompt_column in column_names(dataset)
+
+    def evaluate(self, dataset: Any, prefix: str) -> dict[str, float]:
+        """Returns the figures of one answer per prompt, generated by the model as it stands. Collective."""
+        parts = self._bound()
+        prompts = prompt_set(dataset, self, "eval_dataset")
+        figures = evaluate_prompts(self, parts.policy, prompts, parts.trainer.accelerator, parts.trainer)
+        return {f"{prefix}_{name.removeprefix(f'{prefix}_')}": value for name, value in figures.items()}
+
+    def save(self, directory: Path, is_writer: bool) -> None:
+        """Writes the pool and the figures of the round. Collective."""
+        if is_writer:
+            numbers = {"seed": self.seed, "metrics": self._metrics, "round_number": self.round_number}
+            save_state(directory, "generative", numbers, self.pool.state())
+
+    def load(self, directory: Path) -> None:
+        """Takes up what `save` wrote; candidates go on with the seed of the saved run."""
+        numbers, tensors = load_state(directory, "generative")
+        self.pool.load(tensors)
+        self.seed, self._metrics = numbers["seed"], numbers["metrics"]
+        self.round_number = numbers["round_number"]
+        self._bound().use_seed(self.seed)
+
+    def _bound(self) -> Setup:
+        if self._parts is None:
+            raise RuntimeError("The resampler is not bound to a trainer yet. Pass it as `resampler=` and call train().")
+        return self._parts
+
+    def _run_round(self, number: int) -> None:
+        parts = self._bound()
+        runner, trainer, self.round_number = parts.runner, parts.trainer, number
+        base = runner.directory / "base.safetensors"
+        if self.round_start == "best" and number > 0:
+            trainer.restore_best_weights()
+        if self.round_start == "base" and number == 0 and trainer.args.should_save:
+            save_base(parts.policy.model, base)
+        digest = object_from_main(trainer.accelerator, model_fingerprint(runner.generator.model))
+        facts = round_facts(self, runner.sampling, self._prompts_digest, digest)
+        may_be_empty = self.on_nothing_accepted != "raise" and bool(
+            len(self.pool.supervised) or (self.replay_rounds and number)
+        )
+        self._metrics = runner.run(number, facts, trainer.state, may_be_empty)
+        with FailTogether(trainer.accelerator, f"encoding round {number}"):
+            rounds = range(max(0, number - self.replay_rounds), number + 1)
+            accepted = (one for earlier in rounds for one in runner.store(earlier).accepted())
+            self.pool.replace(encode_candidates(accepted, parts.policy.encoder))
+        if self.round_start == "base" and number > 0:
+            restore_base(parts.policy.model, base)
+            trainer.optimizer.state.clear()  # its momenta belong to the weights that were left
+
+    def _draw(self, epoch: int) -> torch.Tensor:
+        parts, num_draws = self._bound(), self.draws_per_epoch()
+        num_accepted, num_supervised = len(self.pool.accepted), round(self.supervised_fraction * num_draws)
+        num_supervised = num_draws if num_accepted == 0 else num_supervised
+        generator = torch.Generator().manual_seed((self.seed + epoch) % 2**62)
+        rows = []
+        if num_supervised:
+            rows.append(rejection_sample(torch.ones(len(self.pool.supervised)), num_supervised, generator))
+        if num_supervised < num_draws:
+            # Equal weights: whole permutations, pass after pass, so that no row is repeated before all were read.
+            drawn = rejection_sample(torch.ones(num_accepted), num_draws - num_supervised, generator)
+            rows.append(len(self.pool.supervised) + drawn)
+        indices = torch.cat(rows)[torch.randperm(num_draws, generator=generator)]
+        num_distinct = len(indices.unique())
+        self._metrics |= {
+            "pool/accepted_rows": float(num_accepted),
+            "pool/repeats": num_draws / num_distinct,
+            "pool/unused": 1.0 - len(set(indices.tolist())) / len(self.pool),
+        }
+        return broadcast_from_main(parts.trainer.accelerator, indices)

@@ -1,0 +1,241 @@
+"""The reward contract: prompts and completions enter, one number per completion leaves.
+
+It is the contract of TRL's GRPO (trl.rewards), so that functions written for it serve unchanged: they are called with
+keywords only, return one float or None per completion, and may be `async def` or a reward model. How completions are
+made, and which are accepted, is not known here.
+"""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from rsft_hf.generative.event_loop import BackgroundLoop
+from rsft_hf.generative.reward_calls import (
+    CONTRACT,
+    WITHHELD,
+    RewardFunction,
+    check_columns,
+    is_async,
+    refuse_uncallable,
+    unique_names,
+)
+from rsft_hf.generative.reward_values import checked_rewards, checked_weights, weighted_sum
+from rsft_hf.generative.scorers.reading import Completion, Prompt
+from rsft_hf.generative.scorers.reward_model import RewardModel, load_reward_model, load_tokenizer, model_name
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the reward functions said of C completions.
+
+    Attributes:
+        rewards: Shape (C,), float64: the weighted sum over the functions that answered; NaN where none did.
+        by_function: For each function's name its own rewards, shape (C,), float64, before the weight; NaN for None.
+        extras: Columns that functions logged with `log_extra`, C entries each.
+        metrics: Mean of the values that functions logged under each name with `log_metric`.
+    """
+
+    rewards: torch.Tensor
+    by_function: dict[str, torch.Tensor]
+    extras: dict[str, list[Any]] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Log:
+    """What one function logged during one call."""
+
+    extras: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
+    metrics: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def log_extra(self, column: str, values: Sequence[Any]) -> None:
+        self.extras[column].extend(values)
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.metrics[name].append(float(value))
+
+
+class RewardFunctions:
+    """Calls reward functions and combines what they say: all are checked before any is called.
+
+    Args:
+        functions: One or several: a function, a callable object, a sequence-classification model with one label, or
+            the path of one.
+        weights: One factor per function; None is 1 for each.
+        processing_classes: One tokenizer per function, None for those that are no model; None reads the tokenizer
+            saved beside a model.
+        batch_size: Most texts in a batch of a reward model.
+        chat_template_kwargs: Passed to a reward model's chat template.
+
+    Raises:
+        TypeError: If a function cannot be called as the contract says.
+        ValueError: If there is no function, `weights` or `processing_classes` has another length, a weight is not
+            finite, or a model has another number of labels than one.
+
+    Example:
+        >>> def length(completions, **kwargs):
+        ...     return [float(len(text)) for text in completions]
+        >>> RewardFunctions([length], weights=[0.5])(["a", "b"], ["xx", "xxxx"], [[1], [2]], {}).rewards.tolist()
+        [1.0, 2.0]
+    """
+
+    def __init__(
+        self,
+        functions: Any,
+        weights: Sequence[float] | None = None,
+        processing_classes: Any = None,
+        batch_size: int = 16,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        given = list(functions) if isinstance(functions, (list, tuple)) else [functions]
+        if not given:
+            raise ValueError("`reward_funcs` is empty. Pass at least one reward function.")
+        if batch_size < 1:
+            raise ValueError(f"`batch_size`={batch_size} must be at least 1.")
+        tokenizers = _one_for_each(processing_classes, given)
+        self.weights = checked_weights(weights, len(given))
+        for position, function in enumerate(given):
+            if not isinstance(function, (str, nn.Module)):
+                refuse_uncallable(function, position)
+        self._functions: list[RewardFunction] = [
+            _as_reward_model(function, tokenizer, batch_size, dict(chat_template_kwargs or {}))
+            if isinstance(function, (str, nn.Module))
+            else function
+            for function, tokenizer in zip(given, tokenizers, strict=True)
+        ]
+        self.names: list[str] = unique_names(self._functions)
+        self._loop = BackgroundLoop()
+
+    def check(self, columns: Collection[str]) -> None:
+        """Raises unless the prompts have the columns that the functions need.
+
+        Args:
+            columns: Names of the columns of the prompt data set.
+
+        Raises:
+            ValueError: If one is absent, is refused by a function, or has a name that the contract uses itself.
+        """
+        if taken := sorted(set(columns) & set(CONTRACT) - set(WITHHELD)):
+            raise ValueError(f"The columns {taken} bear names of the reward contract. Rename them.")
+        for function, name in zip(self._functions, self.names, strict=True):
+            check_columns(function, name, columns)
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves reward models that are still on the CPU to `device`; one that was placed elsewhere stays there."""
+        for function in self._functions:
+            if isinstance(function, RewardModel) and all(p.device.type == "cpu" for p in function.model.parameters()):
+                function.model.to(device)
+
+    def __call__(
+        self,
+        prompts: list[Prompt],
+        completions: list[Completion],
+        completion_ids: list[list[int]],
+        columns: Mapping[str, list[Any]],
+        trainer_state: Any = None,
+    ) -> Scores:
+        """Returns the rewards of C completions.
+
+        Args:
+            prompts: C prompts, all strings or all lists of messages; a prompt stands once per completion.
+            completions: C completions, of the prompts' kind.
+            completion_ids: C lists of token ids.
+            columns: The prompts' other columns, C entries each.
+            trainer_state: The trainer's `TrainerState`, for rewards that change during training.
+
+        Raises:
+            ValueError: If the lists differ in length, or a function returns another number of rewards, NaN or an
+                infinity.
+            TypeError: If a function returns something else than numbers and None.
+            RuntimeError: If a function raises; its error is the cause.
+        """
+        columns = {name: values for name, values in columns.items() if name not in WITHHELD}
+        self.check(columns)
+        lengths: dict[str, list[Any]] = {"completions": completions, "completion_ids": completion_ids, **columns}
+        if odd := {name: len(values) for name, values in lengths.items() if len(values) != len(prompts)}:
+            raise ValueError(f"There are {len(prompts)} prompts, but {odd}: each list needs one entry per completion.")
+        logs = [_Log() for _ in self._functions]
+        if not prompts:
+            answers = [torch.zeros(0, dtype=torch.float64) for _ in self._functions]
+        else:
+            common = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+            answers = self._call_all({**common, "trainer_state": trainer_state}, logs)
+        by_function = dict(zip(self.names, answers, strict=True))
+        extras, metrics = _merge(dict(zip(self.names, logs, strict=True)), len(prompts))
+        return Scores(weighted_sum(torch.stack(answers), self.weights), by_function, extras, metrics)
+
+    def _call_all(self, keywords: dict[str, Any], logs: list[_Log]) -> list[torch.Tensor]:
+        num_completions = len(keywords["prompts"])
+        calls = list(zip(self._functions, self.names, logs, strict=True))
+        outputs = {
+            name: _call(function, name, log, keywords) for function, name, log in calls if not is_async(function)
+        }
+
+        async def together() -> list[Any]:
+            return await asyncio.gather(*(_call_async(*call, keywords) for call in calls if is_async(call[0])))
+
+        if names := [name for function, name, _ in calls if is_async(function)]:
+            outputs |= zip(names, self._loop.run(together()), strict=True)
+        return [checked_rewards(outputs[name], name, num_completions) for name in self.names]
+
+
+def _call(function: RewardFunction, name: str, log: _Log, keywords: dict[str, Any]) -> Any:
+    try:
+        return function(**keywords, log_extra=log.log_extra, log_metric=log.log_metric)
+    except Exception as error:
+        raise RuntimeError(f"Reward function `{name}` raised {type(error).__name__}: {error}") from error
+
+
+async def _call_async(function: RewardFunction, name: str, log: _Log, keywords: dict[str, Any]) -> Any:
+    try:
+        return await function(**keywords, log_extra=log.log_extra, log_metric=log.log_metric)
+    except Exception as error:
+        raise RuntimeError(f"Reward function `{name}` raised {type(error).__name__}: {error}") from error
+
+
+def _one_for_each(processing_classes: Any, functions: list[Any]) -> list[Any]:
+    if processing_classes is None:
+        return [None] * len(functions)
+    given = list(processing_classes) if isinstance(processing_classes, (list, tuple)) else [processing_classes]
+    if len(given) != len(functions):
+        raise ValueError(
+            f"`reward_processing_classes` has {len(given)} entries for {len(functions)} reward functions. Give one for "
+            "each, None for those that are no model."
+        )
+    for position, (tokenizer, function) in enumerate(zip(given, functions, strict=True)):
+        if tokenizer is not None and not isinstance(function, (str, nn.Module)):
+            raise ValueError(
+                f"`reward_processing_classes[{position}]` belongs to a {type(function).__name__}, which is no model. "
+                "Put None there."
+            )
+    return given
+
+
+def _as_reward_model(
+    function: str | nn.Module, tokenizer: Any, batch_size: int, template: dict[str, Any]
+) -> RewardModel:
+    model = load_reward_model(function) if isinstance(function, str) else function
+    name = model_name(model)
+    return RewardModel(model, tokenizer or load_tokenizer(model, name), batch_size, template, name)
+
+
+def _merge(logs: dict[str, _Log], num_completions: int) -> tuple[dict[str, list[Any]], dict[str, float]]:
+    extras: dict[str, list[Any]] = {}
+    metrics: dict[str, list[float]] = defaultdict(list)
+    for name, log in logs.items():
+        for column, values in log.extras.items():
+            if len(values) != num_completions:
+                raise ValueError(
+                    f"Reward function `{name}` logged {len(values)} values in the column `{column}` for "
+                    f"{num_completions} completions. Call `log_extra` once, with one value per completion."
+                )
+            # Two functions may log a column of one name, as TRL's accuracy rewards do: neither is lost.
+            extras[column if column not in extras else f"{name}/{column}"] = values
+        for metric, numbers_logged in log.metrics.items():
+            metrics[metric].extend(numbers_logged)
+    return extras, {metric: sum(values) / len(values) for metric, values in metrics.items()}

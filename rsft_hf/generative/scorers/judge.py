@@ -1,0 +1,227 @@
+"""Rewards from a language model that judges, behind any server that speaks the API of OpenAI.
+
+Prompts and completions enter, one score per completion leaves, None where the judge failed: a failed judge is no
+verdict. Replies are kept on disk, so that a resumed run asks for nothing twice. The judge's score is what it says, in
+[low, high]; whether it is a good one is not known here.
+"""
+
+import asyncio
+import hashlib
+import importlib
+import json
+import logging
+import math
+import os
+import random
+import tempfile
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rsft_hf.generative.scorers.reading import Completion, Prompt, fields_of, render
+
+logger = logging.getLogger(__name__)
+
+RUBRIC = (
+    "Rate how well the response answers the prompt, from {low:g} (useless or wrong) to {high:g} (correct, complete and "
+    'clear). Do not reward length. Answer with a JSON object: {{"score": <number>}}.'
+)
+TEMPLATE = "<prompt>\n{prompt}\n</prompt>\n<response>\n{completion}\n</response>"
+
+
+@dataclass(frozen=True)
+class JudgeReward:
+    """The score that a language model gives each completion, asked for as JSON; None where there is none.
+
+    Attributes:
+        model: Name of the model at the server.
+        base_url: The server's address, up to `/v1`; None is OpenAI's, or `OPENAI_BASE_URL`.
+        api_key: None reads `OPENAI_API_KEY`; a server of one's own needs none.
+        rubric: The system message; `{low}` and `{high}` are filled in, other braces are doubled.
+        template: The user message, of {prompt}, {last_turn}, {completion} and columns of the prompts.
+        low: Lowest score.
+        high: Highest score.
+        concurrency: Most requests under way at once.
+        max_retries: How often a request is sent again after a connection error, a timeout, 429 or 5xx.
+        timeout_seconds: For each try.
+        cache_dir: Folder of the replies; None keeps none.
+        options: More of the request, such as {"temperature": 0}.
+        name: Names the rewards, and the metrics `<name>/failures` and `<name>/requests`.
+
+    Raises:
+        ImportError: If the package `openai` is not installed.
+        ValueError: If `low` >= `high`, `concurrency` < 1, a negative number of retries or no time, or there is no key
+            for OpenAI; when called, if the server does not know the key or the model.
+    """
+
+    model: str
+    base_url: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    rubric: str = RUBRIC
+    template: str = TEMPLATE
+    low: float = 0.0
+    high: float = 10.0
+    concurrency: int = 8
+    max_retries: int = 3
+    timeout_seconds: float = 60.0
+    cache_dir: str | Path | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "judge"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"`low`={self.low} must be less than `high`={self.high}, both finite.")
+        if self.concurrency < 1 or self.max_retries < 0 or not self.timeout_seconds > 0:
+            raise ValueError(
+                f"`concurrency`={self.concurrency} must be at least 1, `max_retries`={self.max_retries} at least 0 and "
+                f"`timeout_seconds`={self.timeout_seconds} more than 0."
+            )
+        if not (self.base_url or os.environ.get("OPENAI_BASE_URL") or self.api_key or os.environ.get("OPENAI_API_KEY")):
+            raise ValueError("No `api_key` was given. Set OPENAI_API_KEY, or `base_url` to a server of your own.")
+        fields_of(self.template)
+        _openai()
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The columns that the template names."""
+        return fields_of(self.template)
+
+    async def __call__(
+        self,
+        *,
+        prompts: list[Prompt],
+        completions: list[Completion],
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """Returns the score of each completion, in [low, high]; equal requests are sent once.
+
+        Raises:
+            ValueError: If the server does not know the key (401, 403) or the model (404).
+        """
+        texts = render(self.template, prompts, completions, columns)
+        keys = [None if text is None else self._request(text) for text in texts]
+        requests = {key: request for pair in keys if pair for key, request in [pair]}
+        scores = {key: score for key in requests if (score := self._cached(key)) is not None}
+        missing = {key: request for key, request in requests.items() if key not in scores}
+        scores |= await self._ask_all(missing)
+        failures = len(missing) - sum(key in scores for key in missing)
+        if failures:
+            logger.warning("%s: %d of %d requests got no score; these completions have no reward from it.",
+                           self.name, failures, len(missing))  # fmt: skip
+        if log_metric is not None:
+            log_metric(f"{self.name}/requests", len(missing))
+            log_metric(f"{self.name}/failures", failures)
+        return [None if pair is None else scores.get(pair[0]) for pair in keys]
+
+    def _request(self, text: str) -> tuple[str, dict[str, Any]]:
+        number = {"type": "number", "minimum": self.low, "maximum": self.high}
+        schema = {
+            "type": "object",
+            "properties": {"score": number},
+            "required": ["score"],
+            "additionalProperties": False,
+        }
+        request = {
+            "model": self.model,
+            "messages": [
+                {"role": "system", "content": self.rubric.format(low=self.low, high=self.high)},
+                {"role": "user", "content": text},
+            ],
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "judgement", "strict": True, "schema": schema},
+            },
+            **self.options,
+        }
+        # The whole request, the address too: another server's model of this name is another judge.
+        text = json.dumps([str(self.base_url), request], sort_keys=True)
+        return hashlib.sha256(text.encode("utf-8")).hexdigest(), request
+
+    async def _ask_all(self, requests: dict[str, dict[str, Any]]) -> dict[str, float]:
+        if not requests:
+            return {}
+        openai = _openai()
+        # The client draws the jitter of its retries from the global generator.
+        state = random.getstate()
+        slots = asyncio.Semaphore(self.concurrency)
+        key = self.api_key or os.environ.get("OPENAI_API_KEY") or "none"
+        async with openai.AsyncOpenAI(
+            api_key=key, base_url=self.base_url, max_retries=self.max_retries, timeout=self.timeout_seconds
+        ) as client:
+            tasks = [
+                asyncio.ensure_future(self._ask(key, request, client.chat.completions.with_raw_response.create, slots))
+                for key, request in requests.items()
+            ]
+            try:
+                scores = await asyncio.gather(*tasks)
+            except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+                raise ValueError(
+                    f"The judge at {client.base_url} refused `model`={self.model!r} or its `api_key`: {error}. No "
+                    "request can succeed until they are right."
+                ) from error
+            finally:
+                for task in tasks:
+                    task.cancel()
+                random.setstate(state)
+        return {key: score for key, score in zip(requests, scores, strict=True) if score is not None}
+
+    async def _ask(
+        self, key: str, request: dict[str, Any], create: Callable[..., Awaitable[Any]], slots: asyncio.Semaphore
+    ) -> float | None:
+        openai = _openai()
+        async with slots:
+            try:
+                reply = await create(**request)
+            except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError):
+                raise
+            except openai.OpenAIError as error:
+                logger.info("%s: %s: %s", self.name, type(error).__name__, error)
+                return None
+        text = _content(reply.text)
+        score = self._parse(text)
+        if score is None or text is None:
+            logger.info("%s: no score from %g to %g in the reply %r", self.name, self.low, self.high, reply.text)
+            return None
+        self._keep(key, text)
+        return score
+
+    def _parse(self, text: str | None) -> float | None:
+        try:
+            value = json.loads(text or "")["score"]
+        except (ValueError, KeyError, TypeError):
+            return None
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return float(value) if is_number and self.low <= value <= self.high else None
+
+    def _path(self, key: str) -> Path | None:
+        return None if self.cache_dir is None else Path(self.cache_dir) / key[:2] / f"{key}.json"
+
+    def _cached(self, key: str) -> float | None:
+        path = self._path(key)
+        return self._parse(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
+
+    def _keep(self, key: str, text: str) -> None:
+        if (path := self._path(key)) is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Whole or not at all: other processes read and write here too.
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            file.write(text)
+        os.replace(file.name, path)
+
+
+def _content(body: str) -> str | None:
+    """Returns the text of a reply, None where there is none: a refusal, no choices, or something that is no JSON."""
+    try:
+        return json.loads(body)["choices"][0]["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError):
+        return None
+
+
+def _openai() -> Any:
+    try:
+        return importlib.import_module("openai")
+    except ImportError as error:
+        raise ImportError("JudgeReward needs the client of OpenAI's API: `pip install rsft-hf[judge]`.") from error

@@ -1,0 +1,171 @@
+"""From the numbers of a round to the verdict on each candidate.
+
+Columns of the store enter, without texts or token ids; verdicts leave. The processes read the same columns and the
+rules draw from seeded generators, so one process decides and the others are told.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rsft_hf.generative.acceptance import Acceptance, CandidateBatch
+from rsft_hf.generative.streams import candidate_seed, verdict_uniforms
+
+COLUMNS = (
+    "prompt_id", "attempt", "candidate", "reward", "log_q", "log_p", "num_tokens", "seed", "verdict", "duplicate_key",
+    "finish_reason",
+)  # fmt: skip
+VERDICTS = ("accepted", "rejected", "filtered", "duplicate", "unjudged", "fallback")
+ACCEPTED = ("accepted", "fallback")
+_NO_PROMPT = -1  # names the stream of the rules, which belong to no prompt
+
+
+@dataclass(frozen=True)
+class SelectionRules:
+    """How a round is judged.
+
+    Attributes:
+        acceptance: The rule, for this round.
+        min_accepted: Accepted candidates below which a prompt is in need.
+        takes_best: Whether a prompt without an accepted candidate gives its best one.
+        run_seed: Seed of the run.
+        round_number: Round, from 0.
+    """
+
+    acceptance: Acceptance
+    min_accepted: int
+    takes_best: bool
+    run_seed: int
+    round_number: int
+
+
+@dataclass
+class RoundTable:
+    """The numbers of a round, one entry per candidate in the order of the store, and where each stands in (P, n).
+
+    Attributes:
+        columns: Columns by name, as `CandidateStore.columns(COLUMNS)` returns them; references are left out.
+        prompt_ids: The prompts, sorted, P of them.
+        places: Row and column of each candidate in (P, n), shape (C, 2).
+    """
+
+    columns: dict[str, list[Any]]
+    prompt_ids: list[int]
+    places: torch.Tensor
+
+    @classmethod
+    def of(cls, columns: dict[str, list[Any]]) -> "RoundTable":
+        """Returns the table of these columns."""
+        kept = [row for row, reason in enumerate(columns["finish_reason"]) if reason != "reference"]
+        columns = {name: [values[row] for row in kept] for name, values in columns.items()}
+        prompt_ids = sorted(set(columns["prompt_id"]))
+        row_of = {prompt: row for row, prompt in enumerate(prompt_ids)}
+        counts = [0] * len(prompt_ids)
+        places = torch.zeros(len(columns["prompt_id"]), 2, dtype=torch.int64)
+        keys = zip(columns["prompt_id"], columns["attempt"], columns["candidate"])
+        for candidate, (prompt, _, _) in sorted(enumerate(keys), key=lambda item: item[1]):
+            places[candidate, 0], places[candidate, 1] = row_of[prompt], counts[row_of[prompt]]
+            counts[row_of[prompt]] += 1
+        return cls(columns, prompt_ids, places)
+
+    def spread(self, values: Sequence[Any], dtype: torch.dtype, missing: Any) -> torch.Tensor:
+        """Returns values of the candidates as (P, n), `missing` where there is no candidate or no value."""
+        width = int(self.places[:, 1].max()) + 1 if len(self.places) else 0
+        matrix = torch.full((len(self.prompt_ids), width), missing, dtype=dtype)
+        numbers = [missing if value is None else value for value in values]
+        matrix[self.places[:, 0], self.places[:, 1]] = torch.tensor(numbers, dtype=dtype)
+        return matrix
+
+    def gathered(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Returns the entries of (P, n) in the order of the store, shape (C,)."""
+        return matrix[self.places[:, 0], self.places[:, 1]]
+
+    def batch(self, is_valid: Sequence[bool]) -> CandidateBatch:
+        """Returns what an acceptance rule reads; candidates that are not valid are in no maximum and no quantile."""
+        columns = self.columns
+        has_log_probs = any(value is not None for value in columns["log_q"])
+        return CandidateBatch(
+            rewards=self.spread(columns["reward"], torch.float64, math.nan),
+            log_q=self.spread(columns["log_q"], torch.float64, 0.0) if has_log_probs else None,
+            log_p=self.spread(columns["log_p"], torch.float64, 0.0) if has_log_probs else None,
+            lengths=self.spread(columns["num_tokens"], torch.int64, 0),
+            valid=self.spread(list(is_valid), torch.bool, False),
+            # Each candidate's own: another attempt, or a larger M, tests it again with the same number.
+            uniforms=self.spread(verdict_uniforms(columns["seed"]).tolist(), torch.float64, 0.0),
+        )
+
+
+def duplicates(table: RoundTable, earlier: Collection[tuple[int, str]]) -> list[bool]:
+    """Returns which candidates repeat another of their prompt: all but the best-rewarded, then the first.
+
+    Args:
+        table: The round.
+        earlier: Prompt and key of what earlier rounds accepted, where these count too.
+    """
+    columns = table.columns
+    order = sorted(
+        range(len(columns["prompt_id"])),
+        key=lambda row: (-math.inf if columns["reward"][row] is None else -columns["reward"][row], row),
+    )
+    seen, repeats = set(earlier), [False] * len(order)
+    for row in order:
+        key = (columns["prompt_id"][row], columns["duplicate_key"][row])
+        if key[1] is None or columns["verdict"][row] == "filtered" or columns["reward"][row] is None:
+            continue
+        repeats[row] = key in seen
+        seen.add(key)
+    return repeats
+
+
+def judge(table: RoundTable, rules: SelectionRules, earlier: Collection[tuple[int, str]] = ()) -> list[str]:
+    """Returns the verdict on every candidate, in the order of the store; see `VERDICTS`.
+
+    Args:
+        table: The round as far as it has been generated.
+        rules: How to judge.
+        earlier: As in `duplicates`.
+    """
+    columns, repeats = table.columns, duplicates(table, earlier)
+    verdicts = [
+        "filtered" if verdict == "filtered" else "unjudged" if reward is None else "duplicate" if repeat else "rejected"
+        for verdict, reward, repeat in zip(columns["verdict"], columns["reward"], repeats)
+    ]
+    is_open = [verdict == "rejected" for verdict in verdicts]
+    if not any(is_open):
+        return verdicts
+    generator = torch.Generator().manual_seed(
+        candidate_seed(rules.run_seed, rules.round_number, _NO_PROMPT, 0, 0) % 2**62
+    )
+    accepted = table.gathered(rules.acceptance(table.batch(is_open), generator))
+    for row in accepted.nonzero().flatten().tolist():
+        verdicts[row] = "accepted"
+    if rules.takes_best:
+        for row in _best_of_prompts_in_need(table, verdicts, rules.min_accepted):
+            verdicts[row] = "fallback"
+    return verdicts
+
+
+def prompts_in_need(prompt_ids: Sequence[int], table: RoundTable, verdicts: Sequence[str], minimum: int) -> list[int]:
+    """Returns the prompts with fewer than `minimum` accepted candidates, sorted."""
+    counts = dict.fromkeys(prompt_ids, 0)
+    for prompt, verdict in zip(table.columns["prompt_id"], verdicts, strict=True):
+        counts[prompt] += verdict in ACCEPTED
+    return sorted(prompt for prompt, count in counts.items() if count < minimum)
+
+
+def _best_of_prompts_in_need(table: RoundTable, verdicts: Sequence[str], minimum: int) -> list[int]:
+    """The best-rewarded rejected candidates of each prompt in need, as many as it lacks."""
+    missing = dict.fromkeys(table.prompt_ids, minimum)
+    for prompt, verdict in zip(table.columns["prompt_id"], verdicts, strict=True):
+        missing[prompt] -= verdict in ACCEPTED
+    rewards, uniforms = table.columns["reward"], verdict_uniforms(table.columns["seed"])
+    rejected = [row for row, verdict in enumerate(verdicts) if verdict == "rejected"]
+    chosen = []
+    for row in sorted(rejected, key=lambda row: (-rewards[row], float(uniforms[row]))):  # ties by chance, not by index
+        if missing[table.columns["prompt_id"][row]] > 0:
+            missing[table.columns["prompt_id"][row]] -= 1
+            chosen.append(row)
+    return chosen

@@ -1,0 +1,127 @@
+"""How candidates are sampled: the configuration in force, complete and checked before anything is generated.
+
+A user's configuration and a model's own enter, one `GenerationConfig` in which nothing is left to a default leaves.
+"""
+
+import copy
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def check_generation_config(config: GenerationConfig | None, num_candidates: int) -> None:
+    """Raises if a user's configuration can give no candidates.
+
+    Raises:
+        TypeError: If it is no GenerationConfig.
+        ValueError: If it is greedy with several candidates, searches beams, sets its own number of candidates or has no
+            usable temperature.
+    """
+    if config is None:
+        return
+    if not isinstance(config, GenerationConfig):
+        raise TypeError(
+            f"`generation_config` must be a transformers GenerationConfig, got {type(config).__name__}. Write "
+            "GenerationConfig(max_new_tokens=64, temperature=0.7)."
+        )
+    if (config.do_sample is False and num_candidates > 1) or config.temperature == 0:
+        raise ValueError(
+            f"`generation_config` is greedy (do_sample={config.do_sample}, temperature={config.temperature}) and "
+            f"`num_candidates`={num_candidates}: all candidates of a prompt would be equal. Set do_sample=True and a "
+            "temperature above 0, or num_candidates=1."
+        )
+    if (config.num_beams or 1) > 1:
+        raise ValueError(
+            f"`generation_config` has num_beams={config.num_beams}: beams are not draws from a distribution. Set "
+            "num_beams=1; for held-out evaluation beams may go into `eval_generation_config`."
+        )
+    if (config.num_return_sequences or 1) > 1:
+        raise ValueError(
+            f"`generation_config` has num_return_sequences={config.num_return_sequences}. Say it by "
+            "`num_candidates`, and leave num_return_sequences unset."
+        )
+
+
+def sampling_config(
+    config: GenerationConfig | None, model: Any, tokenizer: PreTrainedTokenizerBase, is_greedy: bool = False
+) -> GenerationConfig:
+    """Returns the configuration in force: the model's own, overridden by the user's, with nothing left open.
+
+    The model's `generation_config.json` may bring a temperature or a truncation unasked; it stays in force, since it is
+    how the model is meant to be sampled. What neither says is plain sampling: temperature 1, no top-k (where
+    transformers would take 50), no top-p.
+
+    Args:
+        config: The user's, None for the model's alone.
+        model: Has a `generation_config`.
+        tokenizer: Supplies special tokens that the model does not name.
+        is_greedy: Whether to take the most probable tokens instead; a beam search of the user's stays.
+
+    Raises:
+        ValueError: If no `max_new_tokens` is set anywhere, or nothing can end a candidate.
+    """
+    merged = copy.deepcopy(model.generation_config)
+    user = {} if config is None else {name: value for name, value in config.to_dict().items() if value is not None}
+    for name, value in user.items():
+        if name != "transformers_version" and not name.startswith("_"):
+            setattr(merged, name, value)
+    if merged.max_new_tokens is None:
+        # Of a decoder-only model `max_length` counts the prompt too, and so says nothing of an answer.
+        if merged.max_length is None or not model.config.is_encoder_decoder:
+            raise ValueError(
+                "`max_new_tokens` is unset, in `generation_config` and in the model's own: a candidate would be cut "
+                "off after transformers' default of 20 tokens. Pass "
+                "generation_config=GenerationConfig(max_new_tokens=...)."
+            )
+        merged.max_new_tokens = merged.max_length
+    merged.max_length = None
+    _fill_special_tokens(merged, tokenizer)
+    if is_greedy:
+        merged.do_sample = False
+        for name in _SAMPLING:
+            setattr(merged, name, None)
+        merged.num_beams = user.get("num_beams", 1)
+    else:
+        merged.do_sample, merged.num_beams = True, 1
+        merged.temperature = 1.0 if merged.temperature is None else merged.temperature
+        merged.top_k = 0 if merged.top_k is None else merged.top_k
+        merged.top_p = 1.0 if merged.top_p is None else merged.top_p
+    merged.num_return_sequences, merged.use_cache, merged.return_dict_in_generate = 1, True, False
+    return merged
+
+
+def in_force(config: GenerationConfig) -> dict[str, Any]:
+    """Returns what there is to say of a configuration: every setting that is not unset."""
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if value is not None and not name.startswith("_") and name != "transformers_version"
+    }
+
+
+def context_length(model: Any) -> int | None:
+    """Returns the most positions a model can read, None where its config sets no limit."""
+    config = model.config.get_text_config()
+    values = {config.attribute_map.get(name, name) for name in ("max_position_embeddings",)}
+    limits = [config.to_dict()[name] for name in values if isinstance(config.to_dict().get(name), int)]
+    return min(limits) if limits else None
+
+
+def _fill_special_tokens(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id
+    if config.eos_token_id is None and not config.stop_strings:
+        raise ValueError(
+            "Nothing can end a candidate: neither `generation_config` nor the tokenizer has an `eos_token_id`, and "
+            "there are no `stop_strings`. Every candidate would be cut off at `max_new_tokens`. Set one of them."
+        )
+    if config.pad_token_id is None:
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    if config.pad_token_id is None:
+        config.pad_token_id = 0  # stop strings alone: what follows the end of a row is never read

@@ -1,0 +1,151 @@
+"""What a run needs before its first round: parts taken from the trainer, and refusals while nothing is lost.
+
+A trainer and the resampler's options enter, the prompts, the generators and the runner leave.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.utils import logging
+
+from rsft_hf.generative.encoding import Encoder, Row
+from rsft_hf.generative.engines.choice import choose_engine
+from rsft_hf.generative.refusals import (
+    look_at_evaluation,
+    prompt_set,
+    refuse_arguments,
+    refuse_long_prompts,
+    refuse_model,
+    refuse_other_vocabulary,
+)
+from rsft_hf.generative.rounds import RoundRunner
+from rsft_hf.generative.settings import in_force, sampling_config
+from rsft_hf.generative.stages import Generator, PromptSet, Sampling
+
+if TYPE_CHECKING:
+    from rsft_hf.generative.resampler import CandidateResampler
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Setup:
+    """The parts of one training run.
+
+    Attributes:
+        trainer: Whose run it is.
+        prompts: The prompts to train on.
+        policy: Generates with the model that is trained.
+        runner: Runs the rounds.
+        supervised: Encoded rows of the supervised data set.
+    """
+
+    trainer: Trainer
+    prompts: PromptSet
+    policy: Generator
+    runner: RoundRunner
+    supervised: list[Row]
+
+    def use_seed(self, run_seed: int) -> None:
+        """Draws candidates from another seed from here on: that of the run which a checkpoint goes on."""
+        self.runner.sampling = replace(self.runner.sampling, run_seed=run_seed)
+
+
+def set_up(options: "CandidateResampler", trainer: Trainer, run_seed: int) -> Setup:
+    """Returns the parts of a run, after having checked that they fit.
+
+    Raises:
+        ValueError: If the model, the prompts, the rewards or the trainer's arguments do not allow it.
+    """
+    refuse_arguments(options, trainer)
+    tokenizer, model = _tokenizer(trainer), trainer.accelerator.unwrap_model(trainer.model)
+    refuse_model(model)
+    encoder = Encoder(tokenizer, bool(model.config.is_encoder_decoder), dict(options.chat_template_kwargs or {}))
+    prompts = prompt_set(trainer.train_dataset, options, "train_dataset")
+    proposal = model if options.proposal_model is None else options.proposal_model
+    refuse_model(proposal)
+    if proposal is not model:
+        proposal.to(trainer.args.device)
+        refuse_other_vocabulary(proposal, model)
+    config = sampling_config(options.generation_config, proposal, tokenizer)
+    logger.info(f"Candidates are sampled with {in_force(config)}.")
+    refuse_long_prompts(prompts, encoder, proposal, config.max_new_tokens)
+    if trainer.eval_dataset is not None:
+        look_at_evaluation(options, trainer.eval_dataset, prompts)
+    options.functions.to(trainer.args.device)
+    engine, surroundings = choose_engine(options.engine, model), trainer.accelerator.autocast
+    policy = Generator(model, encoder, engine, surroundings)
+    reference = reference_opener(options.reference_model, model, trainer.args.device)
+    generator = Generator(proposal, encoder, engine, surroundings, reference)
+    sampling = Sampling(config, options.num_candidates, run_seed, with_log_probs=options.with_log_probs)
+    is_conversational = not isinstance(prompts.row(0)[0], str)
+    directory = Path(trainer.args.output_dir) / "candidates"
+    runner = RoundRunner(options, trainer.accelerator, generator, prompts, sampling, directory, is_conversational)
+    return Setup(trainer, prompts, policy, runner, _supervised_rows(options, encoder))
+
+
+def reference_opener(
+    reference: Any, model: Any, device: Any
+) -> Callable[[], contextlib.AbstractContextManager[Any]] | None:
+    """Returns what gives the reference model while it is needed, None where there is none."""
+    if reference is None:
+        return None
+    if isinstance(reference, str):
+        if reference != "base":
+            raise ValueError(f'`reference_model`={reference!r} must be a model, "base" or None.')
+        from peft import PeftModel  # an extra: whoever has an adapter has it
+
+        if not isinstance(model, PeftModel):
+            raise ValueError(
+                'reference_model="base" is the model with its adapter off, and this model has none. Pass a model.'
+            )
+
+        @contextlib.contextmanager
+        def without_adapter() -> Iterator[Any]:
+            with model.disable_adapter():
+                yield model
+
+        return without_adapter
+    refuse_model(reference)
+    refuse_other_vocabulary(reference, model)
+    reference.to(device)
+    return lambda: contextlib.nullcontext(reference)
+
+
+def _tokenizer(trainer: Trainer) -> PreTrainedTokenizerBase:
+    tokenizer = trainer.processing_class
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"`processing_class` is {type(tokenizer).__name__}; generating needs the model's tokenizer. Pass "
+            "processing_class=AutoTokenizer.from_pretrained(...)."
+        )
+    return tokenizer
+
+
+def _supervised_rows(options: "CandidateResampler", encoder: Encoder) -> list[Row]:
+    rows = []
+    for number in range(0 if options.supervised_dataset is None else len(options.supervised_dataset)):
+        row = options.supervised_dataset[number]
+        if "input_ids" in row and "labels" in row:
+            rows.append(
+                {
+                    "input_ids": list(row["input_ids"]),
+                    "attention_mask": [1] * len(row["input_ids"]),
+                    "labels": list(row["labels"]),
+                }
+            )
+        elif options.prompt_column in row and "completion" in row:
+            prompt = row[options.prompt_column]
+            rows.append(
+                encoder.training_row(encoder.prompt_ids(prompt), encoder.completion_ids(prompt, row["completion"]))
+            )
+        else:
+            raise ValueError(
+                f"Row {number} of `supervised_dataset` has the columns {list(row)}. It needs {options.prompt_column!r} "
+                "and 'completion', or 'input_ids' and 'labels'."
+            )
+    return rows
