@@ -62,6 +62,8 @@ LAYERS = {
     "generative/engines/choice.py": 1,
     "generative/engines/engine.py": 1,
     "generative/engines/generate.py": 1,
+    "generative/engines/dropping.py": 1,
+    "generative/engines/records.py": 1,
     "generative/scorers/__init__.py": 1,
     "generative/scorers/forward.py": 1,
     "generative/scorers/reward_model.py": 1,

@@ -100,7 +100,7 @@ class RoundRunner:
                     self._make_shard(store, path, prompt_ids, sampling, trainer_state, effort)
             is_last = attempt == self.options.max_attempts - 1
             takes_best = is_last and self.options.on_nothing_accepted == "best"
-            verdicts, needy = self._judged(store, replace(rules, takes_best=takes_best))
+            verdicts, needy = self._judged(store, replace(rules, takes_best=takes_best), attempt)
             if not needy:
                 break
         metrics = self._finish(store, rules, verdicts, needy)
@@ -155,12 +155,13 @@ class RoundRunner:
         effort.score_tokens += sum(candidate.num_tokens for candidate in candidates if candidate.verdict != "filtered")
         store.write(path, candidates, "scored")
 
-    def _judged(self, store: CandidateStore, rules: SelectionRules) -> tuple[list[str], list[int]]:
+    def _judged(self, store: CandidateStore, rules: SelectionRules, attempt: int) -> tuple[list[str], list[int]]:
         """The verdict on every candidate so far, and the prompts in need, as the main process has them."""
         decided: tuple[list[str], list[int]] = ([], [])
         with FailTogether(self.accelerator, f"judging round {rules.round_number}"):
             if self.accelerator.is_main_process:
-                table = RoundTable.of(store.columns(COLUMNS))
+                # A killed run may have left shards of later attempts: who needs those was decided without them.
+                table = RoundTable.of(store.columns(COLUMNS), attempt)
                 verdicts = judge(table, rules, self._accepted_earlier(rules.round_number))
                 minimum = rules.min_accepted
                 decided = verdicts, prompts_in_need(range(len(self.prompts)), table, verdicts, minimum)

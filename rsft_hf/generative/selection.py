@@ -57,9 +57,13 @@ class RoundTable:
     places: torch.Tensor
 
     @classmethod
-    def of(cls, columns: dict[str, list[Any]]) -> "RoundTable":
-        """Returns the table of these columns."""
-        kept = [row for row, reason in enumerate(columns["finish_reason"]) if reason != "reference"]
+    def of(cls, columns: dict[str, list[Any]], last_attempt: int | None = None) -> "RoundTable":
+        """Returns the table of these columns, of all attempts or of those up to `last_attempt`."""
+        kept = [
+            row
+            for row, (reason, attempt) in enumerate(zip(columns["finish_reason"], columns["attempt"], strict=True))
+            if reason != "reference" and (last_attempt is None or attempt <= last_attempt)
+        ]
         columns = {name: [values[row] for row in kept] for name, values in columns.items()}
         prompt_ids = sorted(set(columns["prompt_id"]))
         row_of = {prompt: row for row, prompt in enumerate(prompt_ids)}

@@ -1,8 +1,9 @@
 """The engine that fits every model: `model.generate`, in batches of prompts of like length.
 
-`generate` itself runs the loop, the cache and the logits processors. Two things are put into it: the draw of each token
-comes from the candidate's own stream instead of the global generator, and the chosen token's log probabilities are kept
-as the loop goes, 4 bytes a token each, instead of the scores of the whole vocabulary.
+`generate` prepares inputs, cache, logits processors and stopping criteria. Three things differ from its own sampling:
+each token is drawn from the candidate's own stream instead of the global generator, its log probabilities are kept as
+the loop goes, and where the model's cache allows it rows that have ended leave the batch and a prompt is read once for
+all of its candidates.
 """
 
 import copy
@@ -11,11 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import GenerationMixin, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerationMixin, StopStringCriteria
 from transformers.utils import logging
 
+from rsft_hf.generative.engines.dropping import can_drop, sample_and_drop
 from rsft_hf.generative.engines.engine import GeneratedSequence, GenerationRequest
+from rsft_hf.generative.engines.records import EndRecorder, StreamSampler
 from rsft_hf.generative.streams import token_uniforms
 
 logger = logging.get_logger(__name__)
@@ -32,7 +35,7 @@ class GenerateEngine:
         ValueError: If `max_sequences` is below 1.
     """
 
-    max_sequences: int = 64
+    max_sequences: int = 128
 
     def __post_init__(self) -> None:
         if self.max_sequences < 1:
@@ -65,82 +68,6 @@ class GenerateEngine:
         return self.max_sequences // request.num_candidates * request.num_candidates
 
 
-class _SampleFromStreams(LogitsProcessor):
-    """Ends the list of processors: draws each row's token from the row's stream, and leaves it as the only choice.
-
-    Args:
-        processors: Those that `generate` built from its configuration.
-        uniforms: Shape (rows, steps), float64; None picks the most probable token.
-        with_log_probs: Whether to keep log q and log p of the chosen tokens.
-    """
-
-    def __init__(self, processors: LogitsProcessorList, uniforms: torch.Tensor | None, with_log_probs: bool) -> None:
-        self.processors, self.uniforms, self.with_log_probs = processors, uniforms, with_log_probs
-        self.log_q: list[torch.Tensor] = []
-        self.log_p: list[torch.Tensor] = []
-        self._step = 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        raw = scores.float()
-        processed = self.processors(input_ids, raw.clone())
-        if self.uniforms is None:
-            chosen = processed.argmax(-1)
-        else:
-            chosen = inverse_cdf(processed, self.uniforms[:, self._step].to(processed.device))
-        if self.with_log_probs:
-            self.log_p.append(_log_probability(raw, chosen))
-            self.log_q.append(_log_probability(processed, chosen))
-        self._step += 1
-        return torch.full_like(processed, -torch.inf).scatter_(1, chosen[:, None], 0.0)
-
-
-def inverse_cdf(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Returns the token of each row at which the cumulative distribution passes the row's uniform, shape (rows,).
-
-    Args:
-        logits: Shape (rows, vocabulary); -inf for tokens that cannot be drawn.
-        uniforms: Shape (rows,), float64, in [0, 1).
-
-    Example:
-        >>> logits = torch.log(torch.tensor([[0.2, 0.0, 0.8]]))
-        >>> [int(inverse_cdf(logits, torch.tensor([u], dtype=torch.float64))) for u in (0.1, 0.2, 0.9)]
-        [0, 2, 2]
-    """
-    # In float64: a float32 sum over a vocabulary of 150,000 is off by more than a rare token's probability.
-    cumulative = logits.softmax(-1, dtype=torch.float32).double().cumsum(-1)
-    totals = cumulative[:, -1]
-    targets = torch.minimum(uniforms * totals, torch.nextafter(totals, torch.zeros_like(totals)))
-    return torch.searchsorted(cumulative, targets[:, None], right=True).squeeze(1)
-
-
-def _log_probability(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    return logits.gather(1, chosen[:, None]).squeeze(1) - logits.logsumexp(-1)
-
-
-class _RecordedCriteria(StoppingCriteriaList):
-    """The criteria of `generate`, which also note where each row ended, and whether by its own end or by the limit."""
-
-    def __init__(self, criteria: StoppingCriteriaList, prompt_width: int) -> None:
-        super().__init__(criteria)
-        self.prompt_width = prompt_width
-        self.lengths: torch.Tensor | None = None  # (rows,), 0 while a row goes on
-        self.is_stopped: torch.Tensor | None = None
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        if self.lengths is None or self.is_stopped is None:
-            self.lengths = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
-            self.is_stopped = torch.zeros_like(self.lengths, dtype=torch.bool)
-        is_done = torch.zeros_like(self.is_stopped)
-        going_on = self.lengths == 0
-        for criterion in self:
-            is_met = criterion(input_ids, scores, **kwargs)
-            is_done |= is_met
-            if not isinstance(criterion, (MaxLengthCriteria, MaxTimeCriteria)):
-                self.is_stopped |= is_met & going_on
-        self.lengths = torch.where(going_on & is_done, input_ids.shape[1] - self.prompt_width, self.lengths)
-        return is_done
-
-
 def _generate_batch(model: Any, request: GenerationRequest, pairs: list[tuple[int, int]]) -> list[GeneratedSequence]:
     config = copy.deepcopy(request.generation_config)  # `generate` fills in what it finds missing
     num_per_prompt = request.num_candidates if _holds_whole_prompts(pairs, request.num_candidates) else 1
@@ -153,24 +80,32 @@ def _generate_batch(model: Any, request: GenerationRequest, pairs: list[tuple[in
     if config.num_beams is not None and config.num_beams > 1:
         output = model.generate(**inputs, generation_config=config, tokenizer=request.tokenizer)
         return _split_beams(model, output, config, inputs["input_ids"].shape[1], pairs)
-    config.num_return_sequences = num_per_prompt
     uniforms = None
     if config.do_sample:
         uniforms = token_uniforms([request.seeds[prompt][index] for prompt, index in pairs], config.max_new_tokens)
-    recorders: list[Any] = []
+    records: list[Any] = []
 
-    def decode(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        sampler = _SampleFromStreams(kwargs.pop("logits_processor"), uniforms, request.with_log_probs)
-        recorded = _RecordedCriteria(kwargs.pop("stopping_criteria"), input_ids.shape[1])
-        recorders.extend((sampler, recorded))
-        kwargs["generation_config"].do_sample = False  # the sampler has left one choice
-        return GenerationMixin._sample(
-            self, input_ids, logits_processor=LogitsProcessorList([sampler]), stopping_criteria=recorded, **kwargs
-        )
+    def decode(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        processors, criteria = kwargs.pop("logits_processor"), kwargs.pop("stopping_criteria")
+        size, copies = (len(pairs), config.max_new_tokens), len(pairs) // len(input_ids)
+        sampler = StreamSampler(processors, uniforms, request.with_log_probs, size, input_ids.device)
+        recorder = EndRecorder(criteria, len(pairs), input_ids.shape[1], input_ids.device)
+        if can_drop(processors, kwargs):
+            records.extend((sampler, recorder))
+            return sample_and_drop(self, input_ids, sampler, recorder, copies, **kwargs)
+        if copies > 1:
+            return None  # `generate` has to repeat the prompts itself
+        records.extend((sampler, recorder))
+        kwargs["generation_config"].do_sample = False  # the sampler leaves one choice
+        keywords = kwargs | {"logits_processor": LogitsProcessorList([sampler]), "stopping_criteria": recorder}
+        return GenerationMixin._sample(self, input_ids, **keywords)
 
-    output = model.generate(**inputs, generation_config=config, stopping_criteria=criteria, custom_generate=decode)
-    sampler, recorded = recorders
-    return _split(output, sampler, recorded, pairs)
+    # An encoder reads a prompt once though `generate` repeats it; without one, we repeat what it has read.
+    for config.num_return_sequences in (num_per_prompt if model.config.is_encoder_decoder else 1, num_per_prompt):
+        if not records:
+            model.generate(**inputs, generation_config=config, stopping_criteria=criteria, custom_generate=decode)
+    sampler, recorder = records
+    return _split(sampler, recorder, pairs)
 
 
 def _holds_whole_prompts(pairs: list[tuple[int, int]], num_candidates: int) -> bool:
@@ -181,29 +116,20 @@ def _holds_whole_prompts(pairs: list[tuple[int, int]], num_candidates: int) -> b
     )
 
 
-def _split(
-    output: torch.Tensor, sampler: _SampleFromStreams, recorded: _RecordedCriteria, pairs: list[tuple[int, int]]
-) -> list[GeneratedSequence]:
-    tokens = output[:, recorded.prompt_width :].cpu()
-    if recorded.lengths is None or recorded.is_stopped is None:
-        raise RuntimeError("`generate` never asked its stopping criteria: this version of transformers is not known.")
-    lengths, is_stopped = recorded.lengths.cpu(), recorded.is_stopped.cpu()
-    log_q = torch.stack(sampler.log_q, 1).cpu() if sampler.log_q else None
-    log_p = torch.stack(sampler.log_p, 1).cpu() if sampler.log_p else None
-    sequences = []
-    for row, (prompt, index) in enumerate(pairs):
-        length = int(lengths[row])
-        sequences.append(
-            GeneratedSequence(
-                prompt,
-                index,
-                tokens[row, :length].tolist(),
-                "stop" if bool(is_stopped[row]) else "length",
-                None if log_q is None else log_q[row, :length],
-                None if log_p is None else log_p[row, :length],
-            )
+def _split(sampler: StreamSampler, recorder: EndRecorder, pairs: list[tuple[int, int]]) -> list[GeneratedSequence]:
+    tokens, lengths, is_stopped = sampler.tokens.cpu(), recorder.lengths.tolist(), recorder.is_stopped.tolist()
+    log_q, log_p = sampler.log_q.cpu(), sampler.log_p.cpu()
+    return [
+        GeneratedSequence(
+            prompt,
+            index,
+            tokens[row, : lengths[row]].tolist(),
+            "stop" if is_stopped[row] else "length",
+            log_q[row, : lengths[row]] if sampler.with_log_probs else None,
+            log_p[row, : lengths[row]] if sampler.with_log_probs else None,
         )
-    return sequences
+        for row, (prompt, index) in enumerate(pairs)
+    ]
 
 
 def _split_beams(

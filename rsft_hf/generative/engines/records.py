@@ -1,0 +1,118 @@
+"""What is noted while a batch is generated: the tokens drawn, their log probabilities, and where each row ended.
+
+Scores and streams enter, tokens leave. The records speak of rows by their number in the batch, so that rows may leave.
+"""
+
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import MaxLengthCriteria, MaxTimeCriteria
+
+
+class StreamSampler(LogitsProcessor):
+    """Draws each row's token from the row's own stream, and keeps it with its log probabilities.
+
+    As the last of `generate`'s logits processors it leaves the token drawn as the only choice.
+
+    Args:
+        processors: Those that `generate` built from its configuration.
+        uniforms: Shape (rows, steps), float64; None picks the most probable token.
+        with_log_probs: Whether to keep log q and log p of the chosen tokens.
+        size: Rows, and most tokens of a row.
+        device: Where the tokens are drawn.
+    """
+
+    def __init__(
+        self,
+        processors: LogitsProcessorList,
+        uniforms: torch.Tensor | None,
+        with_log_probs: bool,
+        size: tuple[int, int],
+        device: torch.device,
+    ) -> None:
+        self.processors, self.with_log_probs = processors, with_log_probs
+        self.uniforms = None if uniforms is None else uniforms.to(device)
+        self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
+        # Four bytes a token each, where the scores of the whole vocabulary would be kept otherwise.
+        self.log_q = torch.zeros(size if with_log_probs else (0, 0), device=device)
+        self.log_p = torch.zeros_like(self.log_q)
+        self._step = 0
+
+    def draw(self, input_ids: torch.Tensor, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Returns the next token of these rows, shape (len(rows),), int64."""
+        raw = scores.float()
+        processed = self.processors(input_ids, raw.clone())
+        if self.uniforms is None:
+            chosen = processed.argmax(-1)
+        else:
+            chosen = inverse_cdf(processed, self.uniforms[rows, self._step])
+        self.tokens[rows, self._step] = chosen
+        if self.with_log_probs:
+            self.log_p[rows, self._step] = _log_probability(raw, chosen)
+            self.log_q[rows, self._step] = _log_probability(processed, chosen)
+        self._step += 1
+        return chosen
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Returns scores that leave one choice, for a loop that picks the best of all rows."""
+        chosen = self.draw(input_ids, scores, torch.arange(len(input_ids), device=input_ids.device))
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+
+class EndRecorder(StoppingCriteriaList):
+    """The criteria of `generate`, which also note where each row ended, and whether by its own end or by the limit.
+
+    Args:
+        criteria: Those that `generate` built.
+        num_rows: Rows of the batch.
+        prompt_width: Columns before the first token that is generated.
+        device: Where the rows are.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, num_rows: int, prompt_width: int, device: torch.device) -> None:
+        super().__init__(criteria)
+        self.prompt_width = prompt_width
+        self.lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)  # 0 while a row goes on
+        self.is_stopped = torch.zeros(num_rows, dtype=torch.bool, device=device)
+
+    def ended(self, input_ids: torch.Tensor, rows: torch.Tensor, scores: Any = None, **kwargs: Any) -> torch.Tensor:
+        """Returns which of these rows have ended, now or before, shape (len(rows),), bool."""
+        going_on = self.lengths[rows] == 0
+        is_done, is_stopped = torch.zeros_like(going_on), torch.zeros_like(going_on)
+        for criterion in self:
+            is_met = criterion(input_ids, scores, **kwargs)
+            is_done |= is_met
+            if not isinstance(criterion, (MaxLengthCriteria, MaxTimeCriteria)):
+                is_stopped |= is_met
+        newly = going_on & is_done
+        self.is_stopped[rows] |= is_stopped & newly
+        self.lengths[rows[newly]] = input_ids.shape[1] - self.prompt_width
+        return ~going_on | is_done
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Returns which rows of the whole batch have ended."""
+        return self.ended(input_ids, torch.arange(len(input_ids), device=input_ids.device), scores, **kwargs)
+
+
+def inverse_cdf(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Returns the token of each row at which the cumulative distribution passes the row's uniform, shape (rows,).
+
+    Args:
+        logits: Shape (rows, vocabulary); -inf for tokens that cannot be drawn.
+        uniforms: Shape (rows,), float64, in [0, 1).
+
+    Example:
+        >>> logits = torch.log(torch.tensor([[0.2, 0.0, 0.8]]))
+        >>> [int(inverse_cdf(logits, torch.tensor([u], dtype=torch.float64))) for u in (0.1, 0.2, 0.9)]
+        [0, 2, 2]
+    """
+    # In float64: a float32 sum over a vocabulary of 150,000 is off by more than a rare token's probability.
+    cumulative = logits.softmax(-1, dtype=torch.float32).double().cumsum(-1)
+    totals = cumulative[:, -1]
+    targets = torch.minimum(uniforms * totals, torch.nextafter(totals, torch.zeros_like(totals)))
+    return torch.searchsorted(cumulative, targets[:, None], right=True).squeeze(1)
+
+
+def _log_probability(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    return logits.gather(1, chosen[:, None]).squeeze(1) - logits.logsumexp(-1)
