@@ -12,13 +12,18 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench-overhead bench-drawing clean
+.PHONY: help demo demo-sentiment demo-translation test lint format bench-overhead bench-drawing clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-demo: $(STAMP) ## fine-tune a small sentiment classifier three ways, in minutes on a CPU
-	HF_HUB_OFFLINE=1 $(BIN)/python recipes/imdb_sentiment.py --dataset builtin --output_dir outputs/demo $(ARGS)
+demo: demo-sentiment demo-translation ## both halves, offline, in minutes on a CPU
+
+demo-sentiment: $(STAMP) ## the weighted half: a small sentiment classifier, trained three ways
+	HF_HUB_OFFLINE=1 $(BIN)/python recipes/imdb_sentiment.py --dataset builtin --output_dir outputs/demo/sentiment $(ARGS)
+
+demo-translation: $(STAMP) ## the generative half: number words into German, trained four ways
+	HF_HUB_OFFLINE=1 $(BIN)/python recipes/translation.py --dataset builtin --output_dir outputs/demo/translation $(ARGS)
 
 test: lint ## lint, then run every test and doctest
 	$(BIN)/python -m pytest $(ARGS)

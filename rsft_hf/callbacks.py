@@ -33,9 +33,11 @@ class ResampleCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Logs the epoch's figures if no line with a loss has carried them, and none is about to."""
-        if not control.should_log:
+        should_log = control.should_log
+        if not should_log:
             self._trainer.log_waiting_metrics()
         self._trainer.log_end_of_epoch()
+        control.should_log = should_log  # logging these lines has taken it back, and a line with the loss may be due
 
 
 class CandidateTableCallback(TrainerCallback):

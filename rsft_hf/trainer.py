@@ -149,13 +149,15 @@ class RejectionSamplingMixin(_Base):
             self.train_dataset, self.data_collator = kept
         return self._train_loader
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> Any:
         """Evaluates as the trainer does; held-out prompts are answered by the model, and the answers scored."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
         if dataset is None or isinstance(dataset, dict) or not self.resampler.evaluates(dataset):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
         if not self.is_in_train and self._bound_dataset is None:
             self._epoch_sampler()  # binds the resampler
         began = time.perf_counter()

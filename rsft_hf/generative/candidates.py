@@ -151,7 +151,15 @@ class CandidateStore:
         return collected
 
     def accepted(self) -> Iterator[Candidate]:
-        """Yields the accepted candidates of the round, reading one shard at a time."""
+        """Yields the accepted candidates of the round, reading one shard at a time.
+
+        Raises:
+            RuntimeError: If the round is not there.
+        """
+        if not self.manifest():
+            raise RuntimeError(
+                f"{self.directory} is gone, whose accepted candidates are wanted. Put it back, or set replay_rounds=0."
+            )
         for path in self.shards():
             table = pq.read_table(path, filters=[("is_accepted", "==", True)])
             for row in table.to_pylist():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from transformers import EvalPrediction
+from transformers.trainer_utils import denumpify_detensorize
 
 from rsft_hf.distributed import FailTogether, gather_lists
 from rsft_hf.generative.candidates import Candidate
@@ -62,7 +63,8 @@ def evaluate_prompts(
     if trainer.compute_metrics is not None:
         references = [candidate.row.get(options.reference_column) for candidate in candidates]
         prediction = EvalPrediction(predictions=[one.text for one in candidates], label_ids=references)
-        metrics |= trainer.compute_metrics(prediction)
+        # As Trainer does: a NumPy number in the log could not be written into a checkpoint.
+        metrics |= denumpify_detensorize(trainer.compute_metrics(prediction))
     return metrics
 
 

@@ -80,8 +80,10 @@ def _diversity(store: CandidateStore) -> dict[str, float]:
     tokens: dict[str, list[list[int]]] = {"candidates": [], "accepted": []}
     texts: list[tuple[int, str]] = []
     for path in store.shards():
+        if len(tokens["candidates"]) >= _MAX_COUNTED:
+            break
         for candidate in store.read(path):
-            if candidate.finish_reason == "reference" or len(tokens["candidates"]) >= _MAX_COUNTED:
+            if candidate.finish_reason == "reference":
                 continue
             tokens["candidates"].append(candidate.token_ids)
             texts.append((candidate.prompt_id, candidate.text))

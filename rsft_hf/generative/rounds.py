@@ -220,20 +220,25 @@ class RoundRunner:
 
 
 def open_round(store: CandidateStore, facts: Mapping[str, Any]) -> None:
-    """Makes the folder of a round ready: shards of the same facts stay, those of others are put aside."""
+    """Makes the folder of a round ready: shards of the same facts stay, those of others are put aside.
+
+    A round that begins anew makes the rounds after it those of another run: they are put aside with it.
+    """
     earlier = store.manifest().get("facts")
-    changed = [] if earlier is None else [name for name in facts if earlier.get(name) != facts[name]]
-    if store.directory.is_dir() and (earlier is None or changed):
-        aside = store.directory.parent / "replaced"
-        aside.mkdir(exist_ok=True)
-        number = sum(1 for _ in aside.glob(f"{store.directory.name}-*"))
-        store.directory.rename(aside / f"{store.directory.name}-{number}")
-        logger.warning(
-            f"{store.directory} held candidates of another run (differing in {', '.join(changed) or 'no manifest'}); "
-            f"they are in {aside} now, and the round begins anew."
-        )
-    elif store.shards():
+    if earlier is not None and all(earlier.get(name) == facts[name] for name in facts):
         logger.info(f"Going on with the {len(store.shards())} shards in {store.directory}.")
+        return
+    changed = (
+        ["a missing manifest"] if earlier is None else [name for name in facts if earlier.get(name) != facts[name]]
+    )
+    stale = [folder for folder in store.directory.parent.glob("round-*") if folder.name >= store.directory.name]
+    for folder in sorted(stale):
+        aside = folder.parent / "replaced"
+        aside.mkdir(exist_ok=True)
+        folder.rename(aside / f"{folder.name}-{sum(1 for _ in aside.glob(f'{folder.name}-*'))}")
+        logger.warning(
+            f"{folder} held candidates of another run ({store.directory.name} differs in {', '.join(changed)}); they "
+            f"are in {aside} now, and the round begins anew."
+        )
     store.directory.mkdir(parents=True, exist_ok=True)
-    if not store.manifest():
-        store.write_manifest({"facts": dict(facts), "reward_names": list(store.reward_names)})
+    store.write_manifest({"facts": dict(facts), "reward_names": list(store.reward_names)})

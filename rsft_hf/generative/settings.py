@@ -80,6 +80,8 @@ def sampling_config(
             )
         merged.max_new_tokens = merged.max_length
     merged.max_length = None
+    if "forced_eos_token_id" not in user:
+        merged.forced_eos_token_id = None  # BART's and Marian's own: at the limit, a cut-off answer would seem complete
     _fill_special_tokens(merged, tokenizer)
     if is_greedy:
         merged.do_sample = False

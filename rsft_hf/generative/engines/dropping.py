@@ -62,10 +62,12 @@ class Live:
     Args:
         input_ids: Prompt tokens, shape (rows, width).
         model_kwargs: What `generate` prepared for the model.
+        processors: What `generate` prepared for the scores.
     """
 
-    def __init__(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
+    def __init__(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any], processors: LogitsProcessorList) -> None:
         self.input_ids, self.model_kwargs = input_ids, model_kwargs
+        self.penalties = [one for one in processors if type(one) is generation.RepetitionPenaltyLogitsProcessor]
         self.rows = torch.arange(len(input_ids), device=input_ids.device)
 
     def keep(self, chosen: torch.Tensor) -> None:
@@ -83,6 +85,9 @@ class Live:
 
     def _take(self, chosen: torch.Tensor) -> None:
         self.input_ids = self.input_ids[chosen]
+        for penalty in self.penalties:  # it knows the padding of each row, and does not count it as said
+            if isinstance(penalty.prompt_ignore_length, torch.Tensor):
+                penalty.prompt_ignore_length = penalty.prompt_ignore_length[chosen]
         for name in _ROWS_BY_NAME:
             if self.model_kwargs.get(name) is not None:
                 self.model_kwargs[name] = self.model_kwargs[name][chosen]
@@ -112,7 +117,7 @@ def sample_and_drop(
         generation_config: As `generate` completed it.
         **model_kwargs: As `generate` prepared them.
     """
-    live = Live(input_ids, model_kwargs)
+    live = Live(input_ids, model_kwargs, sampler.processors)
     outputs = model._prefill(input_ids, generation_config, live.model_kwargs)
     while True:
         live.model_kwargs = model._update_model_kwargs_for_generation(

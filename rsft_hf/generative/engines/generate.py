@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerationMixin, StopStringCriteria
 from transformers.utils import logging
 
@@ -78,8 +78,9 @@ def _generate_batch(model: Any, request: GenerationRequest, pairs: list[tuple[in
         criteria.append(StopStringCriteria(tokenizer=request.tokenizer, stop_strings=config.stop_strings))
         config.stop_strings = None  # `generate` hands no tokenizer on to a decoding function of one's own
     if config.num_beams is not None and config.num_beams > 1:
-        output = model.generate(**inputs, generation_config=config, tokenizer=request.tokenizer)
-        return _split_beams(model, output, config, inputs["input_ids"].shape[1], pairs)
+        output = model.generate(**inputs, generation_config=config, stopping_criteria=criteria)
+        start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        return _split_beams(output, start, config.eos_token_id, criteria, pairs)
     uniforms = None
     if config.do_sample:
         uniforms = token_uniforms([request.seeds[prompt][index] for prompt, index in pairs], config.max_new_tokens)
@@ -133,15 +134,19 @@ def _split(sampler: StreamSampler, recorder: EndRecorder, pairs: list[tuple[int,
 
 
 def _split_beams(
-    model: Any, output: torch.Tensor, config: GenerationConfig, prompt_width: int, pairs: list[tuple[int, int]]
+    output: torch.Tensor, start: int, ends: Any, criteria: StoppingCriteriaList, pairs: list[tuple[int, int]]
 ) -> list[GeneratedSequence]:
-    """Cuts the result of a beam search, which has one best row per prompt, at its first end token."""
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    start = 1 if model.config.is_encoder_decoder else prompt_width
+    """Cuts the result of a beam search, which has one best row per prompt, at its first end token or stop string."""
+    ends = ends if isinstance(ends, list) else [ends]
     sequences = []
-    for (prompt, index), row in zip(pairs, output[:, start:].tolist(), strict=True):
-        end = next((position for position, token in enumerate(row) if token in ends), None)
-        ids = row if end is None else row[: end + 1]
+    for (prompt, index), row in zip(pairs, output, strict=True):
+        stops = (
+            at
+            for at in range(start, len(row))
+            if int(row[at]) in ends or (criteria and bool(criteria(row[None, : at + 1], None)))
+        )
+        end = next(stops, None)
+        ids = row[start : None if end is None else end + 1].tolist()
         sequences.append(GeneratedSequence(prompt, index, ids, "length" if end is None else "stop"))
     return sequences
 
