@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import GenerationMixin, StopStringCriteria
+from transformers.generation import ForcedEOSTokenLogitsProcessor, GenerationMixin, StopStringCriteria
 from transformers.utils import logging
 
 from rsft_hf.generative.engines.dropping import can_drop, sample_and_drop
@@ -88,6 +88,10 @@ def _generate_batch(model: Any, request: GenerationRequest, pairs: list[tuple[in
 
     def decode(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         processors, criteria = kwargs.pop("logits_processor"), kwargs.pop("stopping_criteria")
+        if request.generation_config.forced_eos_token_id is None:  # though the model's own may have filled it in
+            processors = LogitsProcessorList(
+                one for one in processors if type(one) is not ForcedEOSTokenLogitsProcessor
+            )
         size, copies = (len(pairs), config.max_new_tokens), len(pairs) // len(input_ids)
         sampler = StreamSampler(processors, uniforms, request.with_log_probs, size, input_ids.device)
         recorder = EndRecorder(criteria, len(pairs), input_ids.shape[1], input_ids.device)

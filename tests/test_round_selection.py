@@ -1,0 +1,165 @@
+"""From rewards to verdicts, on columns written by hand."""
+
+import math
+
+import pytest
+import torch
+
+from rsft_hf import DensityRatio, Threshold, TopKOverall, TopKPerPrompt
+from rsft_hf.generative.selection import ACCEPTED, COLUMNS, VERDICTS, RoundTable, SelectionRules, judge, prompts_in_need
+from rsft_hf.generative.streams import verdict_uniforms
+
+
+def table(*rows: dict) -> RoundTable:
+    """A round of candidates that differ from a plain one of prompt 0 in what is written here."""
+    plain = {
+        "prompt_id": 0, "attempt": 0, "reward": 0.0, "log_q": None, "log_p": None, "num_tokens": 3, "verdict": None,
+        "duplicate_key": None, "finish_reason": "stop",
+    }  # fmt: skip
+    whole = [{**plain, "candidate": number, "seed": number, **row} for number, row in enumerate(rows)]
+    return RoundTable.of({name: [row[name] for row in whole] for name in COLUMNS})
+
+
+def rules(acceptance=None, minimum: int = 1, takes_best: bool = False, seed: int = 0) -> SelectionRules:
+    return SelectionRules(acceptance or Threshold(minimum=0.5), minimum, takes_best, seed, 0)
+
+
+def test_every_verdict_has_its_reason() -> None:
+    round_ = table(
+        {"reward": 0.9, "duplicate_key": "a"},
+        {"reward": 0.1, "duplicate_key": "b"},
+        {"reward": 9.0, "verdict": "filtered"},
+        {"reward": 0.9, "duplicate_key": "a"},
+        {"reward": None, "duplicate_key": "a"},
+        {"prompt_id": 1, "reward": 0.2},
+        {"prompt_id": 1, "reward": 0.3},
+    )
+    verdicts = judge(round_, rules(takes_best=True))
+    expected = ["accepted", "rejected", "filtered", "duplicate", "unjudged", "rejected", "fallback"]
+    assert verdicts == expected
+    assert set(verdicts) == set(VERDICTS)
+
+
+def test_what_is_filtered_a_duplicate_or_unjudged_is_in_no_maximum() -> None:
+    """Best of n of the rest: a filtered 9 and an unjudged candidate leave the 0.2 the best one."""
+    round_ = table({"reward": 9.0, "verdict": "filtered"}, {"reward": None}, {"reward": 0.1}, {"reward": 0.2})
+    assert judge(round_, rules(TopKPerPrompt(1))) == ["filtered", "unjudged", "rejected", "accepted"]
+
+
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_the_best_of_equal_candidates_is_kept_wherever_it_stands(best: int) -> None:
+    rewards = [0.6, 0.6, 0.6]
+    rewards[best] = 0.8
+    verdicts = judge(table(*({"reward": reward, "duplicate_key": "same"} for reward in rewards)), rules())
+    assert [number for number, verdict in enumerate(verdicts) if verdict == "accepted"] == [best]
+    assert verdicts.count("duplicate") == 2
+
+
+def test_duplicates_are_told_per_prompt_and_across_attempts() -> None:
+    round_ = table(
+        {"reward": 0.7, "duplicate_key": "a"},
+        {"reward": 0.7, "duplicate_key": "a", "prompt_id": 1},
+        {"reward": 0.7, "duplicate_key": "a", "attempt": 1},
+        {"reward": 0.7, "duplicate_key": None},
+        {"reward": 0.7, "duplicate_key": None},
+    )
+    assert judge(round_, rules()) == ["accepted", "accepted", "duplicate", "accepted", "accepted"]
+
+
+def test_what_an_earlier_round_accepted_is_a_duplicate_of_its_prompt_alone() -> None:
+    round_ = table({"reward": 0.7, "duplicate_key": "a"}, {"reward": 0.7, "duplicate_key": "a", "prompt_id": 1})
+    assert judge(round_, rules(), {(0, "a")}) == ["duplicate", "accepted"]
+
+
+def test_a_filtered_or_unjudged_candidate_hides_no_equal_one() -> None:
+    round_ = table(
+        {"reward": 0.9, "duplicate_key": "a", "verdict": "filtered"},
+        {"reward": None, "duplicate_key": "a"},
+        {"reward": 0.6, "duplicate_key": "a"},
+    )
+    assert judge(round_, rules()) == ["filtered", "unjudged", "accepted"]
+
+
+def test_the_fallback_fills_up_to_the_minimum_with_the_best_rejected() -> None:
+    """Prompt 0 has one of two accepted and lacks one, prompt 1 lacks two, prompt 2 has but one candidate to give."""
+    round_ = table(
+        {"reward": 0.9}, {"reward": 0.1}, {"reward": 0.3},
+        {"prompt_id": 1, "reward": 0.3}, {"prompt_id": 1, "reward": 0.1}, {"prompt_id": 1, "reward": 0.2},
+        {"prompt_id": 2, "reward": 0.0}, {"prompt_id": 2, "reward": None},
+    )  # fmt: skip
+    verdicts = judge(round_, rules(minimum=2, takes_best=True))
+    fallback = [number for number, verdict in enumerate(verdicts) if verdict == "fallback"]
+    assert fallback == [2, 3, 5, 6]
+    assert prompts_in_need(range(4), round_, verdicts, 2) == [2, 3]  # nothing was generated for prompt 3
+
+
+def test_ties_of_the_fallback_are_broken_by_chance_and_not_by_place() -> None:
+    """Of four equal candidates each is taken in a quarter of 800 prompts: 200, standard deviation 12.2."""
+    rows = [{"prompt_id": prompt, "reward": 0.1, "seed": 4 * prompt + at} for prompt in range(800) for at in range(4)]
+    verdicts = judge(table(*rows), rules(takes_best=True))
+    counts = [sum(verdicts[at::4][prompt] == "fallback" for prompt in range(800)) for at in range(4)]
+    assert sum(counts) == 800
+    assert all(abs(count - 200) < 4 * 12.2 for count in counts)
+
+
+def test_prompts_in_need_are_those_below_the_minimum() -> None:
+    round_ = table({"prompt_id": 3}, {"prompt_id": 3}, {"prompt_id": 1}, {"prompt_id": 2})
+    verdicts = ["accepted", "fallback", "accepted", "rejected"]
+    assert all(name in VERDICTS for name in ACCEPTED)
+    assert prompts_in_need(range(4), round_, verdicts, 1) == [0, 2]
+    assert prompts_in_need(range(4), round_, verdicts, 2) == [0, 1, 2]
+
+
+def test_nothing_is_accepted_where_nothing_is_open() -> None:
+    round_ = table({"reward": None}, {"reward": 1.0, "verdict": "filtered"})
+    assert judge(round_, rules(TopKPerPrompt(1), takes_best=True)) == ["unjudged", "filtered"]
+
+
+def test_a_candidate_keeps_its_uniform_when_more_are_judged() -> None:
+    first = table({"seed": 11}, {"seed": 22}, {"prompt_id": 1, "seed": 33})
+    more = table(
+        {"seed": 11}, {"seed": 22}, {"prompt_id": 1, "seed": 33}, {"attempt": 1, "seed": 44, "candidate": 0}
+    )  # fmt: skip
+    expected = verdict_uniforms([11, 22, 33])
+    assert torch.equal(first.gathered(first.batch([True] * 3).uniforms), expected)
+    assert torch.equal(more.gathered(more.batch([True] * 4).uniforms)[:3], expected)
+
+
+def test_a_larger_envelope_never_accepts_what_a_smaller_one_rejected() -> None:
+    """u < w / M with the candidate's own u: another attempt raises M, and the accepted shrink to a subset."""
+    rows = [{"prompt_id": 0, "seed": seed, "log_q": -1.0, "log_p": -1.0 - 0.1 * (seed % 7)} for seed in range(60)]
+    rule = DensityRatio()
+    before = judge(table(*rows), rules(rule))
+    after = judge(table(*rows, {"attempt": 1, "seed": 99, "log_q": -2.0, "log_p": -1.0}), rules(rule))
+    kept = {number for number, verdict in enumerate(before) if verdict == "accepted"}
+    again = {number for number, verdict in enumerate(after[:60]) if verdict == "accepted"}
+    assert again < kept
+    # By hand: M = exp(1) after the second attempt, w = exp(-0.1 (seed mod 7)).
+    uniforms = verdict_uniforms(list(range(60))).tolist()
+    assert again == {seed for seed in range(60) if uniforms[seed] < math.exp(-0.1 * (seed % 7) - 1.0)}
+
+
+def test_the_order_of_the_shards_changes_no_verdict() -> None:
+    rows = [
+        {"prompt_id": prompt, "candidate": at, "reward": 1.0, "seed": 10 * prompt + at}
+        for prompt in range(6)
+        for at in range(4)
+    ]
+    for rule in (TopKPerPrompt(1), TopKOverall(3)):
+        forwards = judge(table(*rows), rules(rule))
+        backwards = judge(table(*rows[::-1]), rules(rule))[::-1]
+        assert forwards == backwards
+    assert judge(table(*rows), rules(TopKPerPrompt(1), seed=1)) != judge(table(*rows), rules(TopKPerPrompt(1)))
+
+
+def test_references_are_no_candidates() -> None:
+    round_ = table({"reward": 0.7}, {"finish_reason": "reference", "attempt": -1, "candidate": -1}, {"reward": 0.1})
+    assert judge(round_, rules()) == ["accepted", "rejected"]
+    assert round_.batch([True, True]).rewards.shape == (1, 2)
+
+
+def test_prompts_of_unequal_counts_are_padded() -> None:
+    round_ = table({"reward": 1.0}, {"reward": 2.0}, {"prompt_id": 5, "reward": 3.0})
+    batch = round_.batch([True] * 3)
+    assert batch.rewards.nan_to_num(-1).tolist() == [[1.0, 2.0], [3.0, -1.0]]
+    assert batch.is_candidate.tolist() == [[True, True], [True, False]]
