@@ -17,14 +17,14 @@ from rsft_hf.distributed import forked_rng
 _NUM_FINGERPRINT_ROWS = 16
 
 
-def dataset_fingerprint(dataset: Any) -> str:
-    """Returns a digest of the columns and of sixteen rows spread over the data set, equal from run to run."""
+def dataset_fingerprint(dataset: Any, num_rows: int = _NUM_FINGERPRINT_ROWS) -> str:
+    """Returns a digest of the columns and of `num_rows` rows spread over the data set, equal from run to run."""
     digest = hashlib.blake2b(digest_size=8)
     if isinstance(dataset, datasets.Dataset):
         dataset = dataset.with_format(None)  # the stored values: a random transform would differ at every look
     with forked_rng(0):
-        for number in range(min(_NUM_FINGERPRINT_ROWS, len(dataset))):
-            for part in _parts(dataset[number * len(dataset) // min(_NUM_FINGERPRINT_ROWS, len(dataset))]):
+        for number in range(min(num_rows, len(dataset))):
+            for part in _parts(dataset[number * len(dataset) // min(num_rows, len(dataset))]):
                 digest.update(part)
     return digest.hexdigest()
 

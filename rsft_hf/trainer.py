@@ -158,6 +158,11 @@ class RejectionSamplingMixin(_Base):
             dataset = self.eval_dataset[dataset]
         if dataset is None or isinstance(dataset, dict) or not self.resampler.evaluates(dataset):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
+        if kwargs:
+            raise ValueError(
+                f"evaluate() got {', '.join(kwargs)}, which held-out prompts do not heed. Pass "
+                "CandidateResampler(eval_generation_config=GenerationConfig(...))."
+            )
         if not self.is_in_train and self._bound_dataset is None:
             self._epoch_sampler()  # binds the resampler
         began = time.perf_counter()

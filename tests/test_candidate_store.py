@@ -29,9 +29,6 @@ COLUMNS = {
 }  # fmt: skip
 
 
-OPEN = pytest.mark.xfail(strict=True, reason="`round_facts` does not tell how prompts are turned into tokens")
-
-
 def kill_in_scoring(completions, **_):
     raise RuntimeError("the grader is down")
 
@@ -178,7 +175,7 @@ def test_a_finished_round_is_neither_generated_nor_scored_again(tmp_path: Path) 
         ({"args": {"data_seed": 5}}, "seed"),
         ({"train_dataset": generators.prompts(NUM_PROMPTS, first=20)}, "prompts"),
         ({"model": 1}, "model"),
-        pytest.param({"chat_template_kwargs": {"enable_thinking": True}}, "", marks=OPEN, id="chat_template_kwargs"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "encoding"),
     ],
 )
 def test_candidates_of_other_facts_are_moved_aside_never_mixed(tmp_path: Path, caplog, options, name) -> None:
@@ -193,13 +190,16 @@ def test_candidates_of_other_facts_are_moved_aside_never_mixed(tmp_path: Path, c
     if "model" in options:
         keywords["model"] = generators.tiny_model(seed=options.pop("model"))
     trained(tmp_path, resampler(engine=engine, **options), **keywords)
-    assert len(engine.calls) >= SHARDS
-    assert f"candidates of another run (round-000 differs in {name}" in caplog.text
+    if name in ("filters", "acceptance", "dedup", "attempts", "reward_weights"):  # the answers are still those
+        assert len(engine.calls) == SHARDS - 2
+        assert f"candidates of another run (it differs in {name}" in caplog.text
+    else:
+        assert len(engine.calls) >= SHARDS
+        assert f"candidates of another run (round-000 differs in {name}" in caplog.text
     aside = tmp_path / "candidates" / "replaced" / "round-000-0"
     assert load_candidates(aside).to_list() == before
 
 
-@pytest.mark.xfail(strict=True, reason="`round_facts` does not tell which reference model gave log p")
 def test_log_probabilities_of_another_reference_are_never_mixed(tmp_path: Path) -> None:
     killed = resampler(reference_model=generators.tiny_model(seed=3), engine=CountingEngine(2))
     with pytest.raises(Killed):

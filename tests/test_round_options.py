@@ -237,7 +237,6 @@ def test_the_chat_template_is_told_what_the_user_says(tmp_path: Path) -> None:
     assert stored(tmp_path)[0]["prompt"] == [{"role": "user", "content": "a a"}]
 
 
-@pytest.mark.xfail(strict=True, reason="replayed rounds may be empty too, and the draw then fails without a reason")
 def test_a_pool_that_replay_leaves_empty_is_explained(tmp_path: Path) -> None:
     made = resampler(acceptance=Threshold(schedule=(0.0, 9.0)), on_nothing_accepted="skip", replay_rounds=1)
     with pytest.raises(RuntimeError, match="No candidate was accepted in round-002"):

@@ -138,6 +138,13 @@ class CandidateStore:
         """Returns the candidates of a shard, in the order written."""
         return [_from_row(row, self.reward_names) for row in pq.read_table(path).to_pylist()]
 
+    def is_unjudged(self, path: Path) -> bool:
+        """Returns whether no reward function answered for any candidate of a shard: a judge that was out, perhaps."""
+        columns = pq.read_table(path, columns=["reward", "verdict"]).to_pydict()
+        return any(verdict != "filtered" for verdict in columns["verdict"]) and not any(
+            reward is not None for reward in columns["reward"]
+        )
+
     def shards(self) -> list[Path]:
         """Returns the files of all shards, in order of attempt and prompt."""
         return sorted(self.directory.glob("*.parquet"))
@@ -191,5 +198,5 @@ def _from_row(row: Mapping[str, Any], reward_names: Sequence[str]) -> Candidate:
         prompt=row["prompt"],
         index=row["candidate"],
         extras=json.loads(row["extras"]) if row["extras"] else {},
-        rewards={name: row[f"rewards/{name}"] for name in reward_names},
+        rewards={name: row.get(f"rewards/{name}") for name in reward_names},
     )

@@ -7,14 +7,15 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 from transformers import EvalPrediction
-from transformers.trainer_utils import denumpify_detensorize
 
 from rsft_hf.distributed import FailTogether, gather_lists
 from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.rewards import RewardFunctions
-from rsft_hf.generative.settings import sampling_config
+from rsft_hf.generative.settings import held_out_config
 from rsft_hf.generative.stages import Generator, PromptSet, Sampling, score_candidates
 from rsft_hf.generative.statistics import distinct_n
 
@@ -41,10 +42,7 @@ def evaluate_prompts(
         `reward` (the selecting functions' weighted sum), `rewards/<name>/mean` (of all functions), `length`
         (tokens), `truncated`, `distinct_1`, `distinct_2`, and what `compute_metrics` returns.
     """
-    is_greedy = options.eval_generation_config is None or not options.eval_generation_config.do_sample
-    # What the candidates are sampled with says how long an answer may be, and no more.
-    config = options.generation_config if options.eval_generation_config is None else options.eval_generation_config
-    complete = sampling_config(config, generator.model, generator.encoder.tokenizer, is_greedy)
+    complete = held_out_config(options, generator.model, generator.encoder.tokenizer)
     sampling = Sampling(complete, num_candidates=1, round_number=_ROUND)
     own = list(range(len(prompts)))[accelerator.process_index :: accelerator.num_processes]
     candidates: list[Candidate] = []
@@ -64,7 +62,7 @@ def evaluate_prompts(
         references = [candidate.row.get(options.reference_column) for candidate in candidates]
         prediction = EvalPrediction(predictions=[one.text for one in candidates], label_ids=references)
         # As Trainer does: a NumPy number in the log could not be written into a checkpoint.
-        metrics |= denumpify_detensorize(trainer.compute_metrics(prediction))
+        metrics |= {name: _plain(value) for name, value in trainer.compute_metrics(prediction).items()}
     return metrics
 
 
@@ -84,6 +82,11 @@ def _figures(candidates: Sequence[Candidate]) -> dict[str, float]:
     for name in dict.fromkeys(name for candidate in candidates for name in candidate.rewards):
         figures[f"rewards/{name}/mean"] = _mean([candidate.rewards.get(name) for candidate in candidates])
     return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy or torch number as Python's own, which a checkpoint can hold."""
+    return value.item() if isinstance(value, (np.generic, torch.Tensor)) else value
 
 
 def _mean(values: Sequence[float | None]) -> float:

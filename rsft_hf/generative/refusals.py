@@ -5,13 +5,15 @@ Parts of a run enter; an error with the remedy leaves, or nothing.
 
 from typing import TYPE_CHECKING, Any
 
+import datasets
+import torch
 from accelerate.utils import DistributedType
-from transformers import Trainer
+from transformers import DataCollatorForLanguageModeling, Trainer
 from transformers.utils import logging
 
 from rsft_hf.generative.encoding import Encoder
-from rsft_hf.generative.settings import context_length
-from rsft_hf.generative.stages import PromptSet
+from rsft_hf.generative.settings import context_length, held_out_config
+from rsft_hf.generative.stages import Generator, PromptSet
 
 if TYPE_CHECKING:
     from rsft_hf.generative.by_hand import StagesByHand
@@ -20,8 +22,20 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
-def prompt_set(dataset: Any, options: "StagesByHand", name: str) -> PromptSet:
-    """Returns the prompts of a data set; raises if there is no such column or a reward function lacks one."""
+def prompt_set(dataset: Any, options: "StagesByHand", name: str, is_trained_on: bool = True) -> PromptSet:
+    """Returns the prompts of a data set; raises if there is no such column or a reward function lacks one.
+
+    Args:
+        dataset: Rows that are mappings, with a length and random access.
+        options: Names the columns and holds the reward functions.
+        name: What the user calls it, for the message.
+        is_trained_on: Whether references may be trained on, which held-out prompts' never are.
+    """
+    if isinstance(dataset, (torch.utils.data.IterableDataset, datasets.IterableDataset)) or not len(dataset):
+        raise ValueError(
+            f"`{name}` ({type(dataset).__name__}) has no rows, or none that can be chosen by number. Pass a data set "
+            "of prompts with a length and at least one row."
+        )
     columns = column_names(dataset)
     if options.prompt_column not in columns:
         raise ValueError(
@@ -30,13 +44,28 @@ def prompt_set(dataset: Any, options: "StagesByHand", name: str) -> PromptSet:
         )
     others = [column for column in columns if column != options.prompt_column]
     options.functions.check(others)
-    if options.on_nothing_accepted == "reference" and options.reference_column not in others:
+    if is_trained_on and options.on_nothing_accepted == "reference" and options.reference_column not in others:
         raise ValueError(
             f'on_nothing_accepted="reference" reads the column {options.reference_column!r}, which `{name}` lacks; it '
             f"has {columns}. Name it by `reference_column`."
         )
     prompts = PromptSet(dataset, options.prompt_column)
-    kinds = {isinstance(prompts.row(row)[0], str) for row in range(len(prompts))}
+    kinds = set()
+    for row in range(len(prompts)):
+        prompt = prompts.row(row)[0]
+        if not isinstance(prompt, (str, list)) or prompt == []:
+            raise ValueError(
+                f"The prompt in row {row} of `{name}` is {prompt!r}. Give text or a list of messages, and drop rows "
+                "without one."
+            )
+        if isinstance(prompt, list) and not all(
+            isinstance(message, dict) and isinstance(message.get("content"), str) for message in prompt
+        ):
+            raise ValueError(
+                f"The prompt in row {row} of `{name}` has a message whose content is not text: {prompt!r}. Only text "
+                "is read; give messages with a `role` and a `content` that is a string."
+            )
+        kinds.add(isinstance(prompt, str))
     if len(kinds) > 1:
         raise ValueError(f"`{name}` mixes prompts that are text with prompts that are messages. Give one kind.")
     return prompts
@@ -44,6 +73,8 @@ def prompt_set(dataset: Any, options: "StagesByHand", name: str) -> PromptSet:
 
 def column_names(dataset: Any) -> list[str]:
     """Returns the names of a data set's columns: its own, or those of its first row where rows are mappings."""
+    if isinstance(dataset, datasets.Dataset):
+        return list(dataset.column_names)
     first = dataset[0]
     return list(first) if isinstance(first, dict) else []
 
@@ -77,6 +108,18 @@ def refuse_arguments(options: "CandidateResampler", trainer: Trainer) -> None:
             f"{trainer.accelerator.distributed_type.value} shards the weights, and candidates are generated from whole "
             "ones. Use DDP or ZeRO stage 1 or 2."
         )
+    if isinstance(trainer.data_collator, DataCollatorForLanguageModeling):
+        raise ValueError(
+            "`data_collator` is DataCollatorForLanguageModeling, which makes labels of its own: it would teach the "
+            "prompts and hide the ends. Leave it out, or take DataCollatorForSeq2Seq, which keeps the rows' labels."
+        )
+    if options.round_start == "base" and trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError('round_start="base" cannot reach the weights that DeepSpeed\'s optimizer keeps. Use "last".')
+    if args.push_to_hub:
+        logger.warning(
+            f"`push_to_hub=True` uploads the candidates too, prompts and answers in plain text: they are in "
+            f"{args.output_dir}/candidates."
+        )
     if options.round_start == "best" and not (
         args.metric_for_best_model and args.eval_strategy == "epoch" and args.save_strategy in ("epoch", "best")
     ):
@@ -84,6 +127,16 @@ def refuse_arguments(options: "CandidateResampler", trainer: Trainer) -> None:
             'round_start="best" goes back to the best checkpoint so far. Set `metric_for_best_model`, '
             f'eval_strategy="epoch" (it is {args.eval_strategy}) and save_strategy="epoch" ({args.save_strategy}).'
         )
+
+
+def refuse_changes(saved: dict[str, int], present: dict[str, int]) -> None:
+    """Raises ValueError if a run that goes on from a checkpoint differs from the one that saved it."""
+    for name, value in present.items():
+        if saved[name] != value:
+            raise ValueError(
+                f"Cannot resume: {name} was {saved[name]} when the checkpoint was saved, and is {value}. Resume with "
+                "what it was, or start a new run from the checkpoint's weights."
+            )
 
 
 def refuse_other_vocabulary(other: Any, model: Any) -> None:
@@ -115,16 +168,24 @@ def refuse_long_prompts(prompts: PromptSet, encoder: Encoder, model: Any, max_ne
             )
 
 
-def look_at_evaluation(options: "CandidateResampler", evaluation: Any, prompts: PromptSet) -> None:
-    """Checks the columns of held-out prompts, and warns if one of them is trained on."""
-    datasets = evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
+def look_at_evaluation(options: "CandidateResampler", evaluation: Any, prompts: PromptSet, policy: Generator) -> None:
+    """Checks what held-out prompts are to be generated with, and warns if one of them is trained on.
+
+    Raises:
+        TypeError: If `eval_generation_config` is no GenerationConfig.
+        ValueError: If a column is missing, or the model cannot read a prompt.
+    """
+    named = evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
     known = {repr(prompts.row(row)[0]) for row in range(len(prompts))}
-    for name, dataset in datasets.items():
-        if options.prompt_column not in column_names(dataset):
-            continue
-        held_out = prompt_set(dataset, options, name)
+    config = held_out_config(options, policy.model, policy.encoder.tokenizer)
+    for name, dataset in named.items():
+        is_readable = not isinstance(dataset, (torch.utils.data.IterableDataset, datasets.IterableDataset))
+        if is_readable and len(dataset) and options.prompt_column not in column_names(dataset):
+            continue  # encoded rows, for the trainer's own evaluation
+        held_out = prompt_set(dataset, options, name, is_trained_on=False)
         if options.eval_functions is not None:
             options.eval_functions.check([column for column in column_names(dataset) if column != held_out.column])
+        refuse_long_prompts(held_out, policy.encoder, policy.model, config.max_new_tokens)
         shared = [row for row in range(len(held_out)) if repr(held_out.row(row)[0]) in known]
         if shared:
             logger.warning(

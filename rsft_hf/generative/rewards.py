@@ -102,13 +102,13 @@ class RewardFunctions:
         for position, function in enumerate(given):
             if not isinstance(function, (str, nn.Module)):
                 refuse_uncallable(function, position)
-        self._functions: list[RewardFunction] = [
+        self.functions: list[RewardFunction] = [
             _as_reward_model(function, tokenizer, batch_size, dict(chat_template_kwargs or {}))
             if isinstance(function, (str, nn.Module))
             else function
             for function, tokenizer in zip(given, tokenizers, strict=True)
         ]
-        self.names: list[str] = unique_names(self._functions)
+        self.names: list[str] = unique_names(self.functions)
         self._loop = BackgroundLoop()
 
     def check(self, columns: Collection[str]) -> None:
@@ -122,12 +122,12 @@ class RewardFunctions:
         """
         if taken := sorted(set(columns) & set(CONTRACT) - set(WITHHELD)):
             raise ValueError(f"The columns {taken} bear names of the reward contract. Rename them.")
-        for function, name in zip(self._functions, self.names, strict=True):
+        for function, name in zip(self.functions, self.names, strict=True):
             check_columns(function, name, columns)
 
     def to(self, device: torch.device | str) -> None:
         """Moves reward models that are still on the CPU to `device`; one that was placed elsewhere stays there."""
-        for function in self._functions:
+        for function in self.functions:
             if isinstance(function, RewardModel) and all(p.device.type == "cpu" for p in function.model.parameters()):
                 function.model.to(device)
 
@@ -159,9 +159,9 @@ class RewardFunctions:
         lengths: dict[str, list[Any]] = {"completions": completions, "completion_ids": completion_ids, **columns}
         if odd := {name: len(values) for name, values in lengths.items() if len(values) != len(prompts)}:
             raise ValueError(f"There are {len(prompts)} prompts, but {odd}: each list needs one entry per completion.")
-        logs = [_Log() for _ in self._functions]
+        logs = [_Log() for _ in self.functions]
         if not prompts:
-            answers = [torch.zeros(0, dtype=torch.float64) for _ in self._functions]
+            answers = [torch.zeros(0, dtype=torch.float64) for _ in self.functions]
         else:
             common = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
             answers = self._call_all({**common, "trainer_state": trainer_state}, logs)
@@ -171,7 +171,7 @@ class RewardFunctions:
 
     def _call_all(self, keywords: dict[str, Any], logs: list[_Log]) -> list[torch.Tensor]:
         num_completions = len(keywords["prompts"])
-        calls = list(zip(self._functions, self.names, logs, strict=True))
+        calls = list(zip(self.functions, self.names, logs, strict=True))
         outputs = {
             name: _call(function, name, log, keywords) for function, name, log in calls if not is_async(function)
         }

@@ -12,7 +12,7 @@ import torch
 
 from rsft_hf.generative.acceptance import RSO, Acceptance, DensityRatio
 from rsft_hf.generative.candidates import CandidateStore
-from rsft_hf.generative.selection import ACCEPTED, RoundTable
+from rsft_hf.generative.selection import RoundTable
 from rsft_hf.generative.statistics import (
     candidate_metrics,
     distinct_n,
@@ -35,7 +35,8 @@ def round_metrics(
         rule: The rule of acceptance, for the effective sample size.
     """
     batch = table.batch([verdict not in ("filtered", "duplicate") for verdict in verdicts])
-    accepted = table.spread([verdict in ACCEPTED for verdict in verdicts], torch.bool, False)
+    # What came in by a fallback was not accepted by the rule: `fallback` counts it.
+    accepted = table.spread([verdict == "accepted" for verdict in verdicts], torch.bool, False)
     is_generated = table.spread([True] * len(verdicts), torch.bool, False)
     metrics = candidate_metrics(batch, accepted, _rewards_by_function(store), is_generated)
     for name in ("filtered", "duplicate", "fallback"):
@@ -66,12 +67,22 @@ def _effective_sample_size(rule: Any, batch: Any) -> float:
 
 
 def _pass_at(table: RoundTable) -> dict[str, float]:
-    """pass@k for k = 1, 2, 4, ..., where every reward is 0 or 1; what was filtered out has failed."""
+    """pass@k for k = 1, 2, 4, ..., where every reward is 0 or 1; what was filtered out has failed.
+
+    Of the first attempt alone: later ones are made where nothing was solved yet, and would bias the estimate.
+    """
     rewards = table.columns["reward"]
+    is_first = [attempt == 0 for attempt in table.columns["attempt"]]
     if not {reward for reward in rewards if reward is not None} <= {0.0, 1.0}:
         return {}
-    solved = table.spread([reward == 1.0 for reward in rewards], torch.bool, False).sum(1).tolist()
-    counts = table.spread([True] * len(rewards), torch.bool, False).sum(1).tolist()
+    solved = (
+        table.spread(
+            [first and reward == 1.0 for first, reward in zip(is_first, rewards, strict=True)], torch.bool, False
+        )
+        .sum(1)
+        .tolist()
+    )
+    counts = table.spread(is_first, torch.bool, False).sum(1).tolist()
     ks = itertools.takewhile(lambda k: k <= min(counts), (2**power for power in itertools.count()))
     return {f"pass@{k}": sum(pass_at_k(n, c, k) for n, c in zip(counts, solved, strict=True)) / len(counts) for k in ks}
 

@@ -21,6 +21,7 @@ from rsft_hf.generative.candidates import CandidateStore
 from rsft_hf.generative.effort import Effort
 from rsft_hf.generative.emptiness import explain_empty_round
 from rsft_hf.generative.facts import stable_repr
+from rsft_hf.generative.reopening import open_round
 from rsft_hf.generative.round_metrics import round_metrics
 from rsft_hf.generative.selection import ACCEPTED, COLUMNS, RoundTable, SelectionRules, judge, prompts_in_need
 from rsft_hf.generative.stages import (
@@ -86,11 +87,12 @@ class RoundRunner:
         with FailTogether(self.accelerator, f"preparing round {round_number}"):
             if self.accelerator.is_main_process:
                 open_round(store, facts)
-        if not store.directory.is_dir():
-            raise RuntimeError(
-                f"{store.directory} is not visible here: the processes must share `output_dir`. Put it on a file "
-                "system that all machines mount."
-            )
+        with FailTogether(self.accelerator, f"looking for {store.directory}"):
+            if not store.directory.is_dir():
+                raise RuntimeError(
+                    f"{store.directory} is not visible here: the processes must share `output_dir`. Put it on a file "
+                    "system that all machines mount."
+                )
         needy: Sequence[int] = range(len(self.prompts))
         verdicts: list[str] = []
         for attempt in range(self.options.max_attempts):
@@ -141,9 +143,10 @@ class RoundRunner:
             effort.generate_seconds += time.perf_counter() - began
             effort.generate_tokens += sum(candidate.num_tokens for candidate in candidates)
             store.write(path, candidates, "generated")
-        elif stage == "generated":
+        elif stage == "generated" or store.is_unjudged(path):
             candidates = store.read(path)
             for candidate in candidates:
+                candidate.verdict = candidate.rule = candidate.is_accepted = None
                 candidate.row = self.prompts.row(candidate.prompt_id)[1]
         else:
             return
@@ -217,28 +220,3 @@ class RoundRunner:
                     candidate.rule = reasons.get(verdict, candidate.rule)
                 store.write(path, candidates, "judged")
             start += size
-
-
-def open_round(store: CandidateStore, facts: Mapping[str, Any]) -> None:
-    """Makes the folder of a round ready: shards of the same facts stay, those of others are put aside.
-
-    A round that begins anew makes the rounds after it those of another run: they are put aside with it.
-    """
-    earlier = store.manifest().get("facts")
-    if earlier is not None and all(earlier.get(name) == facts[name] for name in facts):
-        logger.info(f"Going on with the {len(store.shards())} shards in {store.directory}.")
-        return
-    changed = (
-        ["a missing manifest"] if earlier is None else [name for name in facts if earlier.get(name) != facts[name]]
-    )
-    stale = [folder for folder in store.directory.parent.glob("round-*") if folder.name >= store.directory.name]
-    for folder in sorted(stale):
-        aside = folder.parent / "replaced"
-        aside.mkdir(exist_ok=True)
-        folder.rename(aside / f"{folder.name}-{sum(1 for _ in aside.glob(f'{folder.name}-*'))}")
-        logger.warning(
-            f"{folder} held candidates of another run ({store.directory.name} differs in {', '.join(changed)}); they "
-            f"are in {aside} now, and the round begins anew."
-        )
-    store.directory.mkdir(parents=True, exist_ok=True)
-    store.write_manifest({"facts": dict(facts), "reward_names": list(store.reward_names)})

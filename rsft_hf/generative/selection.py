@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rsft_hf.generative.acceptance import Acceptance, CandidateBatch
+from rsft_hf.generative.acceptance import Acceptance, CandidateBatch, RandomLike, RandomPerPrompt
 from rsft_hf.generative.streams import candidate_seed, verdict_uniforms
 
 COLUMNS = (
@@ -147,7 +147,7 @@ def judge(table: RoundTable, rules: SelectionRules, earlier: Collection[tuple[in
     for row in accepted.nonzero().flatten().tolist():
         verdicts[row] = "accepted"
     if rules.takes_best:
-        for row in _best_of_prompts_in_need(table, verdicts, rules.min_accepted):
+        for row in _best_of_prompts_in_need(table, verdicts, rules):
             verdicts[row] = "fallback"
     return verdicts
 
@@ -160,15 +160,17 @@ def prompts_in_need(prompt_ids: Sequence[int], table: RoundTable, verdicts: Sequ
     return sorted(prompt for prompt, count in counts.items() if count < minimum)
 
 
-def _best_of_prompts_in_need(table: RoundTable, verdicts: Sequence[str], minimum: int) -> list[int]:
-    """The best-rewarded rejected candidates of each prompt in need, as many as it lacks."""
-    missing = dict.fromkeys(table.prompt_ids, minimum)
+def _best_of_prompts_in_need(table: RoundTable, verdicts: Sequence[str], rules: SelectionRules) -> list[int]:
+    """The best-rewarded rejected candidates of each prompt in need, as many as it lacks; of a random control any."""
+    missing = dict.fromkeys(table.prompt_ids, rules.min_accepted)
+    is_control = isinstance(rules.acceptance, (RandomPerPrompt, RandomLike))
     for prompt, verdict in zip(table.columns["prompt_id"], verdicts, strict=True):
         missing[prompt] -= verdict in ACCEPTED
     rewards, uniforms = table.columns["reward"], verdict_uniforms(table.columns["seed"])
     rejected = [row for row, verdict in enumerate(verdicts) if verdict == "rejected"]
     chosen = []
-    for row in sorted(rejected, key=lambda row: (-rewards[row], float(uniforms[row]))):  # ties by chance, not by index
+    # Ties by chance, not by index.
+    for row in sorted(rejected, key=lambda row: (0.0 if is_control else -rewards[row], float(uniforms[row]))):
         if missing[table.columns["prompt_id"][row]] > 0:
             missing[table.columns["prompt_id"][row]] -= 1
             chosen.append(row)

@@ -97,6 +97,33 @@ def sampling_config(
     return merged
 
 
+def held_out_config(options: Any, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Returns the configuration in force when evaluating: greedy, a beam search, or sampling, as the user says.
+
+    Args:
+        options: Has `eval_generation_config`, and `generation_config`, which says how long an answer may be where the
+            former does not.
+        model: As in `sampling_config`.
+        tokenizer: As in `sampling_config`.
+
+    Raises:
+        TypeError: If `eval_generation_config` is no GenerationConfig.
+        ValueError: As in `sampling_config`.
+    """
+    config, sampled = options.eval_generation_config, options.generation_config
+    if config is None:
+        return sampling_config(sampled, model, tokenizer, is_greedy=True)
+    if not isinstance(config, GenerationConfig):
+        raise TypeError(
+            f"`eval_generation_config` must be a transformers GenerationConfig, got {type(config).__name__}. Write "
+            "GenerationConfig(num_beams=4), or None for greedy."
+        )
+    config = copy.deepcopy(config)
+    if config.max_new_tokens is None and sampled is not None:
+        config.max_new_tokens = sampled.max_new_tokens
+    return sampling_config(config, model, tokenizer, is_greedy=not config.do_sample)
+
+
 def in_force(config: GenerationConfig) -> dict[str, Any]:
     """Returns what there is to say of a configuration: every setting that is not unset."""
     return {

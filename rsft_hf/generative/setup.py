@@ -24,7 +24,7 @@ from rsft_hf.generative.refusals import (
 )
 from rsft_hf.generative.rounds import RoundRunner
 from rsft_hf.generative.settings import in_force, sampling_config
-from rsft_hf.generative.stages import Generator, PromptSet, Sampling
+from rsft_hf.generative.stages import Generator, PromptSet, Sampling, reference_candidate
 
 if TYPE_CHECKING:
     from rsft_hf.generative.resampler import CandidateResampler
@@ -71,14 +71,18 @@ def set_up(options: "CandidateResampler", trainer: Trainer, run_seed: int) -> Se
     if proposal is not model:
         proposal.to(trainer.args.device)
         refuse_other_vocabulary(proposal, model)
+    if options.on_nothing_accepted == "reference":
+        reference_candidate(prompts, 0, options.reference_column, encoder)  # a template it does not fit fails here
     config = sampling_config(options.generation_config, proposal, tokenizer)
     logger.info(f"Candidates are sampled with {in_force(config)}.")
     refuse_long_prompts(prompts, encoder, proposal, config.max_new_tokens)
-    if trainer.eval_dataset is not None:
-        look_at_evaluation(options, trainer.eval_dataset, prompts)
-    options.functions.to(trainer.args.device)
+    for functions in (options.functions, options.eval_functions):
+        if functions is not None:
+            functions.to(trainer.args.device)
     engine, surroundings = choose_engine(options.engine, model), trainer.accelerator.autocast
     policy = Generator(model, encoder, engine, surroundings)
+    if trainer.eval_dataset is not None:
+        look_at_evaluation(options, trainer.eval_dataset, prompts, policy)
     reference = reference_opener(options.reference_model, model, trainer.args.device)
     generator = Generator(proposal, encoder, engine, surroundings, reference)
     sampling = Sampling(config, options.num_candidates, run_seed, with_log_probs=options.with_log_probs)
@@ -134,7 +138,7 @@ def _supervised_rows(options: "CandidateResampler", encoder: Encoder) -> list[Ro
             rows.append(
                 {
                     "input_ids": list(row["input_ids"]),
-                    "attention_mask": [1] * len(row["input_ids"]),
+                    "attention_mask": list(row.get("attention_mask", [1] * len(row["input_ids"]))),
                     "labels": list(row["labels"]),
                 }
             )

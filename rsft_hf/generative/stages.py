@@ -181,14 +181,21 @@ def score_candidates(
     return scores
 
 
-def encode_candidates(candidates: Iterable[Candidate], encoder: Encoder) -> list[Row]:
-    """Returns the training rows of the accepted among the candidates, in their order."""
+def encode_candidates(candidates: Iterable[Candidate], encoder: Encoder, prompts: PromptSet | None = None) -> list[Row]:
+    """Returns the training rows of the accepted among the candidates, in their order.
+
+    Args:
+        candidates: Judged.
+        encoder: Knows the model's tokens.
+        prompts: Where the prompts come from; a stored one may lack fields of its messages. None takes the candidates'.
+    """
     prompt_ids: dict[int, list[int]] = {}
     rows = []
     for candidate in candidates:
         if candidate.is_accepted:
             if candidate.prompt_id not in prompt_ids:
-                prompt_ids[candidate.prompt_id] = encoder.prompt_ids(candidate.prompt)
+                prompt = candidate.prompt if prompts is None else prompts.row(candidate.prompt_id)[0]
+                prompt_ids[candidate.prompt_id] = encoder.prompt_ids(prompt)
             rows.append(encoder.training_row(prompt_ids[candidate.prompt_id], candidate.token_ids))
     return rows
 
@@ -197,7 +204,9 @@ def reference_candidate(prompts: PromptSet, prompt_id: int, column: str, encoder
     """Returns the reference answer of a prompt as an accepted candidate, marked as what it is."""
     prompt, row = prompts.row(prompt_id)
     reference = row[column]
-    if isinstance(reference, list) and reference and isinstance(reference[0], str):
+    if not reference:
+        raise ValueError(f"Row {prompt_id} has no reference in the column {column!r}. Give one, or drop the row.")
+    if isinstance(reference, list) and isinstance(reference[0], str):
         reference = reference[0]  # several references: the first
     ids = encoder.completion_ids(prompt, reference)
     text = reference if isinstance(reference, str) else encoder.text(ids)
