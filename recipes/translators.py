@@ -56,7 +56,9 @@ def make_start(options: Any, task: TranslationTask, training: Any, seed: int, an
     )
     if options.model_name_or_path != "builtin":
         return folder
-    folder.open(anew)
+    with training.main_process_first(desc="looking for an earlier start"):
+        if training.process_index == 0:
+            folder.open(anew)
     if folder.result() is None:
         tokenizer = builtin_translator.build_tokenizer(task.labelled["prompt"][:] + task.labelled["reference"][:])
         model = builtin_translator.build_model(tokenizer, seed)
@@ -68,6 +70,8 @@ def make_start(options: Any, task: TranslationTask, training: Any, seed: int, an
         trainer = Seq2SeqTrainer(model, arguments, collator, encode_pairs(task.labelled, tokenizer))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        model.save_pretrained(folder.path / "model")
-        folder.finish({"steps": trainer.state.global_step}, is_writer=training.process_index == 0)
+        if training.process_index == 0:
+            model.save_pretrained(folder.path / "model")
+            folder.finish({"steps": trainer.state.global_step})
+        trainer.accelerator.wait_for_everyone()  # the others read what the first one writes
     return folder
