@@ -3,8 +3,8 @@
 A model and the options enter, JSON values leave. Candidates of one set of facts are never mixed with those of another.
 """
 
+import functools
 import hashlib
-import inspect
 import re
 import types
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rsft_hf.generative.rounds import RoundRunner
 
 _NUM_ENCODED = 16
+_FIXED = (str, bytes, bool, int, float, tuple, frozenset, types.FunctionType)
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
@@ -72,26 +73,48 @@ def _encoding_digest(runner: "RoundRunner") -> str:
 
 
 def code_digest(function: Any) -> str:
-    """Returns a digest of what a reward function computes: its code, or the fields and code of an object."""
+    """Returns a digest of what a reward function computes, as far as it can be seen.
+
+    Seen are the code of functions and methods with defaults, enclosed constants and arguments bound by
+    `functools.partial`, the fields of dataclasses, and the weights of models; not the functions and globals that they
+    call upon.
+    """
     digest = hashlib.blake2b(digest_size=8)
+    while isinstance(function, functools.partial):
+        digest.update(_constant(function.args + tuple(sorted(function.keywords.items()))).encode())
+        function = function.func
     if isinstance(function, torch.nn.Module):
         return model_fingerprint(function)
     digest.update(stable_repr(function).encode())
-    called = function if inspect.isfunction(function) else type(function).__call__
-    if inspect.isfunction(called):
-        _add_code(digest, called.__code__)
+    called = function if isinstance(function, (types.FunctionType, types.MethodType)) else type(function).__call__
+    called = called.__func__ if isinstance(called, types.MethodType) else called
+    if isinstance(called, types.FunctionType):
+        enclosed = [cell.cell_contents for cell in called.__closure__ or ()]
+        # Lists, dicts and objects are what a function works with, and may change as it works.
+        fixed = [value for value in enclosed if isinstance(value, _FIXED)]
+        digest.update(_constant([called.__defaults__, called.__kwdefaults__, fixed]).encode())
+        _add_code(digest, called.__code__, called.__doc__)
     return digest.hexdigest()
 
 
-def _add_code(digest: Any, code: types.CodeType) -> None:
+def _add_code(digest: Any, code: types.CodeType, docstring: str | None) -> None:
     digest.update(code.co_code + repr(code.co_names).encode())
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            _add_code(digest, constant)
-        elif isinstance(constant, frozenset):  # its order differs from process to process
-            digest.update(repr(sorted(map(repr, constant))).encode())
-        else:
-            digest.update(repr(constant).encode())
+            _add_code(digest, constant, None)
+        elif constant != docstring or docstring is None:
+            digest.update(_constant(constant).encode())
+
+
+def _constant(value: Any) -> str:
+    """A value as text that is equal in every process: sets sorted, addresses left out."""
+    if isinstance(value, (set, frozenset)):
+        return f"{{{', '.join(sorted(_constant(item) for item in value))}}}"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(_constant(item) for item in value)})"
+    if isinstance(value, types.FunctionType):
+        return code_digest(value)
+    return stable_repr(value)
 
 
 def stable_repr(rule: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rsft_hf.generative.acceptance import Acceptance, CandidateBatch, RandomLike, RandomPerPrompt
+from rsft_hf.generative.acceptance import Sequence as RuleSequence
 from rsft_hf.generative.streams import candidate_seed, verdict_uniforms
 
 COLUMNS = (
@@ -163,7 +164,7 @@ def prompts_in_need(prompt_ids: Sequence[int], table: RoundTable, verdicts: Sequ
 def _best_of_prompts_in_need(table: RoundTable, verdicts: Sequence[str], rules: SelectionRules) -> list[int]:
     """The best-rewarded rejected candidates of each prompt in need, as many as it lacks; of a random control any."""
     missing = dict.fromkeys(table.prompt_ids, rules.min_accepted)
-    is_control = isinstance(rules.acceptance, (RandomPerPrompt, RandomLike))
+    is_control = _is_random(rules.acceptance)
     for prompt, verdict in zip(table.columns["prompt_id"], verdicts, strict=True):
         missing[prompt] -= verdict in ACCEPTED
     rewards, uniforms = table.columns["reward"], verdict_uniforms(table.columns["seed"])
@@ -175,3 +176,10 @@ def _best_of_prompts_in_need(table: RoundTable, verdicts: Sequence[str], rules: 
             missing[table.columns["prompt_id"][row]] -= 1
             chosen.append(row)
     return chosen
+
+
+def _is_random(rule: Acceptance) -> bool:
+    """Whether a rule accepts without regard to rewards: a control, whose fallback must not look at them either."""
+    if isinstance(rule, RuleSequence):
+        return any(_is_random(one) for one in rule.rules)
+    return isinstance(rule, (RandomPerPrompt, RandomLike))
