@@ -1,6 +1,7 @@
 # Every target sets up .venv by itself; ARGS is passed through, as in `make demo ARGS="--num_train_epochs 2"`.
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -25,8 +26,8 @@ demo-sentiment: $(STAMP) ## the weighted half: a small sentiment classifier, tra
 demo-translation: $(STAMP) ## the generative half: number words into German, trained four ways
 	HF_HUB_OFFLINE=1 $(BIN)/python recipes/translation.py --dataset builtin --output_dir outputs/demo/translation $(ARGS)
 
-test: lint ## lint, then run every test and doctest
-	$(BIN)/python -m pytest $(ARGS)
+test: lint ## lint, then run every test and doctest, in WORKERS processes
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
