@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 import rsft_hf
-from recipes.common import RecipeError, option, weighting_from_name
+from recipes.common import RecipeError, check_arms_and_seeds, option, weighting_from_name
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +66,7 @@ class ArmArguments:
     overwrite_output_dir: bool = option(False, "Delete earlier runs of these arms and seeds, and begin anew.")
 
     def __post_init__(self) -> None:
-        unknown = [arm for arm in self.arms if arm not in ARMS]
-        if unknown:
-            raise RecipeError(f"`--arms` {' '.join(unknown)}: unknown. Use one or more of {', '.join(ARMS)}.")
-        for name, values in (("arms", self.arms), ("seeds", self.seeds)):
-            if not values or len(set(values)) < len(values):
-                raise RecipeError(f"`--{name}` {values} must name at least one, and each once.")
+        check_arms_and_seeds(self.arms, self.seeds, ARMS)
         make_resampler(self, "rejection", seed=0)  # wrong options fail here, not after the plain arm has been trained
 
     def check_epochs(self, num_epochs: float) -> None:

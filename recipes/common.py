@@ -127,6 +127,16 @@ def _suggestion(name: str, known: set[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def check_arms_and_seeds(arms: Sequence[str], seeds: Sequence[int], known: Sequence[str]) -> None:
+    """Raises RecipeError if an arm is unknown, or if there is no arm or seed, or one twice."""
+    unknown = [arm for arm in arms if arm not in known]
+    if unknown:
+        raise RecipeError(f"`--arms` {' '.join(unknown)}: unknown. Use one or more of {', '.join(known)}.")
+    for name, values in (("arms", arms), ("seeds", seeds)):
+        if not values or len(set(values)) < len(values):
+            raise RecipeError(f"`--{name}` {values} must name at least one, and each once.")
+
+
 def weighting_from_name(name: str) -> rsft_hf.Weighting:
     """Returns the rule that a name stands for; `:` gives its parameter, `+` chains rules from left to right.
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from transformers import GenerationConfig, TrainingArguments
 
-from recipes.common import RecipeError, option
+from recipes.common import RecipeError, check_arms_and_seeds, option
 from recipes.runs import RunFolder, training_configuration
 from rsft_hf import (
     RSO,
@@ -107,12 +107,7 @@ class GenerativeArmArguments:
     overwrite_output_dir: bool = option(False, "Delete earlier runs of these arms and seeds, and begin anew.")
 
     def __post_init__(self) -> None:
-        unknown = [arm for arm in self.arms if arm not in ARMS]
-        if unknown:
-            raise RecipeError(f"`--arms` {' '.join(unknown)}: unknown. Use one or more of {', '.join(ARMS)}.")
-        for name, values in (("arms", self.arms), ("seeds", self.seeds)):
-            if not values or len(set(values)) < len(values):
-                raise RecipeError(f"`--{name}` {values} must name at least one, and each once.")
+        check_arms_and_seeds(self.arms, self.seeds, ARMS)
         if self.temperature <= 0:
             raise RecipeError(f"`--temperature` {self.temperature} must be above 0: equal candidates leave no choice.")
         if self.num_draws is not None and self.num_draws < 1:

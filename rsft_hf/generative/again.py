@@ -54,10 +54,7 @@ def score_again(
     for path in source.shards():
         candidates = source.read(path)
         for candidate in candidates:
-            candidate.verdict = candidate.rule = candidate.reward = candidate.duplicate_key = candidate.is_accepted = (
-                None
-            )
-            candidate.rewards, candidate.extras = {}, {}
+            candidate.forget_scores()
             candidate.row = rows.row(candidate.prompt_id)[1]
         filter_candidates(candidates, filters, dedup)
         score_candidates(candidates, functions)

@@ -78,6 +78,11 @@ class Candidate:
         """The answer in the form of the prompt: text, or a list of one assistant message."""
         return self.text if isinstance(self.prompt, str) else [{"role": "assistant", "content": self.text}]
 
+    def forget_scores(self) -> None:
+        """Makes the candidate what it was when it had been generated: without rewards, verdict or key."""
+        self.rewards, self.extras, self.reward = {}, {}, None
+        self.verdict = self.rule = self.is_accepted = self.duplicate_key = None
+
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _PLAIN_COLUMNS = {

@@ -5,11 +5,12 @@ The store of a round and its facts enter; the store is left ready to go on. What
 
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
-from rsft_hf.generative.candidates import Candidate, CandidateStore
+from rsft_hf.generative.candidates import CandidateStore
 
 logger = logging.get_logger(__name__)
 
@@ -39,13 +40,15 @@ def open_round(store: CandidateStore, facts: Mapping[str, Any]) -> None:
 
 
 def _score_anew(store: CandidateStore, changed: list[str]) -> None:
-    aside = store.directory.parent / "replaced" / f"{store.directory.name}-{_number_aside(store)}"
+    aside = _place_aside(store.directory)
     shutil.copytree(store.directory, aside)
     for path in store.shards():
         if not path.name.startswith("attempt-00"):
             path.unlink()
             continue
-        answers = [_without_scores(candidate) for candidate in store.read(path)]
+        answers = store.read(path)
+        for answer in answers:
+            answer.forget_scores()
         store.write(path, answers, "generated")
     logger.warning(
         f"{store.directory} held candidates of another run (it differs in {', '.join(changed)}): the answers are "
@@ -56,20 +59,16 @@ def _score_anew(store: CandidateStore, changed: list[str]) -> None:
 def _begin_anew(store: CandidateStore, changed: list[str]) -> None:
     stale = [folder for folder in store.directory.parent.glob("round-*") if folder.name >= store.directory.name]
     for folder in sorted(stale):
-        aside = folder.parent / "replaced"
-        aside.mkdir(exist_ok=True)
-        folder.rename(aside / f"{folder.name}-{sum(1 for _ in aside.glob(f'{folder.name}-*'))}")
+        aside = _place_aside(folder)
+        folder.rename(aside)
         logger.warning(
             f"{folder} held candidates of another run ({store.directory.name} differs in {', '.join(changed)}); they "
-            f"are in {aside} now, and the round begins anew."
+            f"are in {aside.parent} now, and the round begins anew."
         )
 
 
-def _number_aside(store: CandidateStore) -> int:
-    return sum(1 for _ in (store.directory.parent / "replaced").glob(f"{store.directory.name}-*"))
-
-
-def _without_scores(candidate: Candidate) -> Candidate:
-    candidate.rewards, candidate.extras, candidate.reward = {}, {}, None
-    candidate.verdict = candidate.rule = candidate.is_accepted = candidate.duplicate_key = None
-    return candidate
+def _place_aside(folder: Path) -> Path:
+    """A path that is free, for what is put aside of a round."""
+    aside = folder.parent / "replaced"
+    aside.mkdir(exist_ok=True)
+    return aside / f"{folder.name}-{sum(1 for _ in aside.glob(f'{folder.name}-*'))}"

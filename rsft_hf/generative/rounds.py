@@ -146,7 +146,7 @@ class RoundRunner:
         elif stage == "generated" or store.is_unjudged(path):
             candidates = store.read(path)
             for candidate in candidates:
-                candidate.verdict = candidate.rule = candidate.is_accepted = None
+                candidate.forget_scores()
                 candidate.row = self.prompts.row(candidate.prompt_id)[1]
         else:
             return

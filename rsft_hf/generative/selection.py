@@ -4,6 +4,7 @@ Columns of the store enter, without texts or token ids; verdicts leave. The proc
 rules draw from seeded generators, so one process decides and the others are told.
 """
 
+import functools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,11 @@ class RoundTable:
         """Returns the entries of (P, n) in the order of the store, shape (C,)."""
         return matrix[self.places[:, 0], self.places[:, 1]]
 
+    @functools.cached_property
+    def uniforms(self) -> list[float]:
+        """The u of each candidate, in the order of the store; drawing them is the dearest part of judging."""
+        return verdict_uniforms(self.columns["seed"]).tolist()
+
     def batch(self, is_valid: Sequence[bool]) -> CandidateBatch:
         """Returns what an acceptance rule reads; candidates that are not valid are in no maximum and no quantile."""
         columns = self.columns
@@ -99,7 +105,7 @@ class RoundTable:
             lengths=self.spread(columns["num_tokens"], torch.int64, 0),
             valid=self.spread(list(is_valid), torch.bool, False),
             # Each candidate's own: another attempt, or a larger M, tests it again with the same number.
-            uniforms=self.spread(verdict_uniforms(columns["seed"]).tolist(), torch.float64, 0.0),
+            uniforms=self.spread(self.uniforms, torch.float64, 0.0),
         )
 
 
@@ -167,11 +173,11 @@ def _best_of_prompts_in_need(table: RoundTable, verdicts: Sequence[str], rules: 
     is_control = _is_random(rules.acceptance)
     for prompt, verdict in zip(table.columns["prompt_id"], verdicts, strict=True):
         missing[prompt] -= verdict in ACCEPTED
-    rewards, uniforms = table.columns["reward"], verdict_uniforms(table.columns["seed"])
+    rewards, uniforms = table.columns["reward"], table.uniforms
     rejected = [row for row, verdict in enumerate(verdicts) if verdict == "rejected"]
     chosen = []
     # Ties by chance, not by index.
-    for row in sorted(rejected, key=lambda row: (0.0 if is_control else -rewards[row], float(uniforms[row]))):
+    for row in sorted(rejected, key=lambda row: (0.0 if is_control else -rewards[row], uniforms[row])):
         if missing[table.columns["prompt_id"][row]] > 0:
             missing[table.columns["prompt_id"][row]] -= 1
             chosen.append(row)

@@ -20,8 +20,19 @@ VALUES = ("log_probability", "probability", "logit")
 _NO_LIMIT = 10**6  # a tokenizer that knows no limit says 10^30
 
 
+class _Templated:
+    """A reward of texts that templates make."""
+
+    templates: Any
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The columns that the templates name."""
+        return fields_of(*self.templates)
+
+
 @dataclass(frozen=True, eq=False)
-class ModelReward:
+class ModelReward(_Templated):
     """What a sequence classifier says of a completion: the logit of its only label, or how likely one class is.
 
     Attributes:
@@ -53,11 +64,6 @@ class ModelReward:
         self._position()
         pad_token_id(self.tokenizer)
 
-    @property
-    def requires(self) -> frozenset[str]:
-        """The columns that the templates name."""
-        return fields_of(*self.templates)
-
     def __call__(self, *, prompts: list[Prompt], completions: list[Completion], **columns: Any) -> list[float | None]:
         """Returns the logit, log-probability or probability for each completion."""
         texts = [render(template, prompts, completions, columns) for template in self.templates]
@@ -88,7 +94,7 @@ class ModelReward:
 
 
 @dataclass(frozen=True, eq=False)
-class SimilarityReward:
+class SimilarityReward(_Templated):
     """Cosine of two embedded texts, in [-1, 1]: the mean of an encoder's last hidden states over the tokens.
 
     Sentence-BERT, Reimers & Gurevych 2019, arXiv:1908.10084.
@@ -115,11 +121,6 @@ class SimilarityReward:
         fields_of(*self.templates)
         pad_token_id(self.tokenizer)
 
-    @property
-    def requires(self) -> frozenset[str]:
-        """The columns that the templates name."""
-        return fields_of(*self.templates)
-
     def __call__(self, *, prompts: list[Prompt], completions: list[Completion], **columns: Any) -> list[float | None]:
         """Returns the cosine of each pair; a text that comes back is embedded once."""
         first, second = (render(template, prompts, completions, columns) for template in self.templates)
@@ -145,7 +146,7 @@ class SimilarityReward:
 
 
 @dataclass(frozen=True, eq=False)
-class RoundTripReward:
+class RoundTripReward(_Templated):
     """Mean log-likelihood per token, in nats, of the prompt given the completion, under a model of the way back.
 
     Attributes:
@@ -169,11 +170,6 @@ class RoundTripReward:
             raise ValueError(f"`templates`={self.templates!r} must hold two texts: given, and to be recovered.")
         fields_of(*self.templates)
         pad_token_id(self.tokenizer)
-
-    @property
-    def requires(self) -> frozenset[str]:
-        """The columns that the templates name."""
-        return fields_of(*self.templates)
 
     def __call__(self, *, prompts: list[Prompt], completions: list[Completion], **columns: Any) -> list[float | None]:
         """Returns the mean log-likelihood for each completion, <= 0; None if there is no token to recover."""
