@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sentiment demo-translation test lint format bench-overhead bench-drawing clean
+.PHONY: help demo demo-sentiment demo-translation test lint format bench-overhead bench-drawing bench-generation clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -43,6 +43,9 @@ bench-overhead: $(STAMP) ## what an epoch costs beside plain Trainer
 
 bench-drawing: $(STAMP) ## ten million draws beside torch.randperm
 	$(BIN)/python benchmarks/drawing.py $(ARGS)
+
+bench-generation: $(STAMP) ## what generating candidates costs beside generate, generate_batch and TRL
+	$(BIN)/python benchmarks/generation.py $(ARGS)
 
 clean: ## remove outputs and caches, keep .venv
 	rm -rf outputs build .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -11,7 +11,8 @@ from accelerate.data_loader import BatchSamplerShard
 from rsft_hf.generative.acceptance import RSO, Threshold
 from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.encoding import Encoder, RowCollator
-from rsft_hf.generative.engines.generate import GenerateEngine, pad_prompts
+from rsft_hf.generative.engines.generate import GenerateEngine
+from rsft_hf.generative.engines.readers import pad_prompts
 from rsft_hf.generative.filters import RejectTruncated
 from rsft_hf.generative.resampler import CandidateResampler
 
@@ -32,10 +33,10 @@ def test_every_architecture_completes_a_round(tmp_path, name):
 
 def test_trap_01_generation_pads_left_and_training_right():
     """Tokens: test_generate_engine.py, greedy tokens of each prompt alone."""
-    llama, bart, rows = g.tiny_model("llama"), g.tiny_model("bart"), [[A], [A, B, C]]
-    assert pad_prompts(rows, g.PAD, llama)["input_ids"].tolist() == [[g.PAD, g.PAD, A], [A, B, C]]
-    assert pad_prompts(rows, g.PAD, llama)["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
-    assert pad_prompts(rows, g.PAD, bart)["input_ids"].tolist() == [[A, g.PAD, g.PAD], [A, B, C]]
+    rows = [[A], [A, B, C]]
+    assert pad_prompts(rows, g.PAD, "cpu", is_left=True)["input_ids"].tolist() == [[g.PAD, g.PAD, A], [A, B, C]]
+    assert pad_prompts(rows, g.PAD, "cpu", is_left=True)["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
+    assert pad_prompts(rows, g.PAD, "cpu", is_left=False)["input_ids"].tolist() == [[A, g.PAD, g.PAD], [A, B, C]]
     encoder = Encoder(g.tokenizer(), is_encoder_decoder=False)
     batch = RowCollator(g.PAD)([encoder.training_row([A], [B]), encoder.training_row([A, B], [C])])
     assert batch["input_ids"].tolist() == [[A, B, g.PAD], [A, B, C]]
@@ -117,7 +118,7 @@ def test_trap_07_training_mode_and_checkpointing_leave_no_trace_and_are_given_ba
     busy.transformer.h[0].mlp.eval()  # a frozen part stays as it was
     modes, widths = [module.training for module in busy.modules()], []
     busy.register_forward_pre_hook(lambda _, args, kw: widths.append(kw["input_ids"].shape[1]), with_kwargs=True)
-    source = g.resampler(num_candidates=3)
+    source = g.resampler(num_candidates=3, engine="generate")  # the other engine first makes a trial run
     found, expected = (source.generate(model, g.tokenizer(), g.prompts(3)) for model in (busy, plain))
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
     assert widths[0] > 1

@@ -77,18 +77,18 @@ EDGES = [
 
 @pytest.mark.parametrize(("probabilities", "uniform", "token"), EDGES)
 def test_a_uniform_picks_the_token_whose_interval_it_is_in(probabilities, uniform, token):
-    logits = torch.tensor([probabilities]).log() + 3.0  # not normalised
-    assert inverse_cdf(logits, torch.tensor([uniform], dtype=torch.float64)).tolist() == [token]
+    unnormalised = torch.tensor([probabilities]) * 3.0
+    assert inverse_cdf(unnormalised, torch.tensor([uniform], dtype=torch.float64)).tolist() == [token]
 
 
 def test_a_large_vocabulary_never_runs_over_its_end():
     # A sum of 200,000 float32 probabilities is not 1; the last token has none.
-    logits = torch.full((2, 200_000), 0.1)
-    logits[:, -1] = -torch.inf
-    assert inverse_cdf(logits, torch.tensor([LAST, 0.0], dtype=torch.float64)).tolist() == [199_998, 0]
+    even = torch.full((2, 200_000), 1 / 199_999)
+    even[:, -1] = 0.0
+    assert inverse_cdf(even, torch.tensor([LAST, 0.0], dtype=torch.float64)).tolist() == [199_998, 0]
     # A rare token behind 100,000 others keeps its place: it owns [1 - 2e-8, 1), less than a float32 can tell from 1.
-    rare = torch.full((1, 100_001), math.log((1 - 2e-8) / 100_000))
-    rare[0, -1] = math.log(2e-8)
+    rare = torch.full((1, 100_001), (1 - 2e-8) / 100_000)
+    rare[0, -1] = 2e-8
     assert inverse_cdf(rare, torch.tensor([1 - 1e-8], dtype=torch.float64)).tolist() == [100_000]
 
 

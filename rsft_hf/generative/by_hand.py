@@ -16,11 +16,12 @@ from rsft_hf.generative.encoding import Encoder
 from rsft_hf.generative.engines.choice import choose_engine
 from rsft_hf.generative.engines.engine import Engine
 from rsft_hf.generative.filters import Deduplicate, Filter
+from rsft_hf.generative.ready import ready, reference_opener
 from rsft_hf.generative.refusals import prompt_set, refuse_model
 from rsft_hf.generative.rewards import RewardFunctions
 from rsft_hf.generative.selection import ACCEPTED, COLUMNS, RoundTable, SelectionRules, judge
 from rsft_hf.generative.settings import sampling_config
-from rsft_hf.generative.setup import reference_opener
+from rsft_hf.generative.whole_model import unwrapped
 
 
 class StagesByHand:
@@ -41,6 +42,7 @@ class StagesByHand:
         reference_column: str
         reference_model: Any
         chat_template_kwargs: Mapping[str, Any] | None
+        merge_adapter: bool
 
     def generate(
         self,
@@ -55,7 +57,8 @@ class StagesByHand:
         """Returns the candidates of every prompt, in order of prompt and candidate, neither filtered nor scored.
 
         Args:
-            model: On its device; put into evaluation mode meanwhile.
+            model: On its device, wrapped or not; put into evaluation mode meanwhile. One that is sharded: the block of
+                `whole_model(accelerator, model)` gives what to pass.
             processing_class: The model's tokenizer.
             prompts: Rows with the prompt column and the columns that the rewards need.
             seed: Of the run; with round, prompt, attempt and number of the candidate it fixes each candidate's tokens.
@@ -65,13 +68,15 @@ class StagesByHand:
         Raises:
             ValueError: If the model cannot generate, `max_new_tokens` is unset or a column is missing.
         """
+        model = unwrapped(model)
         refuse_model(model)
         encoder = self._encoder(processing_class, bool(model.config.is_encoder_decoder))
         config = sampling_config(self.generation_config, model, processing_class)
         sampling = stages.Sampling(config, self.num_candidates, seed, round_number, attempt, self.with_log_probs)
         reference = reference_opener(self.reference_model, model, model.device)
         generator = stages.Generator(model, encoder, choose_engine(self.engine, model), reference=reference)
-        return generator(prompt_set(prompts, self, "prompts"), range(len(prompts)), sampling)
+        with ready(self, None, generator, model) as generator:
+            return generator(prompt_set(prompts, self, "prompts"), range(len(prompts)), sampling)
 
     def score(self, candidates: Sequence[Candidate], trainer_state: Any = None) -> list[Candidate]:
         """Returns the candidates, filtered and scored in place; those a filter refuses are not scored.

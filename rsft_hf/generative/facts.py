@@ -47,6 +47,7 @@ def round_facts(options: "CandidateResampler", runner: "RoundRunner", prompts: s
     return {
         "model": model,
         "reference_model": model_fingerprint(reference) if is_model else reference,
+        "merge_adapter": options.merge_adapter,
         "prompts": prompts,
         "encoding": _encoding_digest(runner),
         "seed": sampling.run_seed,

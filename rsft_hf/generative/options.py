@@ -40,6 +40,11 @@ def check_options(resampler: "CandidateResampler") -> None:
         raise ValueError(
             f"`num_draws`={resampler.num_draws!r} must be an integer of at least 1, or None for the number of prompts."
         )
+    if resampler.merge_adapter and isinstance(resampler.reference_model, str):
+        raise ValueError(
+            f"`reference_model`={resampler.reference_model!r} turns off the adapter that `merge_adapter=True` has "
+            "merged. Leave one of them out."
+        )
     _check_supervised(resampler)
     check_acceptance(resampler.acceptance, "`acceptance`")
     for rule in resampler.filters:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from rsft_hf.generative.encoding import Encoder
 from rsft_hf.generative.settings import context_length, held_out_config
 from rsft_hf.generative.stages import Generator, PromptSet
+from rsft_hf.generative.unsharded import is_sharded
 
 if TYPE_CHECKING:
     from rsft_hf.generative.by_hand import StagesByHand
@@ -100,21 +101,12 @@ def refuse_arguments(options: "CandidateResampler", trainer: Trainer) -> None:
             "`dataloader_persistent_workers=True` keeps workers that hold the rows of the first round for ever. Set it "
             "to False."
         )
-    if trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.MEGATRON_LM) or (
-        trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
-        and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
-    ):
-        raise ValueError(
-            f"{trainer.accelerator.distributed_type.value} shards the weights, and candidates are generated from whole "
-            "ones. Use DDP or ZeRO stage 1 or 2."
-        )
+    _refuse_sharding(options, trainer)
     if isinstance(trainer.data_collator, DataCollatorForLanguageModeling):
         raise ValueError(
             "`data_collator` is DataCollatorForLanguageModeling, which makes labels of its own: it would teach the "
             "prompts and hide the ends. Leave it out, or take DataCollatorForSeq2Seq, which keeps the rows' labels."
         )
-    if options.round_start == "base" and trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError('round_start="base" cannot reach the weights that DeepSpeed\'s optimizer keeps. Use "last".')
     if args.push_to_hub:
         logger.warning(
             f"`push_to_hub=True` uploads the candidates too, prompts and answers in plain text: they are in "
@@ -126,6 +118,28 @@ def refuse_arguments(options: "CandidateResampler", trainer: Trainer) -> None:
         raise ValueError(
             'round_start="best" goes back to the best checkpoint so far. Set `metric_for_best_model`, '
             f'eval_strategy="epoch" (it is {args.eval_strategy}) and save_strategy="epoch" ({args.save_strategy}).'
+        )
+
+
+def _refuse_sharding(options: "CandidateResampler", trainer: Trainer) -> None:
+    accelerator = trainer.accelerator
+    kind = accelerator.distributed_type
+    if kind == DistributedType.MEGATRON_LM or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
+        raise ValueError(
+            f"{kind.value}{' version 1' if kind == DistributedType.FSDP else ''} shards the weights in a way that they "
+            'cannot be generated from. Use FSDP2 (`fsdp_config={"version": 2}`), DDP or ZeRO.'
+        )
+    if options.round_start == "base" and kind == DistributedType.DEEPSPEED:
+        raise ValueError('round_start="base" cannot reach the weights that DeepSpeed\'s optimizer keeps. Use "last".')
+    if options.round_start != "last" and (kind == DistributedType.FSDP or is_sharded(trainer.model)):
+        raise ValueError(
+            f'round_start="{options.round_start}" puts whole weights back, and FSDP2 has spread them over the '
+            'processes. Use "last".'
+        )
+    if kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
+        logger.warning(
+            "Generating under ZeRO-3 follows DeepSpeed's documentation and has not been run. Look at the first round's "
+            "candidates, or use FSDP2 or ZeRO-2."
         )
 
 

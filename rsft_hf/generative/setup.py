@@ -3,17 +3,20 @@
 A trainer and the resampler's options enter, the prompts, the generators and the runner leave.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.utils import logging
 
+from rsft_hf.distributed import object_from_main
 from rsft_hf.generative.encoding import Encoder, Row
 from rsft_hf.generative.engines.choice import choose_engine
+from rsft_hf.generative.evaluation import evaluate_prompts
+from rsft_hf.generative.facts import model_fingerprint, round_facts
+from rsft_hf.generative.merging import refuse_unmergeable
+from rsft_hf.generative.ready import ready, reference_opener
 from rsft_hf.generative.refusals import (
     look_at_evaluation,
     prompt_set,
@@ -25,6 +28,7 @@ from rsft_hf.generative.refusals import (
 from rsft_hf.generative.rounds import RoundRunner
 from rsft_hf.generative.settings import in_force, sampling_config
 from rsft_hf.generative.stages import Generator, PromptSet, Sampling, reference_candidate
+from rsft_hf.generative.whole_model import unwrapped
 
 if TYPE_CHECKING:
     from rsft_hf.generative.resampler import CandidateResampler
@@ -54,6 +58,26 @@ class Setup:
         """Draws candidates from another seed from here on: that of the run which a checkpoint goes on."""
         self.runner.sampling = replace(self.runner.sampling, run_seed=run_seed)
 
+    def run_round(self, number: int, prompts_digest: str, may_be_empty: bool) -> dict[str, float]:
+        """Runs a round with the weights of this moment, and returns its figures. Collective.
+
+        Args:
+            number: Round, from 0.
+            prompts_digest: Names the prompts among the round's facts.
+            may_be_empty: Whether there is anything else to train on.
+        """
+        runner, accelerator = self.runner, self.trainer.accelerator
+        with ready(runner.options, accelerator, runner.generator, self.policy.model) as generator:
+            digest = object_from_main(accelerator, model_fingerprint(generator.model))
+            facts = round_facts(runner.options, runner, prompts_digest, digest)
+            return replace(runner, generator=generator).run(number, facts, self.trainer.state, may_be_empty)
+
+    def evaluate(self, prompts: PromptSet) -> dict[str, float]:
+        """Returns the figures of held-out prompts, from the weights of this moment. Collective."""
+        options, accelerator = self.runner.options, self.trainer.accelerator
+        with ready(options, accelerator, self.policy, self.policy.model) as policy:
+            return evaluate_prompts(options, policy, prompts, accelerator, self.trainer)
+
 
 def set_up(options: "CandidateResampler", trainer: Trainer, run_seed: int) -> Setup:
     """Returns the parts of a run, after having checked that they fit.
@@ -62,8 +86,10 @@ def set_up(options: "CandidateResampler", trainer: Trainer, run_seed: int) -> Se
         ValueError: If the model, the prompts, the rewards or the trainer's arguments do not allow it.
     """
     refuse_arguments(options, trainer)
-    tokenizer, model = _tokenizer(trainer), trainer.accelerator.unwrap_model(trainer.model)
+    tokenizer, model = _tokenizer(trainer), unwrapped(trainer.model)
     refuse_model(model)
+    if options.merge_adapter:
+        refuse_unmergeable(model)
     encoder = Encoder(tokenizer, bool(model.config.is_encoder_decoder), dict(options.chat_template_kwargs or {}))
     prompts = prompt_set(trainer.train_dataset, options, "train_dataset")
     proposal = model if options.proposal_model is None else options.proposal_model
@@ -90,34 +116,6 @@ def set_up(options: "CandidateResampler", trainer: Trainer, run_seed: int) -> Se
     directory = Path(trainer.args.output_dir) / "candidates"
     runner = RoundRunner(options, trainer.accelerator, generator, prompts, sampling, directory, is_conversational)
     return Setup(trainer, prompts, policy, runner, _supervised_rows(options, encoder))
-
-
-def reference_opener(
-    reference: Any, model: Any, device: Any
-) -> Callable[[], contextlib.AbstractContextManager[Any]] | None:
-    """Returns what gives the reference model while it is needed, None where there is none."""
-    if reference is None:
-        return None
-    if isinstance(reference, str):
-        if reference != "base":
-            raise ValueError(f'`reference_model`={reference!r} must be a model, "base" or None.')
-        from peft import PeftModel  # an extra: whoever has an adapter has it
-
-        if not isinstance(model, PeftModel):
-            raise ValueError(
-                'reference_model="base" is the model with its adapter off, and this model has none. Pass a model.'
-            )
-
-        @contextlib.contextmanager
-        def without_adapter() -> Iterator[Any]:
-            with model.disable_adapter():
-                yield model
-
-        return without_adapter
-    refuse_model(reference)
-    refuse_other_vocabulary(reference, model)
-    reference.to(device)
-    return lambda: contextlib.nullcontext(reference)
 
 
 def _tokenizer(trainer: Trainer) -> PreTrainedTokenizerBase:

@@ -41,19 +41,35 @@ _SHARE_TO_DROP = 8  # rows leave when an eighth has ended: picking copies the ca
 
 
 def can_drop(processors: LogitsProcessorList, model_kwargs: dict[str, Any]) -> bool:
-    """Returns whether rows can leave: the cache can be picked from, and nothing else holds on to rows."""
+    """Returns whether rows can leave a batch."""
+    return reason_to_stay(processors, model_kwargs) is None
+
+
+def reason_to_stay(processors: LogitsProcessorList, model_kwargs: dict[str, Any]) -> str | None:
+    """Returns why rows cannot be taken apart, None if they can: if the cache allows it and nothing else holds them.
+
+    Args:
+        processors: What `generate` prepared for the scores.
+        model_kwargs: What `generate` prepared for the model.
+    """
     cache: Any = model_kwargs.get("past_key_values")
     is_double = type(cache) is EncoderDecoderCache
     caches = [cache.self_attention_cache, cache.cross_attention_cache] if is_double else [cache]
-    return (
-        all(type(processor) in _ROW_WISE for processor in processors)
-        and all(type(one) is DynamicCache and all(type(layer) in _LAYERS for layer in one.layers) for one in caches)
-        and all(
-            name in _ROWS_BY_NAME or name in _SETTINGS or not isinstance(value, torch.Tensor)
-            for name, value in model_kwargs.items()
-        )
-        and bool(model_kwargs.get("use_cache"))
-    )
+    if not model_kwargs.get("use_cache") or cache is None:
+        return "it has no cache of keys and values"
+    for one in caches:
+        if type(one) is not DynamicCache:
+            return f"its cache is a {type(one).__name__}"
+        for layer in one.layers:
+            if type(layer) not in _LAYERS:
+                return f"its cache has a {type(layer).__name__}"
+    for processor in processors:
+        if type(processor) not in _ROW_WISE:
+            return f"{type(processor).__name__} may look at more than a row"
+    for name, value in model_kwargs.items():
+        if name not in _ROWS_BY_NAME + _SETTINGS and isinstance(value, torch.Tensor):
+            return f"`generate` hands it {name}"
+    return None
 
 
 class Live:

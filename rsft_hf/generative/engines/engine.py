@@ -4,9 +4,9 @@ Prompts enter as token ids, each candidate with the seed of its own random strea
 log probabilities leave. An engine knows no text, no reward and no data set.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -43,7 +43,13 @@ class GenerationRequest:
         seeds: Seeds of each prompt's candidates, `num_candidates` each, in [0, 2**63).
         generation_config: Complete: see `settings.sampling_config`.
         with_log_probs: Whether to gather log q and log p.
-        tokenizer: Needed for stop strings only.
+        tokenizer: Needed for stop strings, and by servers that return text.
+        limits: Most tokens of each candidate, in [1, max_new_tokens], laid out as `seeds`; None means `max_new_tokens`
+            for all. A candidate that reaches its limit ends with the reason "length".
+        expected_lengths: Tokens that the candidates of each prompt will take, on average, such as those of the last
+            round; engines may begin with the longest. None where nothing is known.
+        is_satisfied: Says of a prompt, by its position, that no more of its candidates are needed: those that have not
+            finished may then be left out. Asked after candidates were yielded.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -51,11 +57,19 @@ class GenerationRequest:
     generation_config: GenerationConfig
     with_log_probs: bool = False
     tokenizer: PreTrainedTokenizerBase | None = None
+    limits: Sequence[Sequence[int]] | None = None
+    expected_lengths: Sequence[float] | None = None
+    is_satisfied: Callable[[int], bool] | None = None
 
     @property
     def num_candidates(self) -> int:
         """Candidates of each prompt."""
         return len(self.seeds[0]) if self.seeds else 0
+
+    def limit(self, prompt: int, index: int) -> int:
+        """Returns the most tokens of a candidate."""
+        most: int = self.generation_config.max_new_tokens
+        return most if self.limits is None else min(most, self.limits[prompt][index])
 
 
 @runtime_checkable
@@ -70,3 +84,55 @@ class Engine(Protocol):
             request: Prompts, seeds and how to sample.
         """
         ...
+
+
+@runtime_checkable
+class EngineWithWeights(Engine, Protocol):
+    """An engine that runs weights of its own, elsewhere, which have to be brought up to date before a round."""
+
+    def hand_over(self, model: Any, is_main_process: bool) -> None:
+        """Takes over the weights of a model. Called on every process once before each round and each evaluation.
+
+        Whoever calls waits for all processes afterwards, so that a server may be fed by the main process alone.
+
+        Args:
+            model: In evaluation mode, whole and unwrapped.
+            is_main_process: Whether this process is the first of the run.
+        """
+        ...
+
+
+def check_request(request: GenerationRequest, context_length: int | None, is_encoder_decoder: bool) -> None:
+    """Raises if a request cannot be served, before anything is generated.
+
+    Args:
+        request: What is asked for.
+        context_length: Most positions that the model reads; None where there is no limit.
+        is_encoder_decoder: Whether prompt and answer are read apart.
+
+    Raises:
+        ValueError: If a prompt is empty or leaves no room for the answer, or seeds or limits do not fit the prompts.
+    """
+    most = request.generation_config.max_new_tokens
+    for name, rows in (("seeds", request.seeds), ("limits", request.limits)):
+        if rows is not None and [len(row) for row in rows] != [request.num_candidates] * len(request.prompts):
+            raise ValueError(
+                f"`{name}` must hold {request.num_candidates} numbers for each of {len(request.prompts)} prompts, got "
+                f"rows of {sorted({len(row) for row in rows})} for {len(rows)} prompts."
+            )
+    if request.limits is not None and any(limit < 1 for row in request.limits for limit in row):
+        raise ValueError("`limits` holds a number below 1: a candidate has at least one token.")
+    for prompt, ids in enumerate(request.prompts):
+        if not len(ids):
+            raise ValueError(
+                f"Prompt {prompt} has no tokens, and nothing can be continued from nothing. Drop it, or begin prompts "
+                "with a token such as the tokenizer's `bos_token`."
+            )
+        needed = len(ids) if is_encoder_decoder else len(ids) + most
+        if context_length is not None and needed > context_length:
+            raise ValueError(
+                f"Prompt {prompt} has {len(ids)} tokens"
+                + ("" if is_encoder_decoder else f", with `max_new_tokens`={most} it takes {needed}")
+                + f", and the model reads {context_length}. Shorten the prompt"
+                + ("." if is_encoder_decoder else " or lower `max_new_tokens`.")
+            )

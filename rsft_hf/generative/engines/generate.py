@@ -6,19 +6,21 @@ the loop goes, and where the model's cache allows it rows that have ended leave 
 all of its candidates.
 """
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import ForcedEOSTokenLogitsProcessor, GenerationMixin, StopStringCriteria
+from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
 from rsft_hf.generative.engines.dropping import can_drop, sample_and_drop
-from rsft_hf.generative.engines.engine import GeneratedSequence, GenerationRequest
+from rsft_hf.generative.engines.engine import GeneratedSequence, GenerationRequest, check_request
+from rsft_hf.generative.engines.preparation import separated_stops, without_forced_end
+from rsft_hf.generative.engines.readers import pad_prompts
 from rsft_hf.generative.engines.records import EndRecorder, StreamSampler
+from rsft_hf.generative.settings import context_length
 from rsft_hf.generative.streams import token_uniforms
 
 logger = logging.get_logger(__name__)
@@ -30,24 +32,41 @@ class GenerateEngine:
 
     Args:
         max_sequences: Most candidates in one batch; halved, and kept so, when memory runs out.
+        max_tokens: Most tokens that a batch may come to hold: with long prompts and answers it has fewer candidates.
 
     Raises:
-        ValueError: If `max_sequences` is below 1.
+        ValueError: If a number is below 1.
     """
 
     max_sequences: int = 128
+    max_tokens: int = 2**19
 
     def __post_init__(self) -> None:
-        if self.max_sequences < 1:
-            raise ValueError(f"`max_sequences`={self.max_sequences} must be at least 1: it is the size of a batch.")
+        for name in ("max_sequences", "max_tokens"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"`{name}`={vars(self)[name]} must be at least 1: it is the size of a batch.")
 
     def __call__(self, model: Any, request: GenerationRequest) -> Iterator[GeneratedSequence]:
-        """Yields the candidates batch by batch, longest prompts first, so that a want of memory shows at once."""
-        order = sorted(range(len(request.prompts)), key=lambda prompt: (-len(request.prompts[prompt]), prompt))
+        """Yields the candidates batch by batch, longest prompts first, so that a want of memory shows at once.
+
+        Raises:
+            ValueError: If a prompt is empty or fills the context.
+        """
+        if not request.prompts or not request.num_candidates:
+            return
+        check_request(request, context_length(model), bool(model.config.is_encoder_decoder))
+        expected = request.expected_lengths or [0.0] * len(request.prompts)
+        lengths = [(-len(prompt), -expected[row]) for row, prompt in enumerate(request.prompts)]
+        order = sorted(range(len(request.prompts)), key=lambda prompt: (lengths[prompt], prompt))
         pairs = [(prompt, index) for prompt in order for index in range(request.num_candidates)]
         waiting = [pairs[start : start + self._width(request)] for start in range(0, len(pairs), self._width(request))]
         while waiting:
             batch = waiting.pop(0)
+            if request.is_satisfied is not None:
+                unsatisfied = {prompt for prompt, _ in batch if not request.is_satisfied(prompt)}
+                batch = [(prompt, index) for prompt, index in batch if prompt in unsatisfied]
+                if not batch:
+                    continue
             try:
                 sequences = _generate_batch(model, request, batch)
             except torch.OutOfMemoryError:
@@ -63,20 +82,19 @@ class GenerateEngine:
 
     def _width(self, request: GenerationRequest) -> int:
         """Whole prompts where they fit: encoder-decoder models then encode each prompt once."""
-        if request.num_candidates > self.max_sequences:
-            return self.max_sequences
-        return self.max_sequences // request.num_candidates * request.num_candidates
+        longest = max(len(prompt) for prompt in request.prompts) + request.generation_config.max_new_tokens
+        most = max(1, min(self.max_sequences, self.max_tokens // longest))
+        if request.num_candidates > most:
+            return most
+        return most // request.num_candidates * request.num_candidates
 
 
 def _generate_batch(model: Any, request: GenerationRequest, pairs: list[tuple[int, int]]) -> list[GeneratedSequence]:
-    config = copy.deepcopy(request.generation_config)  # `generate` fills in what it finds missing
+    config, criteria = separated_stops(request)
     num_per_prompt = request.num_candidates if _holds_whole_prompts(pairs, request.num_candidates) else 1
     prompts = [request.prompts[prompt] for prompt, _ in pairs[::num_per_prompt]]
-    inputs = pad_prompts(prompts, config.pad_token_id, model)
-    criteria = StoppingCriteriaList()
-    if config.stop_strings is not None:
-        criteria.append(StopStringCriteria(tokenizer=request.tokenizer, stop_strings=config.stop_strings))
-        config.stop_strings = None  # `generate` hands no tokenizer on to a decoding function of one's own
+    is_left = not model.config.is_encoder_decoder
+    inputs = pad_prompts(prompts, config.pad_token_id, model.device, is_left)
     if config.num_beams is not None and config.num_beams > 1:
         output = model.generate(**inputs, generation_config=config, stopping_criteria=criteria)
         start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
@@ -88,13 +106,11 @@ def _generate_batch(model: Any, request: GenerationRequest, pairs: list[tuple[in
 
     def decode(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         processors, criteria = kwargs.pop("logits_processor"), kwargs.pop("stopping_criteria")
-        if request.generation_config.forced_eos_token_id is None:  # though the model's own may have filled it in
-            processors = LogitsProcessorList(
-                one for one in processors if type(one) is not ForcedEOSTokenLogitsProcessor
-            )
+        processors = without_forced_end(processors, request.generation_config)
         size, copies = (len(pairs), config.max_new_tokens), len(pairs) // len(input_ids)
         sampler = StreamSampler(processors, uniforms, request.with_log_probs, size, input_ids.device)
-        recorder = EndRecorder(criteria, len(pairs), input_ids.shape[1], input_ids.device)
+        limits = torch.tensor([request.limit(prompt, index) for prompt, index in pairs], device=input_ids.device)
+        recorder = EndRecorder(criteria, limits, input_ids.shape[1])
         if can_drop(processors, kwargs):
             records.extend((sampler, recorder))
             return sample_and_drop(self, input_ids, sampler, recorder, copies, **kwargs)
@@ -153,18 +169,3 @@ def _split_beams(
         ids = row[start : None if end is None else end + 1].tolist()
         sequences.append(GeneratedSequence(prompt, index, ids, "length" if end is None else "stop"))
     return sequences
-
-
-def pad_prompts(prompts: list[Any], pad_token_id: int, model: Any) -> dict[str, torch.Tensor]:
-    """Returns `input_ids` and `attention_mask`, shape (prompts, longest), on the model's device.
-
-    Decoder-only models continue from the right end, so they are padded on the left; encoders on the right.
-    """
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        place = slice(0, len(prompt)) if model.config.is_encoder_decoder else slice(width - len(prompt), width)
-        ids[row, place] = torch.tensor(prompt, dtype=torch.long)
-        mask[row, place] = 1
-    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}

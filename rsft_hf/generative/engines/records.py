@@ -46,7 +46,7 @@ class StreamSampler(LogitsProcessor):
         if self.uniforms is None:
             chosen = processed.argmax(-1)
         else:
-            chosen = inverse_cdf(processed, self.uniforms[rows, self._step])
+            chosen = inverse_cdf(processed.softmax(-1), self.uniforms[rows, self._step])
         self.tokens[rows, self._step] = chosen
         if self.with_log_probs:
             self.log_p[rows, self._step] = _log_probability(raw, chosen)
@@ -65,16 +65,15 @@ class EndRecorder(StoppingCriteriaList):
 
     Args:
         criteria: Those that `generate` built.
-        num_rows: Rows of the batch.
+        limits: Most tokens of each row, shape (rows,), int64.
         prompt_width: Columns before the first token that is generated.
-        device: Where the rows are.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList, num_rows: int, prompt_width: int, device: torch.device) -> None:
+    def __init__(self, criteria: StoppingCriteriaList, limits: torch.Tensor, prompt_width: int) -> None:
         super().__init__(criteria)
-        self.prompt_width = prompt_width
-        self.lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)  # 0 while a row goes on
-        self.is_stopped = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self.limits, self.prompt_width = limits, prompt_width
+        self.lengths = torch.zeros_like(limits)  # 0 while a row goes on
+        self.is_stopped = torch.zeros_like(limits, dtype=torch.bool)
 
     def ended(self, input_ids: torch.Tensor, rows: torch.Tensor, scores: Any = None, **kwargs: Any) -> torch.Tensor:
         """Returns which of these rows have ended, now or before, shape (len(rows),), bool."""
@@ -85,6 +84,7 @@ class EndRecorder(StoppingCriteriaList):
             is_done |= is_met
             if not isinstance(criterion, (MaxLengthCriteria, MaxTimeCriteria)):
                 is_stopped |= is_met
+        is_done |= input_ids.shape[1] - self.prompt_width >= self.limits[rows]
         newly = going_on & is_done
         self.is_stopped[rows] |= is_stopped & newly
         self.lengths[rows[newly]] = input_ids.shape[1] - self.prompt_width
@@ -95,20 +95,20 @@ class EndRecorder(StoppingCriteriaList):
         return self.ended(input_ids, torch.arange(len(input_ids), device=input_ids.device), scores, **kwargs)
 
 
-def inverse_cdf(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+def inverse_cdf(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Returns the token of each row at which the cumulative distribution passes the row's uniform, shape (rows,).
 
     Args:
-        logits: Shape (rows, vocabulary); -inf for tokens that cannot be drawn.
+        probabilities: Shape (rows, vocabulary), >= 0; 0 for tokens that cannot be drawn.
         uniforms: Shape (rows,), float64, in [0, 1).
 
     Example:
-        >>> logits = torch.log(torch.tensor([[0.2, 0.0, 0.8]]))
-        >>> [int(inverse_cdf(logits, torch.tensor([u], dtype=torch.float64))) for u in (0.1, 0.2, 0.9)]
+        >>> probabilities = torch.tensor([[0.2, 0.0, 0.8]])
+        >>> [int(inverse_cdf(probabilities, torch.tensor([u], dtype=torch.float64))) for u in (0.1, 0.2, 0.9)]
         [0, 2, 2]
     """
     # In float64: a float32 sum over a vocabulary of 150,000 is off by more than a rare token's probability.
-    cumulative = logits.softmax(-1, dtype=torch.float32).double().cumsum(-1)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     totals = cumulative[:, -1]
     targets = torch.minimum(uniforms * totals, torch.nextafter(totals, torch.zeros_like(totals)))
     return torch.searchsorted(cumulative, targets[:, None], right=True).squeeze(1)

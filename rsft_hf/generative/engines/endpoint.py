@@ -1,0 +1,249 @@
+"""The engine that generates elsewhere: candidates from any server with OpenAI's completions API.
+
+A request becomes many, under way at once; sequences are yielded as their replies come. The server has weights of its
+own, which `hand_over` brings up to date. What a server does not do well enough (fewer choices than asked for, no log
+probabilities) is made up for here, and what cannot be made up for is an error.
+"""
+
+import copy
+import uuid
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers.utils import logging
+
+from rsft_hf.generative.engines.completions import Completions, client_library
+from rsft_hf.generative.engines.dialects import (
+    DIALECTS,
+    Dialect,
+    check_settings,
+    end_tokens,
+    needed_settings,
+    sampling_fields,
+)
+from rsft_hf.generative.engines.engine import GeneratedSequence, GenerationRequest, check_request
+from rsft_hf.generative.engines.handover import SaveAndReload, WeightsHandOver
+from rsft_hf.generative.engines.jobs import Answers, Asker, Job, jobs_of
+from rsft_hf.generative.engines.replies import ReplyReader
+from rsft_hf.generative.engines.scoring import token_log_probabilities
+from rsft_hf.generative.settings import context_length
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class EndpointEngine:
+    """Generates with a completions server: vLLM, SGLang, TGI, `transformers serve`.
+
+    A server that honours `seed` gives the same candidates again, as far as its own arithmetic allows. Log probabilities
+    come from the server where they are what is wanted, else from a second pass through the model here.
+
+    Attributes:
+        base_url: The server's address, up to `/v1`.
+        model: Name of the model, or of the adapter, at the server.
+        api_key: None for a server of one's own.
+        weights: Brings the server's weights up to date before each round: `SaveAndReload`, or a callable that takes the
+            model. None leaves the server with the weights that it has, which need not be those of the model.
+        dialect: "vllm" for vLLM and SGLang, "openai" for others (TGI), "transformers" for `transformers serve`.
+        logprobs_mode: What the server's log probabilities are of: "processed" if of the distribution that it draws from
+            (vLLM's `--logprobs-mode processed_logprobs`; SGLang as long as nothing but a temperature is set), else
+            "raw". Without temperature, truncation and penalties both are one.
+        candidates_per_request: None asks for all candidates of a prompt at once; 1 gives each its own request and seed,
+            for servers that draw all choices of a request from one seed (SGLang's deterministic mode).
+        concurrency: Most requests under way.
+        timeout_seconds: For each try.
+        max_retries: How often a request is sent again after a timeout, a lost connection, 429 or 5xx, and a candidate
+            asked for again that came back unfinished.
+        backoff_seconds: Before the second try, doubled each time.
+        options: More of every request, such as {"priority": 1}; None takes a field out.
+
+    Raises:
+        ImportError: If the package `openai` is not installed.
+        ValueError: If a value is out of its range; when called, if a setting cannot be said to the server, the server
+            refuses a request, or log probabilities are wanted that nobody knows.
+        RuntimeError: When called, if candidates are missing after all retries, or no weights were handed over.
+    """
+
+    base_url: str
+    model: str
+    api_key: str | None = field(default=None, repr=False)
+    weights: WeightsHandOver | None = None
+    dialect: Dialect = "vllm"
+    logprobs_mode: Literal["raw", "processed"] = "raw"
+    candidates_per_request: int | None = None
+    concurrency: int = 8
+    timeout_seconds: float = 600.0
+    max_retries: int = 3
+    backoff_seconds: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    _version: str | None = field(default=None, init=False, repr=False)  # of the weights; a new name each time
+    _said: set[str] = field(default_factory=set, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.dialect not in DIALECTS or self.logprobs_mode not in ("raw", "processed"):
+            raise ValueError(
+                f"`dialect`={self.dialect!r} must be one of {', '.join(map(repr, DIALECTS))}, and "
+                f"`logprobs_mode`={self.logprobs_mode!r} 'raw' or 'processed'."
+            )
+        if min(self.concurrency, self.candidates_per_request or 1) < 1 or self.candidates_per_request == 0:
+            raise ValueError(
+                f"`concurrency`={self.concurrency} and `candidates_per_request`={self.candidates_per_request} must be "
+                "at least 1."
+            )
+        if self.max_retries < 0 or self.backoff_seconds < 0 or not self.timeout_seconds > 0:
+            raise ValueError(
+                f"`max_retries`={self.max_retries} and `backoff_seconds`={self.backoff_seconds} must be at least 0 and "
+                f"`timeout_seconds`={self.timeout_seconds} more than 0."
+            )
+        adapter = self.weights.payload.get("lora_name") if isinstance(self.weights, SaveAndReload) else None
+        if adapter is not None and adapter != self.model:
+            raise ValueError(
+                f"`weights` loads the adapter {adapter!r}, and `model`={self.model!r} is asked for candidates: they "
+                "would come from other weights. Name the adapter in both."
+            )
+        client_library()
+
+    def hand_over(self, model: Any, is_main_process: bool) -> None:
+        """Brings the server's weights up to date; the main process does.
+
+        Args:
+            model: In evaluation mode, whole and unwrapped.
+            is_main_process: Whether this process is the first of the run.
+        """
+        if self.weights is None:
+            if is_main_process:
+                self._warn(
+                    f"No weights are handed over to {self.base_url}: all candidates come from the weights that the "
+                    "server holds, whatever is learnt here. Pass `weights`, such as SaveAndReload.sglang(...), or "
+                    "take this as it is where the server is meant to be a fixed teacher."
+                )
+            return
+        self._version = None
+        if is_main_process:
+            self.weights(model)
+        self._version = uuid.uuid4().hex
+
+    def __call__(self, model: Any, request: GenerationRequest) -> Iterator[GeneratedSequence]:
+        """Yields candidates as the server's replies come; what is impossible is raised before the first request."""
+        check_request(request, context_length(model), model.config.is_encoder_decoder)
+        check_settings(request.generation_config, self.dialect)
+        if self.weights is not None and self._version is None:
+            raise RuntimeError(
+                "No weights were handed over to the server, or it did not take them. Call `hand_over` before "
+                "generating."
+            )
+        if request.with_log_probs and not self._asks_log_probs(request):
+            self._check_local(
+                "temperature, truncation and penalties are in force, or the dialect has no log probabilities"
+            )
+        return self._generate(model, request)
+
+    def _generate(self, model: Any, request: GenerationRequest) -> Iterator[GeneratedSequence]:
+        settings = (self.timeout_seconds, self.max_retries, self.backoff_seconds)
+        server = Completions(self.base_url, self.api_key, *settings)
+        asker = Asker(server, request, self._reader(model, request), self._fields(request), self.dialect)
+        waiting, running = deque(jobs_of(request, self.candidates_per_request)), dict[Future[Answers], Job]()
+        pool, failure = ThreadPoolExecutor(self.concurrency), None
+        try:
+            while waiting or running:
+                for future, job in list(running.items()):
+                    if (failure is not None or _is_satisfied(request, job)) and future.cancel():
+                        del running[future]
+                # As many again lie ready, so that the server is not idle while the caller looks at a candidate.
+                while waiting and len(running) < 2 * self.concurrency:
+                    job = waiting.popleft()
+                    if not _is_satisfied(request, job):
+                        running[pool.submit(asker, job)] = job
+                done = wait(running, return_when=FIRST_COMPLETED).done
+                replies = [(running.pop(future), future.result()) for future in done]
+                failure = failure or next((answers.failure for _, answers in replies if answers.failure), None)
+                if failure is not None:  # what is under way is still taken in
+                    waiting.clear()
+                    server.give_up()
+                yield from self._sequences(model, request, replies)
+            if failure is not None:
+                raise failure
+        finally:
+            server.close()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _sequences(
+        self, model: Any, request: GenerationRequest, replies: list[tuple[Job, Answers]]
+    ) -> Iterator[GeneratedSequence]:
+        """Yields the candidates of some replies, with their log probabilities where wanted."""
+        found = [(job.prompt, index, one) for job, answers in replies for index, one in answers.found.items()]
+        log_q: dict[int, Any] = {}
+        log_p: dict[int, Any] = {}
+        if request.with_log_probs:
+            log_q = {at: torch.tensor(one.log_probs) for at, (_, _, one) in enumerate(found) if one.log_probs}
+            log_p = {} if needed_settings(request.generation_config) else dict(log_q)
+            for with_log_q in (False, True):
+                rows = [at for at in range(len(found)) if at not in log_p and (at not in log_q) == with_log_q]
+                if rows and with_log_q:
+                    self._check_local("the server gave none that fit its tokens")
+                prompts = [request.prompts[found[at][0]] for at in rows]
+                tokens = [found[at][2].token_ids for at in rows]
+                scores = token_log_probabilities(model, prompts, tokens, request.generation_config, with_log_q)
+                log_p |= {at: own for at, (_, own) in zip(rows, scores)}
+                log_q |= {at: own for at, (own, _) in zip(rows, scores) if own is not None}
+        for at, (prompt, index, one) in enumerate(found):
+            yield GeneratedSequence(prompt, index, one.token_ids, one.finish_reason, log_q.get(at), log_p.get(at))
+
+    def _asks_log_probs(self, request: GenerationRequest) -> bool:
+        """Whether the server's log probabilities are of any use: raw ones are not log q unless nothing is in force."""
+        is_plain = not needed_settings(request.generation_config)
+        is_wanted = request.with_log_probs and self.dialect != "transformers"
+        return is_wanted and (is_plain or self.logprobs_mode == "processed")
+
+    def _check_local(self, reason: str) -> None:
+        """Raises if the model here is not what the server samples from, and so cannot say how likely a sample was."""
+        if self.weights is None:
+            raise ValueError(
+                f"Log probabilities of the candidates are wanted, and the server's do not serve ({reason}). Its "
+                "weights are not those of the model, so that the model cannot say them either. Sample plainly "
+                "(temperature 1, no truncation), or have the server say them (vLLM: --logprobs-mode "
+                'processed_logprobs, and here logprobs_mode="processed"), or pass `weights`; if the server holds the '
+                "very weights of the model, weights=lambda model: None says so."
+            )
+
+    def _reader(self, model: Any, request: GenerationRequest) -> ReplyReader:
+        config, stops = request.generation_config, request.generation_config.stop_strings or ()
+        # A copy: fast tokenizers change their padding in place, and the caller uses its own meanwhile.
+        tokenizer = copy.deepcopy(request.tokenizer)
+        if tokenizer is not None:
+            tokenizer("", add_special_tokens=False)  # set up here, and only read by the threads
+        size = model.config.get_text_config().vocab_size if tokenizer is None else len(tokenizer)
+        return ReplyReader(
+            tokenizer,
+            tuple(end_tokens(config)),
+            (stops,) if isinstance(stops, str) else tuple(stops),
+            size,
+            self._asks_log_probs(request),
+            self._warn,
+        )
+
+    def _fields(self, request: GenerationRequest) -> dict[str, Any]:
+        """What every request says."""
+        fields = {"model": self.model, **sampling_fields(request.generation_config, self.dialect)}
+        if self._asks_log_probs(request):
+            fields |= {"logprobs": 1}
+            fields |= {"return_tokens_as_token_ids": True} if self.dialect == "vllm" else {}
+        if self._version is not None and self.dialect == "vllm":
+            # Servers keep what they computed of a prompt, some beyond a change of weights: a new name finds none.
+            fields["cache_salt"] = self._version
+        return fields | dict(self.options)
+
+    def _warn(self, message: str) -> None:
+        """Warns, once of each kind: of messages that begin alike, the first."""
+        kind = message[:40]
+        if kind not in self._said:
+            self._said.add(kind)
+            logger.warning(message)
+
+
+def _is_satisfied(request: GenerationRequest, job: Job) -> bool:
+    return request.is_satisfied is not None and request.is_satisfied(job.prompt)

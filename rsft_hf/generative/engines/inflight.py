@@ -1,0 +1,143 @@
+"""The engine for most models: a flight of candidates, which those that have ended leave and those that wait enter.
+
+`generate` runs a batch until its longest row has ended, and reads a prompt once for each of its candidates. Here a
+prompt is read once for all of them, every row that is computed belongs to a candidate that goes on, and the slots are
+filled again while others are still running. What cannot be had that way is left to `GenerateEngine`.
+"""
+
+import dataclasses
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import StoppingCriteriaList
+from transformers.utils import logging
+
+from rsft_hf.generative.engines.chains import Chains
+from rsft_hf.generative.engines.engine import Engine, GeneratedSequence, GenerationRequest, check_request
+from rsft_hf.generative.engines.flight import Flight
+from rsft_hf.generative.engines.generate import GenerateEngine
+from rsft_hf.generative.engines.preparation import Prepared, prepare
+from rsft_hf.generative.engines.probe import probe_request, probe_verdict
+from rsft_hf.generative.engines.readers import CausalReader, EncoderDecoderReader
+from rsft_hf.generative.engines.refusal import reason_against, without_wrappers
+from rsft_hf.generative.engines.rows import Rows
+from rsft_hf.generative.settings import context_length
+
+logger = logging.get_logger(__name__)
+
+_SLOTS_ON_CPU, _SLOTS = 64, 256
+
+
+@dataclass
+class InFlightEngine:
+    """Generates with candidates that enter and leave a common batch at any time.
+
+    In fp32 a candidate depends on its own seed alone, not on the batch, the order or the number of processes; in half
+    precision other company changes the last bits of the scores, so that this holds of its distribution only.
+
+    Args:
+        max_sequences: Most candidates in flight: slots; 64 on a CPU and 256 elsewhere where None. Halved, and kept so,
+            when memory runs out.
+        max_tokens: Most tokens that all slots together may come to hold: with long prompts and answers there are fewer
+            slots.
+        prefill_tokens: Most tokens of prompts, padding included, that are read in one pass.
+        fallback: Generates where slots do not fit: other caches than keys and values, beams, processors that look at
+            more than a row, and models that fail the probe at the start.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
+
+    max_sequences: int | None = None
+    max_tokens: int = 2**19
+    prefill_tokens: int = 4096
+    fallback: Engine = field(default_factory=GenerateEngine)
+
+    def __post_init__(self) -> None:
+        for name in ("max_sequences", "max_tokens", "prefill_tokens"):
+            value = vars(self)[name]
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}`={value} must be at least 1.")
+        self._verdicts: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
+        self._said: set[str] = set()
+
+    def __call__(self, model: Any, request: GenerationRequest) -> Iterator[GeneratedSequence]:
+        """Yields each candidate as it ends.
+
+        Raises:
+            ValueError: If a prompt is empty or fills the context.
+        """
+        if not request.prompts or not request.num_candidates:
+            return
+        check_request(request, context_length(model), bool(model.config.is_encoder_decoder))
+        prepared, reason = self._prepared(model, request)
+        if prepared is None or reason is not None:
+            self._say(model, reason)
+            yield from self.fallback(model, request)
+            return
+        left = {(prompt, index) for prompt in range(len(request.prompts)) for index in range(request.num_candidates)}
+        while left:
+            flight = self._flight(model, request, prepared, left)
+            try:
+                for sequence in flight.run():
+                    left.discard((sequence.prompt, sequence.index))
+                    yield sequence
+                return
+            except torch.OutOfMemoryError:
+                if flight.max_rows == 1:
+                    raise
+                self.max_sequences = flight.max_rows // 2
+            logger.warning(f"Out of memory with {flight.max_rows} slots; going on with {self.max_sequences}.")
+            del flight
+            torch.cuda.empty_cache()
+
+    def _prepared(self, model: Any, request: GenerationRequest) -> tuple[Prepared | None, str | None]:
+        """What `generate` makes of the request, and what speaks against slots, if anything."""
+        if reason := reason_against(model, request):
+            return None, reason
+        shortest = min(range(len(request.prompts)), key=lambda row: len(request.prompts[row]))
+        prepared = prepare(model, request, request.prompts[shortest])
+        reason = reason_against(model, request, prepared)
+        inner = without_wrappers(model)
+        if reason is None and inner not in self._verdicts:
+            self._verdicts[inner] = None  # the probe runs through here itself
+            self._verdicts[inner] = self._probe(model, request)
+        return prepared, reason or self._verdicts[inner]
+
+    def _probe(self, model: Any, request: GenerationRequest) -> str | None:
+        inner = without_wrappers(model)
+        trial = probe_request(request, inner)
+        prepared = prepare(model, trial, trial.prompts[0])
+        prepared = dataclasses.replace(prepared, criteria=StoppingCriteriaList())  # so that only the limits end a row
+        flight = self._flight(model, trial, prepared, {(prompt, 0) for prompt in range(len(trial.prompts))}, max_rows=3)
+        start = prepared.input_ids[0].tolist() if model.config.is_encoder_decoder else []
+        return probe_verdict(inner, trial, flight, start)
+
+    def _flight(
+        self, model: Any, request: GenerationRequest, prepared: Prepared, left: set[tuple[int, int]], max_rows: int = 0
+    ) -> Flight:
+        inner, pad = without_wrappers(model), request.generation_config.pad_token_id
+        max_rows = max_rows or min(self._slots(model, request), len(left))
+        is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        if is_encoder_decoder:
+            reader: Any = EncoderDecoderReader(inner, pad, max_rows, prepared.input_ids)
+            starts: Any = prepared.input_ids.tolist() * len(request.prompts)
+        else:
+            reader, starts = CausalReader(inner, pad, max_rows), request.prompts
+        rows = Rows(request, Chains(model, request, prepared), prepared.criteria, starts, max_rows, inner.device)
+        return Flight(reader, rows, request, left, self.prefill_tokens)
+
+    def _slots(self, model: Any, request: GenerationRequest) -> int:
+        most = self.max_sequences or (_SLOTS_ON_CPU if model.device.type == "cpu" else _SLOTS)
+        longest = max(len(prompt) for prompt in request.prompts) + request.generation_config.max_new_tokens
+        return max(1, min(most, self.max_tokens // longest))
+
+    def _say(self, model: Any, reason: str | None) -> None:
+        if reason not in self._said:
+            self._said.add(str(reason))
+            logger.warning(
+                f"{type(model).__name__} generates with {type(self.fallback).__name__} instead of slots: {reason}."
+            )

@@ -1,0 +1,72 @@
+"""What `generate` makes of a configuration: logits processors, stopping criteria, a decoder's first tokens, a cache.
+
+A model and a request enter; the same objects leave that `model.generate` would have run with for one prompt.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import ForcedEOSTokenLogitsProcessor, StopStringCriteria
+
+from rsft_hf.generative.engines.engine import GenerationRequest
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `generate` prepared for one prompt.
+
+    Attributes:
+        processors: From the scores of the next token to those it is drawn from.
+        criteria: When a row ends.
+        input_ids: Tokens that generation goes on from, shape (1, width): the prompt, or a decoder's first tokens.
+        model_kwargs: What would be handed to the model, its cache among it.
+    """
+
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    input_ids: torch.Tensor
+    model_kwargs: dict[str, Any]
+
+
+def prepare(model: Any, request: GenerationRequest, prompt: Sequence[int]) -> Prepared:
+    """Returns what `model.generate` would run with for this prompt alone; nothing is generated.
+
+    Args:
+        model: Has `generate`.
+        request: Says how to sample.
+        prompt: Token ids.
+    """
+    config, criteria = separated_stops(request)
+    found: list[Prepared] = []
+
+    def keep(_: Any, input_ids: torch.Tensor, **kwargs: Any) -> None:
+        processors = without_forced_end(kwargs.pop("logits_processor"), request.generation_config)
+        found.append(Prepared(processors, kwargs.pop("stopping_criteria"), input_ids, kwargs))
+
+    ids = torch.tensor([list(prompt)], dtype=torch.long, device=model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    model.generate(**inputs, generation_config=config, stopping_criteria=criteria, custom_generate=keep)
+    return found[0]
+
+
+def separated_stops(request: GenerationRequest) -> tuple[GenerationConfig, StoppingCriteriaList]:
+    """Returns a copy of the configuration, which `generate` may fill in, and its stop strings as a criterion."""
+    config, criteria = copy.deepcopy(request.generation_config), StoppingCriteriaList()
+    if config.stop_strings is not None:
+        criteria.append(StopStringCriteria(tokenizer=request.tokenizer, stop_strings=config.stop_strings))
+        config.stop_strings = None  # `generate` hands no tokenizer on to a decoding function of one's own
+    return config, criteria
+
+
+def without_forced_end(processors: LogitsProcessorList, config: GenerationConfig) -> LogitsProcessorList:
+    """Returns the processors without the one that ends every answer at the limit, unless the configuration asks for it.
+
+    `generate` takes it from the model's own configuration (BART's, Marian's) where a request leaves it out.
+    """
+    if config.forced_eos_token_id is not None:
+        return processors
+    return LogitsProcessorList(one for one in processors if type(one) is not ForcedEOSTokenLogitsProcessor)

@@ -1,0 +1,90 @@
+"""A look at a model before it is trusted with slots: rows that enter in mid-flight against the same rows alone.
+
+Positions, masks and caches are where models differ, and a mistake there shows in no error. A few short candidates are
+generated in slots, and their log probabilities compared with a plain pass over each of them.
+"""
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+
+from rsft_hf.generative.engines.engine import GeneratedSequence, GenerationRequest
+from rsft_hf.generative.engines.flight import Flight
+from rsft_hf.generative.settings import context_length
+
+_PROMPT_LENGTHS, _LIMITS = (3, 12, 1, 7, 5), (6, 2, 7, 3, 5)  # rows of many ages; the last ones enter among others
+_MOST_TOKENS = max(_LIMITS)
+# Nats, at most and on average. In another batch shape float32 is off by 1e-5, by 1e-2 where matrices are multiplied in
+# TF32, half precision by up to a tenth.
+_EXACT, _ROUNDED = (1e-3, 1e-3), (0.5, 0.05)
+
+
+def probe_request(request: GenerationRequest, model: Any) -> GenerationRequest:
+    """Returns a small request like the given one: short prompts, answers of different lengths.
+
+    Args:
+        request: Supplies prompts and how to sample.
+        model: Says how much it can read.
+    """
+    room = (context_length(model) or 10**9) - _MOST_TOKENS
+    prompts = [
+        list(request.prompts[number % len(request.prompts)])[: max(1, min(length, room))]
+        for number, length in enumerate(_PROMPT_LENGTHS)
+    ]
+    config = copy.deepcopy(request.generation_config)
+    config.max_new_tokens, config.do_sample, config.min_new_tokens = _MOST_TOKENS, True, None
+    config.suppress_tokens = [config.pad_token_id]  # some models leave it out when they count positions
+    return dataclasses.replace(
+        request,
+        prompts=prompts,
+        seeds=[[number] for number in range(len(prompts))],
+        limits=[[limit] for limit in _LIMITS],
+        generation_config=config,
+        with_log_probs=True,
+        expected_lengths=[float(len(prompts) - number) for number in range(len(prompts))],  # enter in this order
+        is_satisfied=None,
+    )
+
+
+def probe_verdict(model: Any, request: GenerationRequest, flight: Flight, decoder_start: list[int]) -> str | None:
+    """Returns what is wrong with the model in slots, None if nothing is.
+
+    Args:
+        model: Unwrapped.
+        request: From `probe_request`.
+        flight: Will run it.
+        decoder_start: First tokens of a decoder; empty for decoder-only models.
+    """
+    try:
+        # Where weights are float32 under autocast they show more plainly without it whether a row is in its place.
+        with torch.autocast(model.device.type, enabled=False):
+            found = list(flight.run())
+            differences = torch.cat([_difference(model, request, one, decoder_start) for one in found]).abs()
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        return f"a trial run ended with {type(error).__name__}: {error}"
+    is_exact = model.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    most, mean = _EXACT if is_exact else _ROUNDED
+    if bool(differences.max() <= most) and bool(differences.mean() <= mean):  # NaN is neither
+        return None
+    return f"rows that enter in mid-flight get other log probabilities than alone, by {differences.max():.3g} nats"
+
+
+def _difference(
+    model: Any, request: GenerationRequest, one: GeneratedSequence, decoder_start: list[int]
+) -> torch.Tensor:
+    """Log probabilities of a sequence's tokens from a plain pass, less those they were drawn with."""
+    prompt, answer = list(request.prompts[one.prompt]), torch.tensor(one.token_ids, device=model.device)
+    if decoder_start:
+        source = torch.tensor([prompt], device=model.device)
+        start = torch.tensor([decoder_start + one.token_ids[:-1]], device=model.device)
+        logits = model(input_ids=source, attention_mask=torch.ones_like(source), decoder_input_ids=start).logits[0]
+        logits = logits[len(decoder_start) - 1 :]
+    else:
+        whole = torch.tensor([prompt + one.token_ids], device=model.device)
+        logits = model(input_ids=whole, attention_mask=torch.ones_like(whole)).logits[0, len(prompt) - 1 : -1]
+    values = logits.float().log_softmax(-1).gather(1, answer[:, None]).squeeze(1)
+    return values.cpu() - torch.as_tensor(one.log_p)

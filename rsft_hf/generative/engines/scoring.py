@@ -1,0 +1,148 @@
+"""Log probabilities of each token of given answers, as the model would have had them had it sampled the answers itself.
+
+Token ids enter, one number per token leaves, raw and under the distribution in force; one batch of logits is held at a
+time. For engines whose sampler says nothing, or not what is needed.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, LogitsProcessorList, generation
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+LogProbabilities = tuple[torch.Tensor | None, torch.Tensor]
+
+_TRUNCATING = (
+    generation.EpsilonLogitsWarper,
+    generation.EtaLogitsWarper,
+    generation.MinPLogitsWarper,
+    generation.TopKLogitsWarper,
+    generation.TopPLogitsWarper,
+    generation.TypicalLogitsWarper,
+)
+
+
+@torch.no_grad()
+def token_log_probabilities(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    generation_config: GenerationConfig,
+    with_log_q: bool = True,
+    batch_size: int = 16,
+) -> list[LogProbabilities]:
+    """Returns (log q, log p) of each answer, one teacher-forced pass per batch.
+
+    A token that rounding alone leaves outside of top-k, top-p and the like counts as the last of those kept: what was
+    sampled elsewhere may lie on the edge. A token that no rounding explains, such as an end before `min_new_tokens`,
+    has log q = -inf.
+
+    Args:
+        model: In evaluation mode, unwrapped.
+        prompts: Token ids of the prompt of each answer.
+        completions: Token ids of each answer, as sampled, at least one.
+        generation_config: Complete: how the answers were sampled, for log q.
+        with_log_q: Whether log q is wanted; None stands in its place otherwise.
+        batch_size: Rows per forward pass, sorted by length; halved when memory runs out.
+
+    Returns:
+        Pairs of tensors of shape (len(answer),), float32, nats, on the CPU, in the order given.
+    """
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]) - len(completions[row]))
+    found: dict[int, LogProbabilities] = {}
+    while order:
+        rows = order[:batch_size]
+        try:
+            scored = _score(
+                model, [prompts[row] for row in rows], [completions[row] for row in rows], generation_config, with_log_q
+            )
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+            batch_size = len(rows) // 2
+            torch.cuda.empty_cache()
+            continue
+        found.update(zip(rows, scored))
+        del order[: len(rows)]
+    return [found[row] for row in range(len(prompts))]
+
+
+def _score(
+    model: Any, prompts: list[Any], completions: list[Any], config: GenerationConfig, with_log_q: bool
+) -> list[LogProbabilities]:
+    chosen = _padded(completions, 0, model.device)
+    first, processors = torch.zeros(len(prompts), 0, dtype=torch.long), LogitsProcessorList()
+    if model.config.is_encoder_decoder:
+        inputs, first, processors = _prepare(model, prompts, config, "right")
+        whole = torch.cat([first, chosen[:, :-1]], 1)
+        logits = model(**inputs, decoder_input_ids=whole, use_cache=False).logits[:, first.shape[1] - 1 :].float()
+    else:
+        if with_log_q:
+            _, first, processors = _prepare(model, prompts, config, "left")
+        logits = _causal_logits(model, prompts, completions)
+    log_p = (logits.gather(-1, chosen[..., None]).squeeze(-1) - logits.logsumexp(-1)).cpu()
+    log_q = _log_q(logits, chosen, first, processors).cpu() if with_log_q and processors else log_p
+    lengths = [len(ids) for ids in completions]
+    return [
+        (log_q[row, :length].clone() if with_log_q else None, log_p[row, :length].clone())
+        for row, length in enumerate(lengths)
+    ]
+
+
+def _causal_logits(model: Any, prompts: list[Any], completions: list[Any]) -> torch.Tensor:
+    """Returns the logits that each token of the answers was drawn from, shape (rows, longest answer, vocabulary)."""
+    whole = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+    # Padded on the right: positions count from the first token without being told to.
+    ids, mask = _padded(whole, 0, model.device), _padded([[1] * len(row) for row in whole], 0, model.device)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    before = torch.tensor([len(prompt) - 1 for prompt in prompts], device=logits.device)
+    steps = before[:, None] + torch.arange(max(map(len, completions)), device=logits.device)
+    places = steps.clamp(max=logits.shape[1] - 1)[..., None].expand(-1, -1, logits.shape[-1])
+    return logits.gather(1, places).float()
+
+
+def _prepare(
+    model: Any, prompts: list[Any], config: GenerationConfig, padding_side: str
+) -> tuple[dict[str, Any], torch.Tensor, LogitsProcessorList]:
+    """Returns the model's inputs, the tokens that answers follow, and the processors that `generate` would run with."""
+    ids = _padded(prompts, config.pad_token_id, model.device, padding_side)
+    mask = _padded([[1] * len(prompt) for prompt in prompts], 0, model.device, padding_side)
+    found: list[Any] = []
+
+    def keep(_: Any, input_ids: torch.Tensor, **kwargs: Any) -> None:
+        found.extend((input_ids, kwargs["logits_processor"], kwargs.get("encoder_outputs")))
+
+    used = copy.deepcopy(config)
+    used.stop_strings = None  # they end an answer, and change no probability
+    model.generate(input_ids=ids, attention_mask=mask, generation_config=used, custom_generate=keep)
+    first, processors, encoded = found
+    if config.forced_eos_token_id is None:  # though the model's own may have filled it in
+        forced = generation.ForcedEOSTokenLogitsProcessor
+        processors = LogitsProcessorList(one for one in processors if type(one) is not forced)
+    return {"attention_mask": mask, "encoder_outputs": encoded}, first, processors
+
+
+def _log_q(
+    logits: torch.Tensor, chosen: torch.Tensor, first: torch.Tensor, processors: LogitsProcessorList
+) -> torch.Tensor:
+    """Returns log q of the chosen tokens, shape (rows, steps); processors see the tokens that came before each step."""
+    shaping = LogitsProcessorList(one for one in processors if not isinstance(one, _TRUNCATING))
+    truncating = LogitsProcessorList(one for one in processors if isinstance(one, _TRUNCATING))
+    history, log_q = torch.cat([first, chosen], 1), torch.zeros(chosen.shape, device=logits.device)
+    for step in range(chosen.shape[1]):
+        before, token = history[:, : first.shape[1] + step], chosen[:, step, None]
+        shaped = shaping(before, logits[:, step].clone())
+        own = shaped.gather(1, token)
+        kept = truncating(before, shaped)
+        log_q[:, step] = (own - kept.scatter(1, token, own).logsumexp(-1, keepdim=True)).squeeze(1)
+    return log_q
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device, side: str = "right") -> torch.Tensor:
+    tensors = [torch.tensor(list(row), dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side).to(device)

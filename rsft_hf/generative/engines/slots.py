@@ -1,0 +1,188 @@
+"""A cache of slots: one row for each candidate in flight; rows leave it and others enter at any time.
+
+Keys and values of read prompts enter, what a model's attention reads leaves. All rows end at one common column, so that
+a step writes one column; how far a row reaches to the left is its own affair, and the mask says it.
+
+      columns   0 . . . start . . . . write            row 0   . . . p p p p a a a      p prompt, a answer
+                                                       row 1   . . . . . p p a a a      . not read: masked
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+_SPARE_COLUMNS = 32  # room for answers when a buffer is made, and least it grows by
+_GROWTH = 1.25
+
+
+@dataclass
+class Columns:
+    """Which part of the slots is in use, the same in every layer.
+
+    Attributes:
+        max_rows: Slots.
+        rows: Slots in use: the first ones.
+        start: Column of the first token of the row that reaches furthest to the left.
+        write: Column that the next token of every row goes to.
+        capacity: Columns of the buffers.
+    """
+
+    max_rows: int
+    rows: int = 0
+    start: int = 0
+    write: int = 0
+    capacity: int = 0
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, in buffers of shape (slots, heads, capacity, head dimension).
+
+    Args:
+        columns: Shared by all layers.
+        keys: Of a prompt, for heads, dimension, dtype and device.
+        values: The same.
+    """
+
+    is_sliding = False  # it holds every column; the mask keeps a sliding window's width
+
+    def __init__(self, columns: Columns, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.columns, self.is_initialized = columns, True
+        self.buffers = [self._empty(states, columns.capacity) for states in (keys, values)]
+
+    def _empty(self, states: torch.Tensor, capacity: int) -> torch.Tensor:
+        # Zeros, not whatever was there: a masked column still counts as 0 x its value, and 0 x NaN is NaN.
+        return states.new_zeros((self.columns.max_rows, states.shape[1], capacity, states.shape[3]))
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """Those in use, shape (rows, heads, columns, head dimension)."""
+        return self.buffers[0][: self.columns.rows, :, self.columns.start : self.columns.write]
+
+    @property
+    def values(self) -> torch.Tensor:
+        """Those in use, shape (rows, heads, columns, head dimension)."""
+        return self.buffers[1][: self.columns.rows, :, self.columns.start : self.columns.write]
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Does nothing: the buffers are there from the start."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes the keys and values of one token of each row, and returns those of all columns in use."""
+        place = self.columns
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[: place.rows, :, place.write : place.write + 1] = states
+        used = slice(place.start, place.write + 1)
+        return self.buffers[0][: place.rows, :, used], self.buffers[1][: place.rows, :, used]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Returns how many columns attention reads, and the number of the first, counted from the first in use."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Returns how many columns are in use."""
+        return self.columns.write - self.columns.start
+
+    def get_max_length(self) -> int:
+        """Returns -1: buffers grow."""
+        return -1
+
+    def place(self, states: tuple[torch.Tensor, torch.Tensor], sources: list[int], row: int, column: int) -> None:
+        """Copies keys and values of rows `sources` of `states` into the slots from `row` on, beginning at `column`."""
+        for buffer, read in zip(self.buffers, states, strict=True):
+            buffer[row : row + len(sources), :, column : column + read.shape[2]] = read[sources]
+
+    def move_rows(self, sources: list[int], targets: list[int]) -> None:
+        """Copies the columns in use of some slots over those of others."""
+        used = slice(self.columns.start, self.columns.write)
+        for buffer in self.buffers:
+            buffer[targets, :, used] = buffer[sources, :, used]
+
+    def move_columns(self, shift: int, capacity: int) -> None:
+        """Moves the columns in use by `shift`, in buffers that have `capacity` columns from now on."""
+        place = self.columns
+        old, new = slice(place.start, place.write), slice(place.start + shift, place.write + shift)
+        for number, buffer in enumerate(self.buffers):
+            target = buffer if buffer.shape[2] == capacity else self._empty(buffer, capacity)
+            target[: place.rows, :, new] = buffer[: place.rows, :, old].clone()  # they may overlap
+            self.buffers[number] = target
+
+
+class SlotCache(Cache):
+    """What the attention of a model reads of the candidates in flight.
+
+    Args:
+        max_rows: Slots.
+    """
+
+    def __init__(self, max_rows: int) -> None:
+        super().__init__(layers=[])
+        self.layers: list[SlotLayer] = []
+        self.columns = Columns(max_rows)
+
+    def make_room(self, width: int) -> None:
+        """Arranges the columns so that rows of `width` tokens can enter and one token more be written."""
+        place = self.columns
+        if place.rows == 0:
+            place.start = place.write = 0
+        used = place.write - place.start
+        if width <= place.write < place.capacity:
+            return
+        write, capacity = max(used, width), place.capacity
+        if write + _SPARE_COLUMNS > capacity:
+            capacity = max(write + _SPARE_COLUMNS, int(capacity * _GROWTH))
+        for layer in self.layers:
+            layer.move_columns(write - place.write, capacity)
+        place.start, place.write, place.capacity = write - used, write, capacity
+
+    def admit(self, states: list[tuple[torch.Tensor, torch.Tensor]], sources: list[int]) -> None:
+        """Lets rows enter at the common column; their columns must have been made room for.
+
+        Args:
+            states: Keys and values of each layer, shape (prompts, heads, width, head dimension), ending together.
+            sources: Which prompt each row goes on from, one number per new row.
+        """
+        place, width = self.columns, states[0][0].shape[2]
+        self._begin(states)
+        for layer, read in zip(self.layers, states, strict=True):
+            layer.place(read, sources, place.rows, place.write - width)
+        place.rows, place.start = place.rows + len(sources), min(place.start, place.write - width)
+
+    def _begin(self, states: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        if not self.layers:
+            self.layers = [SlotLayer(self.columns, *read) for read in states]
+
+    def keep_only(self, rows: int, sources: list[int], targets: list[int]) -> None:
+        """Leaves the first `rows` slots in use, after the slots `sources` have been copied over `targets`."""
+        if sources:
+            for layer in self.layers:
+                layer.move_rows(sources, targets)
+        self.columns.rows = rows
+
+
+class CrossSlotCache(SlotCache):
+    """The same for what a decoder reads of its encoder: nothing is written to it, and rows begin at one column."""
+
+    def admit(self, states: list[tuple[torch.Tensor, torch.Tensor]], sources: list[int]) -> None:
+        """Lets rows enter, their first token in column 0.
+
+        Args:
+            states: Keys and values of each layer, shape (prompts, heads, width, head dimension), beginning together.
+            sources: Which prompt each row reads, one number per new row.
+        """
+        place, width = self.columns, states[0][0].shape[2]
+        if width > place.capacity:
+            for layer in self.layers:
+                layer.move_columns(0, width)
+            place.capacity = width
+        self._begin(states)
+        for layer, read in zip(self.layers, states, strict=True):
+            layer.place(read, sources, place.rows, 0)
+        place.rows, place.write = place.rows + len(sources), max(place.write, width)
+
+    def narrow(self, width: int) -> None:
+        """Leaves the first `width` columns in use."""
+        self.columns.write = width
