@@ -45,8 +45,8 @@ def test_passing_faults_are_tried_again(server, mishap):
 
 def test_the_pause_is_the_one_the_server_asks_for_or_doubles(server, monkeypatch):
     waited = []
-    monkeypatch.setattr(threading.Event, "wait", lambda self, seconds=None: waited.append(seconds))
     client = Completions(server.base_url, None, 5.0, 3, 0.5)
+    monkeypatch.setattr(client._is_closing, "wait", waited.append)
     body = {"model": NAME, "prompt": IDS[0], "n": 1, "seed": 0, "max_tokens": 1, "temperature": 0.0, "top_p": 1.0}
     for retry_after in ("", "7", "never", "1000000", email.utils.formatdate(usegmt=True)):
         server.mishaps, server.retry_after = ["429", "503", "500"], retry_after

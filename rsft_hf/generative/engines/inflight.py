@@ -103,7 +103,6 @@ class InFlightEngine:
         reason = reason_against(model, request, prepared)
         inner = without_wrappers(model)
         if reason is None and inner not in self._verdicts:
-            self._verdicts[inner] = None  # the probe runs through here itself
             self._verdicts[inner] = self._probe(model, request)
         return prepared, reason or self._verdicts[inner]
 
