@@ -13,7 +13,8 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sentiment demo-translation test lint format bench-overhead bench-drawing bench-generation clean
+.PHONY: help demo demo-sentiment demo-translation test lint format bench-overhead bench-drawing bench-generation \
+	bench-rounds clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -46,6 +47,9 @@ bench-drawing: $(STAMP) ## ten million draws beside torch.randperm
 
 bench-generation: $(STAMP) ## what generating candidates costs beside generate, generate_batch and TRL
 	$(BIN)/python benchmarks/generation.py $(ARGS)
+
+bench-rounds: $(STAMP) ## what a round of the real recipes costs with each engine (RSFT_MODELS, RSFT_DATA)
+	$(BIN)/python benchmarks/rounds.py $(ARGS)
 
 clean: ## remove outputs and caches, keep .venv
 	rm -rf outputs build .pytest_cache .mypy_cache .ruff_cache *.egg-info

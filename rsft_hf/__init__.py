@@ -17,8 +17,13 @@ from rsft_hf.generative.acceptance import (
 )
 from rsft_hf.generative.again import accept_again, score_again
 from rsft_hf.generative.candidates import Candidate
-from rsft_hf.generative.engines.engine import Engine, GeneratedSequence, GenerationRequest
+from rsft_hf.generative.engines.continuous import ContinuousEngine
+from rsft_hf.generative.engines.endpoint import EndpointEngine
+from rsft_hf.generative.engines.engine import Engine, EngineWithWeights, GeneratedSequence, GenerationRequest
 from rsft_hf.generative.engines.generate import GenerateEngine
+from rsft_hf.generative.engines.handover import SaveAndReload
+from rsft_hf.generative.engines.inflight import InFlightEngine
+from rsft_hf.generative.engines.vllm import VLLMEngine
 from rsft_hf.generative.exports import export_dpo, export_kto, export_sft, load_candidates
 from rsft_hf.generative.filters import (
     Deduplicate,
@@ -68,11 +73,14 @@ __all__ = [
     "Chain",
     "ClassBalanced",
     "Clipped",
+    "ContinuousEngine",
     "Deduplicate",
     "DensityRatio",
     "DifficultyRange",
     "DropTop",
+    "EndpointEngine",
     "Engine",
+    "EngineWithWeights",
     "Entropy",
     "EpochSampler",
     "ExampleStatistics",
@@ -80,6 +88,7 @@ __all__ = [
     "GenerateEngine",
     "GeneratedSequence",
     "GenerationRequest",
+    "InFlightEngine",
     "Learnability",
     "LeastConfidence",
     "LengthRange",
@@ -102,6 +111,7 @@ __all__ = [
     "Resampler",
     "RewardFunctions",
     "Satisfies",
+    "SaveAndReload",
     "Scores",
     "Sequence",
     "Softmax",
@@ -109,6 +119,7 @@ __all__ = [
     "Threshold",
     "TopKOverall",
     "TopKPerPrompt",
+    "VLLMEngine",
     "Weighting",
     "accept_again",
     "accept_once",

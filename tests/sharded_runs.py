@@ -114,7 +114,10 @@ def twin_facts(name: str, accelerator: Accelerator) -> dict[str, Any]:
             facts["class"] = type(whole).__name__
             facts["dtypes"] = sorted({str(values.dtype) for values in whole.parameters()})
             facts["is tied"] = whole.get_output_embeddings().weight is whole.get_input_embeddings().weight
-            facts["is of fsdp"] = any(isinstance(module, FSDPModule) for module in whole.modules())
+            facts["is of fsdp"] = any(
+                isinstance(module, FSDPModule) or "_is_fsdp_managed_module" in vars(module)  # `generate` asks for it
+                for module in whole.modules()
+            )
         facts["kept numbers"] = sum(values.numel() for values in (*whole.parameters(), *whole.buffers()))
         step(sharded)
         step(plain)

@@ -27,9 +27,10 @@ def whole_model(accelerator: Accelerator | None, model: Any, merge_adapter: bool
     | ZeRO-3 | the module, its weights gathered | all weights |
     | any of them, `merge_adapter=True` | the same, merged | the weights merged into, once more |
 
-    FSDP2 has been run with two processes on a CPU (gloo), sharded by `fully_shard` and by `from_pretrained`, and not on
-    GPUs. **ZeRO-3 has not been run at all**: it follows the documentation of `deepspeed.zero.GatheredParameters`. A
-    model compiled in place (`model.compile()`) stays so, and is compiled again for other widths of a batch.
+    FSDP2 has been run with two processes on a CPU (gloo), sharded by `fully_shard`, by accelerate and by
+    `from_pretrained`, and not on GPUs. **ZeRO-3 has not been run at all**: it follows the documentation of
+    `deepspeed.zero.GatheredParameters`. A model compiled in place (`model.compile()`) stays so, and is compiled again
+    for other widths of a batch.
 
     Args:
         accelerator: Knows the processes; None where there is one process, without a trainer.

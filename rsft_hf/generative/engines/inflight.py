@@ -28,7 +28,7 @@ from rsft_hf.generative.settings import context_length
 
 logger = logging.get_logger(__name__)
 
-_SLOTS_ON_CPU, _SLOTS = 64, 256
+_SLOTS_ON_CPU, _SLOTS = 128, 256
 
 
 @dataclass
@@ -39,7 +39,7 @@ class InFlightEngine:
     precision other company changes the last bits of the scores, so that this holds of its distribution only.
 
     Args:
-        max_sequences: Most candidates in flight: slots; 64 on a CPU and 256 elsewhere where None. Halved, and kept so,
+        max_sequences: Most candidates in flight: slots; 128 on a CPU and 256 elsewhere where None. Halved, and kept so,
             when memory runs out.
         max_tokens: Most tokens that all slots together may come to hold: with long prompts and answers there are fewer
             slots.

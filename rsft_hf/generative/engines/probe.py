@@ -66,7 +66,8 @@ def probe_verdict(model: Any, request: GenerationRequest, flight: Flight, decode
         raise
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
         return f"a trial run ended with {type(error).__name__}: {error}"
-    is_exact = model.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    is_quantised = model.config.to_dict().get("quantization_config") is not None
+    is_exact = model.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" and not is_quantised
     most, mean = _EXACT if is_exact else _ROUNDED
     if bool(differences.max() <= most) and bool(differences.mean() <= mean):  # NaN is neither
         return None
