@@ -9,6 +9,9 @@ import generators as g
 import torch
 import transformers as hf
 
+from rsft_hf.generative.engines.engine import GenerationRequest
+from rsft_hf.generative.streams import candidate_seed
+
 _LLAMA = {**g._LLAMA, "num_hidden_layers": 3}
 _SLIDING = {"sliding_window": 4}  # shorter than every prompt with its answer
 _LAYERS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
@@ -68,3 +71,18 @@ def prompts_for(model: Any, num_prompts: int = 7) -> list[list[int]]:
     """Prompts of 2 to 18 tokens."""
     ids = g.prompt_ids(num_prompts, closes_text=bool(model.config.is_encoder_decoder))
     return [prompt * (1 + number % 3) for number, prompt in enumerate(ids)]
+
+
+def request_for(model, ids, num_candidates: int = 2, **fields) -> GenerationRequest:
+    seeds = [[candidate_seed(0, 0, number, 0, index) for index in range(num_candidates)] for number in range(len(ids))]
+    config = fields.pop("config", None) or g.complete(model)
+    return GenerationRequest(ids, seeds, config, tokenizer=g.tokenizer(), **fields)
+
+
+def run(engine, model, asked: GenerationRequest) -> list:
+    with torch.no_grad():
+        return sorted(engine(model, asked), key=lambda one: (one.prompt, one.index))
+
+
+def texts(found: list) -> list:
+    return [(one.prompt, one.index, one.token_ids, one.finish_reason) for one in found]
