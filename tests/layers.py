@@ -32,6 +32,7 @@ LAYERS = {
     "generative/again.py": 2,
     "generative/stages.py": 1,
     "generative/selection.py": 1,
+    "generative/shards.py": 1,
     "generative/reopening.py": 1,
     "generative/round_metrics.py": 1,
     "generative/emptiness.py": 1,

@@ -24,6 +24,7 @@ from rsft_hf.generative.facts import stable_repr
 from rsft_hf.generative.reopening import open_round
 from rsft_hf.generative.round_metrics import round_metrics
 from rsft_hf.generative.selection import ACCEPTED, COLUMNS, RoundTable, SelectionRules, judge, prompts_in_need
+from rsft_hf.generative.shards import mean_lengths, own_shards
 from rsft_hf.generative.stages import (
     Generator,
     PromptSet,
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from rsft_hf.generative.resampler import CandidateResampler
 
 logger = logging.get_logger(__name__)
-
-_MOST_PROMPTS_PER_SHARD, _FEWEST_SHARDS = 64, 4
 
 
 @dataclass
@@ -96,9 +95,10 @@ class RoundRunner:
         needy: Sequence[int] = range(len(self.prompts))
         verdicts: list[str] = []
         for attempt in range(self.options.max_attempts):
-            sampling = replace(self.sampling, round_number=round_number, attempt=attempt)
+            lengths = self._lengths(round_number, attempt)
+            sampling = replace(self.sampling, round_number=round_number, attempt=attempt, expected_lengths=lengths)
             with FailTogether(self.accelerator, f"generating and scoring round {round_number}"):
-                for path, prompt_ids in self._own_shards(store, needy, attempt):
+                for path, prompt_ids in self._own_shards(store, needy, sampling):
                     self._make_shard(store, path, prompt_ids, sampling, trainer_state, effort)
             is_last = attempt == self.options.max_attempts - 1
             takes_best = is_last and self.options.on_nothing_accepted == "best"
@@ -118,14 +118,21 @@ class RoundRunner:
         minimum, seed = self.options.min_accepted_per_prompt, self.sampling.run_seed
         return SelectionRules(rule, minimum, False, seed, round_number)
 
+    def _lengths(self, round_number: int, attempt: int) -> dict[int, float]:
+        """Tokens that candidates took the last time, by prompt, as the main process has them."""
+        lengths: dict[int, float] = {}
+        with FailTogether(self.accelerator, f"looking at the lengths before round {round_number}"):
+            if self.accelerator.is_main_process and (attempt or round_number):
+                lengths = mean_lengths(self.store(round_number if attempt else round_number - 1))
+        return object_from_main(self.accelerator, lengths)
+
     def _own_shards(
-        self, store: CandidateStore, prompt_ids: Sequence[int], attempt: int
+        self, store: CandidateStore, prompt_ids: Sequence[int], sampling: Sampling
     ) -> Iterator[tuple[Path, Sequence[int]]]:
-        """The shards of an attempt that are this process's work; their size depends on the prompts alone."""
-        size = max(1, min(_MOST_PROMPTS_PER_SHARD, len(self.prompts) // _FEWEST_SHARDS))
-        for number, start in enumerate(range(0, len(prompt_ids), size)):
-            if number % self.accelerator.num_processes == self.accelerator.process_index:
-                yield store.path(attempt, number), prompt_ids[start : start + size]
+        """The shards of an attempt that are this process's work."""
+        place = self.accelerator.num_processes, self.accelerator.process_index
+        for number, own in own_shards(prompt_ids, len(self.prompts), sampling.expected_lengths, *place):
+            yield store.path(sampling.attempt, number), own
 
     def _make_shard(
         self,

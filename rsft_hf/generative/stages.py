@@ -6,8 +6,8 @@ They know no process group and no disk: `rounds.py` runs them shard by shard, a 
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,6 +56,8 @@ class Sampling:
         round_number: Round, from 0.
         attempt: Attempt within the round, from 0.
         with_log_probs: Whether log q and log p are wanted.
+        expected_lengths: Tokens of a candidate of each prompt, by its row, where they are known; for the order of work,
+            which changes nothing of what is drawn.
     """
 
     generation_config: GenerationConfig
@@ -64,6 +66,7 @@ class Sampling:
     round_number: int = 0
     attempt: int = 0
     with_log_probs: bool = False
+    expected_lengths: Mapping[int, float] = field(default_factory=dict)
 
     def seeds(self, prompt_id: int) -> list[int]:
         """Returns the seeds of a prompt's candidates."""
@@ -95,7 +98,12 @@ class Generator:
         token_ids = [self.encoder.prompt_ids(prompt) for prompt, _ in rows]
         seeds = [sampling.seeds(prompt_id) for prompt_id in prompt_ids]
         request = GenerationRequest(
-            token_ids, seeds, sampling.generation_config, sampling.with_log_probs, self.encoder.tokenizer
+            token_ids,
+            seeds,
+            sampling.generation_config,
+            sampling.with_log_probs,
+            self.encoder.tokenizer,
+            expected_lengths=[sampling.expected_lengths.get(prompt_id, 0.0) for prompt_id in prompt_ids],
         )
         with self._ready(self.model):
             sequences = sorted(self.engine(self.model, request), key=lambda one: (one.prompt, one.index))
