@@ -218,7 +218,7 @@ def test_beams_of_an_evaluation_are_those_of_generate(name):
 def test_engines_are_chosen_by_name_or_given():
     engine = GenerateEngine(3)
     assert choose_engine(engine, None) is engine
-    assert isinstance(choose_engine("auto", g.tiny_model()), GenerateEngine)
+    assert isinstance(choose_engine("generate", g.tiny_model()), GenerateEngine)
     with pytest.raises(ValueError, match="`engine`='vllm' is unknown"):
         choose_engine("vllm", None)
     with pytest.raises(TypeError, match="must be a name or an Engine object"):

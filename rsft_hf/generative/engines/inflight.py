@@ -122,7 +122,8 @@ class InFlightEngine:
         max_rows = max_rows or min(self._slots(model, request), len(left))
         is_encoder_decoder = bool(model.config.is_encoder_decoder)
         if is_encoder_decoder:
-            reader: Any = EncoderDecoderReader(inner, pad, max_rows, prepared.input_ids)
+            longest = max(len(prompt) for prompt in request.prompts)
+            reader: Any = EncoderDecoderReader(inner, pad, max_rows, prepared.input_ids, longest)
             starts: Any = prepared.input_ids.tolist() * len(request.prompts)
         else:
             reader, starts = CausalReader(inner, pad, max_rows), request.prompts

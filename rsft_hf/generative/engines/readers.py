@@ -111,11 +111,12 @@ class EncoderDecoderReader:
         pad_token_id: Fills prompts up on the right.
         max_rows: Slots.
         decoder_start: First tokens of the decoder, shape (1, width).
+        longest: Tokens of the longest prompt.
     """
 
-    def __init__(self, model: Any, pad_token_id: int, max_rows: int, decoder_start: torch.Tensor) -> None:
+    def __init__(self, model: Any, pad_token_id: int, max_rows: int, decoder_start: torch.Tensor, longest: int) -> None:
         self.model, self.pad_token_id, self.decoder_start = model, pad_token_id, decoder_start
-        self.cache, self.cross_cache = SlotCache(max_rows), CrossSlotCache(max_rows)
+        self.cache, self.cross_cache = SlotCache(max_rows), CrossSlotCache(max_rows, longest)
         self._source_lengths: list[int] = []
         self._placeholder = torch.zeros(0)
 

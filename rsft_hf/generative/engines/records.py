@@ -9,6 +9,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import MaxLengthCriteria, MaxTimeCriteria
 
+_MOST_SUMS = 2**24  # held at a time, 128 MB
+
 
 class StreamSampler(LogitsProcessor):
     """Draws each row's token from the row's own stream, and keeps it with its log probabilities.
@@ -107,11 +109,15 @@ def inverse_cdf(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Te
         >>> [int(inverse_cdf(probabilities, torch.tensor([u], dtype=torch.float64))) for u in (0.1, 0.2, 0.9)]
         [0, 2, 2]
     """
-    # In float64: a float32 sum over a vocabulary of 150,000 is off by more than a rare token's probability.
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    totals = cumulative[:, -1]
-    targets = torch.minimum(uniforms * totals, torch.nextafter(totals, torch.zeros_like(totals)))
-    return torch.searchsorted(cumulative, targets[:, None], right=True).squeeze(1)
+    chosen = []
+    at_once = max(1, _MOST_SUMS // probabilities.shape[1])
+    for some, targets in zip(probabilities.split(at_once), uniforms.split(at_once), strict=True):
+        # In float64: a float32 sum over a vocabulary of 150,000 is off by more than a rare token's probability.
+        cumulative = some.cumsum(-1, dtype=torch.float64)
+        totals = cumulative[:, -1]
+        targets = torch.minimum(targets * totals, torch.nextafter(totals, torch.zeros_like(totals)))
+        chosen.append(torch.searchsorted(cumulative, targets[:, None], right=True).squeeze(1))
+    return torch.cat(chosen)
 
 
 def _log_probability(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

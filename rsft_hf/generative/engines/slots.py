@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-_SPARE_COLUMNS = 32  # room for answers when a buffer is made, and least it grows by
-_GROWTH = 1.25
+_SPARE_COLUMNS = 16  # room for answers when a buffer is made, and what it grows by
 
 
 @dataclass
@@ -131,9 +130,8 @@ class SlotCache(Cache):
         used = place.write - place.start
         if width <= place.write < place.capacity:
             return
-        write, capacity = max(used, width), place.capacity
-        if write + _SPARE_COLUMNS > capacity:
-            capacity = max(write + _SPARE_COLUMNS, int(capacity * _GROWTH))
+        write = max(used, width)
+        capacity = max(place.capacity, write + _SPARE_COLUMNS)
         for layer in self.layers:
             layer.move_columns(write - place.write, capacity)
         place.start, place.write, place.capacity = write - used, write, capacity
@@ -164,7 +162,16 @@ class SlotCache(Cache):
 
 
 class CrossSlotCache(SlotCache):
-    """The same for what a decoder reads of its encoder: nothing is written to it, and rows begin at one column."""
+    """The same for what a decoder reads of its encoder: nothing is written to it, and rows begin at one column.
+
+    Args:
+        max_rows: Slots.
+        width: Tokens of the longest prompt that will enter.
+    """
+
+    def __init__(self, max_rows: int, width: int) -> None:
+        super().__init__(max_rows)
+        self.columns.capacity = width
 
     def admit(self, states: list[tuple[torch.Tensor, torch.Tensor]], sources: list[int]) -> None:
         """Lets rows enter, their first token in column 0.
@@ -174,10 +181,6 @@ class CrossSlotCache(SlotCache):
             sources: Which prompt each row reads, one number per new row.
         """
         place, width = self.columns, states[0][0].shape[2]
-        if width > place.capacity:
-            for layer in self.layers:
-                layer.move_columns(0, width)
-            place.capacity = width
         self._begin(states)
         for layer, read in zip(self.layers, states, strict=True):
             layer.place(read, sources, place.rows, 0)
