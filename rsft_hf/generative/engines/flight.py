@@ -76,7 +76,7 @@ class Flight:
     def _step(self) -> list[GeneratedSequence]:
         """Takes one step with all rows."""
         rows = self.rows
-        self.reader.make_room()
+        self.reader.make_room(is_last=not self.waiting)
         scores = self.reader.step(rows.last_tokens(), rows.lengths, rows.width)
         return self._leave(rows.draw(scores))
 

@@ -91,8 +91,10 @@ class CausalReader:
         """Leaves the first `rows` rows, after the rows `sources` have been copied over `targets`."""
         self.cache.keep_only(rows, sources, targets)
 
-    def make_room(self) -> None:
-        """Sees to a free column for the next step."""
+    def make_room(self, is_last: bool) -> None:
+        """Sees to a free column for the next step; `is_last` says that no row will enter any more."""
+        if is_last:
+            self.cache.expect_no_more_rows()
         self.cache.make_room(0)
 
     def _scores(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any, **more: Any) -> Any:
@@ -168,8 +170,10 @@ class EncoderDecoderReader:
             self._source_lengths[target] = self._source_lengths[source]
         del self._source_lengths[rows:]
 
-    def make_room(self) -> None:
-        """Sees to a free column for the next step."""
+    def make_room(self, is_last: bool) -> None:
+        """Sees to a free column for the next step; `is_last` says that no row will enter any more."""
+        if is_last:
+            self.cache.expect_no_more_rows()
         self.cache.make_room(0)
 
     def _scores(

@@ -21,7 +21,7 @@ class Columns:
     """Which part of the slots is in use, the same in every layer.
 
     Attributes:
-        max_rows: Slots.
+        max_rows: Slots of buffers that are made from now on.
         rows: Slots in use: the first ones.
         start: Column of the first token of the row that reaches furthest to the left.
         write: Column that the next token of every row goes to.
@@ -135,6 +135,10 @@ class SlotCache(Cache):
         for layer in self.layers:
             layer.move_columns(write - place.write, capacity)
         place.start, place.write, place.capacity = write - used, write, capacity
+
+    def expect_no_more_rows(self) -> None:
+        """Says that no row will enter any more: what the last rows grow to need not be as high as it was."""
+        self.columns.max_rows = self.columns.rows
 
     def admit(self, states: list[tuple[torch.Tensor, torch.Tensor]], sources: list[int]) -> None:
         """Lets rows enter at the common column; their columns must have been made room for.
