@@ -75,6 +75,8 @@ LAYERS = {
     "generative/engines/jobs.py": 1,
     "generative/engines/handover.py": 1,
     "generative/engines/endpoint.py": 1,
+    "generative/engines/endpoint_terms.py": 1,
+    "generative/engines/wishes.py": 1,
     "generative/engines/dialects.py": 1,
     "generative/engines/completions.py": 1,
     "generative/scorers/__init__.py": 1,

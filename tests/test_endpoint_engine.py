@@ -128,14 +128,16 @@ def test_a_fixed_server_says_log_q_itself_or_nobody_does(server):
         engine(server)(MODEL, request(with_log_probs=True, temperature=0.7))
     server.logprobs_mode = "processed"
     found = run(engine(server, logprobs_mode="processed"), request(with_log_probs=True, temperature=0.7))
-    assert all(one.log_q is not None and one.log_p is not None for one in found.values())
+    assert all(one.log_q is not None and one.log_p is None for one in found.values())  # nobody here knows log p
+    plain = run(engine(server, logprobs_mode="processed"), request(with_log_probs=True))
+    assert all(torch.equal(one.log_q, one.log_p) for one in plain.values())
     server.manners = {"no log probs"}
-    with pytest.raises(ValueError, match="the server gave none that fit its tokens"):
+    with pytest.raises(ValueError, match="it gave none that fit its tokens"):
         run(engine(server), request(with_log_probs=True))
 
 
 def test_a_request_says_every_setting(server):
-    settings = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2}
+    settings = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.2}
     more = {"min_new_tokens": 2, "stop_strings": ["em"], "eos_token_id": [g.EOS, g.END]}
     one = engine(server, options={"priority": 3, "min_p": None}, logprobs_mode="processed")
     run(one, request(2, ids=IDS[:1], with_log_probs=True, **settings, **more))
@@ -223,10 +225,10 @@ def test_what_cannot_be_said_is_refused_before_anything_is_asked(server, setting
 WRONG = [
     ({"dialect": "tgi"}, "`dialect`='tgi' must be one of 'vllm', 'openai', 'transformers'"),
     ({"logprobs_mode": "both"}, "`logprobs_mode`='both' 'raw' or 'processed'"),
-    ({"concurrency": 0}, "`concurrency`=0"),
+    ({"concurrency": 0}, "`concurrency`=0 must be at least 1"),
     ({"candidates_per_request": 0}, "`candidates_per_request`=0 must be at least 1"),
     ({"max_retries": -1}, "`max_retries`=-1"),
-    ({"timeout_seconds": 0}, "`timeout_seconds`=0 more than 0"),
+    ({"timeout_seconds": 0}, "`timeout_seconds`=0 must be more than 0"),
 ]
 
 

@@ -3,6 +3,7 @@
 import email.utils
 import logging
 import threading
+import time
 
 import generators as g
 import pytest
@@ -208,17 +209,41 @@ def places(sequences):
 
 
 def test_what_came_before_a_failure_is_not_lost(server):
-    """Two requests are under way when the third fails; theirs, and the candidates that its own reply held, are kept."""
-    server.together = threading.Barrier(3)
-    server.mishaps = ["", "", "400"]
+    """What has come is yielded, and of the request that fails the candidates that its own first reply held."""
+    server.mishaps = ["", "", "abort", "400"]
     found = []
     with pytest.raises(ValueError, match="refused the request"):
-        found.extend(places(engine(server, concurrency=3)(MODEL, request(2, ids=IDS[:3]))))
-    assert len(found) == len(set(found)) == 4
-    server.together = None
-    server.mishaps = ["abort", "400"]
-    found.clear()
-    with pytest.raises(ValueError, match="refused the request"):
         found.extend(places(engine(server, concurrency=1)(MODEL, request(3))))
-    assert found[:2] == [(0, 0), (0, 1)]
-    assert (0, 2) not in found
+    assert set(found) == {*((prompt, index) for prompt in (0, 1) for index in range(3)), (2, 0), (2, 1)}
+    assert len(found) == len(set(found))
+
+
+def test_a_refusal_is_said_at_once_whatever_is_under_way(server):
+    server.mishaps = ["hang", "400"]
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match="refused the request"):
+        run(engine(server, concurrency=2), request(1))
+    assert time.perf_counter() - began < 2  # the other request hangs for 5 seconds
+
+
+def test_nobody_waits_for_the_threads_of_a_generation_that_failed(server):
+    server.mishaps = ["hang", "400"]
+    with pytest.raises(ValueError, match="refused the request"):
+        run(engine(server, concurrency=2), request(1))
+    at_work = [thread for thread in threading.enumerate() if thread.name.endswith("(_work)")]
+    assert all(thread.daemon for thread in at_work)  # or the process could not end before the reply
+
+
+def test_a_lost_connection_may_be_a_restart_with_other_weights(server):
+    server.mishaps = ["drop"]
+    with pytest.raises(RuntimeError, match=r"connection to the server at .* was lost.*other weights.*run again"):
+        run(engine(server, concurrency=1, **VOUCHED), request())
+    assert len(server.bodies) <= 2
+    absent = EndpointEngine("http://127.0.0.1:9/v1", NAME, weights=lambda model: None)
+    absent.hand_over(MODEL, is_main_process=True)
+    with pytest.raises(RuntimeError, match=r"127.0.0.1:9.*was lost.*refused"):
+        run(absent, request(ids=IDS[:1]))
+    for mishap in ("500", "429", "hang"):
+        server.mishaps = [mishap]
+        quick = {"timeout_seconds": 0.5} if mishap == "hang" else {}
+        assert len(run(engine(server, **quick, **VOUCHED), request(1))) == len(IDS)

@@ -15,8 +15,9 @@ from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.encoding import Encoder
 from rsft_hf.generative.engines.choice import choose_engine
 from rsft_hf.generative.engines.engine import Engine
+from rsft_hf.generative.engines.wishes import check_engine
 from rsft_hf.generative.filters import Deduplicate, Filter
-from rsft_hf.generative.ready import ready, reference_opener
+from rsft_hf.generative.ready import log_probs_of_engine, ready, reference_opener
 from rsft_hf.generative.refusals import prompt_set, refuse_model
 from rsft_hf.generative.rewards import RewardFunctions
 from rsft_hf.generative.selection import ACCEPTED, COLUMNS, RoundTable, SelectionRules, judge
@@ -66,7 +67,7 @@ class StagesByHand:
             attempt: Attempt, from 0; another one draws other candidates.
 
         Raises:
-            ValueError: If the model cannot generate, `max_new_tokens` is unset or a column is missing.
+            ValueError: If the model or the engine cannot generate so, `max_new_tokens` is unset or a column is missing.
         """
         model = unwrapped(model)
         refuse_model(model)
@@ -74,7 +75,9 @@ class StagesByHand:
         config = sampling_config(self.generation_config, model, processing_class)
         sampling = stages.Sampling(config, self.num_candidates, seed, round_number, attempt, self.with_log_probs)
         reference = reference_opener(self.reference_model, model, model.device)
-        generator = stages.Generator(model, encoder, choose_engine(self.engine, model), reference=reference)
+        engine = choose_engine(self.engine, model)
+        check_engine(engine, model, config, log_probs_of_engine(self))
+        generator = stages.Generator(model, encoder, engine, reference=reference)
         with ready(self, None, generator, model) as generator:
             return generator(prompt_set(prompts, self, "prompts"), range(len(prompts)), sampling)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rsft_hf.generative.engines.wishes import engine_facts
 from rsft_hf.generative.settings import in_force
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def round_facts(options: "CandidateResampler", runner: "RoundRunner", prompts: s
         "model": model,
         "reference_model": model_fingerprint(reference) if is_model else reference,
         "merge_adapter": options.merge_adapter,
+        "engine": engine_facts(runner.generator.engine),
         "prompts": prompts,
         "encoding": _encoding_digest(runner),
         "seed": sampling.run_seed,

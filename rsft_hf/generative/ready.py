@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from transformers.utils import logging
 
 from rsft_hf.distributed import FailTogether
-from rsft_hf.generative.engines.engine import EngineWithWeights
+from rsft_hf.generative.engines.choice import choose_engine
+from rsft_hf.generative.engines.engine import Engine, EngineWithWeights
+from rsft_hf.generative.engines.wishes import EngineOfAnyWeights
 from rsft_hf.generative.refusals import refuse_model, refuse_other_vocabulary
 from rsft_hf.generative.stages import Generator
 from rsft_hf.generative.whole_model import whole_model
@@ -21,10 +24,16 @@ from rsft_hf.undisturbed import in_evaluation_mode
 if TYPE_CHECKING:
     from rsft_hf.generative.by_hand import StagesByHand
 
+logger = logging.get_logger(__name__)
+
 
 @contextlib.contextmanager
 def ready(
-    options: "StagesByHand", accelerator: Accelerator | None, generator: Generator, policy: Any
+    options: "StagesByHand",
+    accelerator: Accelerator | None,
+    generator: Generator,
+    policy: Any,
+    hands_over: bool = True,
 ) -> Iterator[Generator]:
     """Gives a generator that every process may call as often as it likes. Collective.
 
@@ -33,6 +42,7 @@ def ready(
         accelerator: Knows the processes; None where there is one process, without a trainer.
         generator: With the trained model, or another one, which is taken as it is.
         policy: The trained model.
+        hands_over: Whether an engine with weights of its own gets them here; else whoever calls hands them over.
     """
     with contextlib.ExitStack() as stack:
         model, reference = generator.model, generator.reference
@@ -41,12 +51,21 @@ def ready(
             model = whole if model is policy else model
             if reference is not None:
                 reference = reference_opener(options.reference_model, whole, whole.device)
-        if isinstance(generator.engine, EngineWithWeights):
-            _hand_over(accelerator, generator.engine, model)
+        if hands_over:
+            hand_over(accelerator, generator.engine, model)
         yield replace(generator, model=model, reference=reference)
 
 
-def _hand_over(accelerator: Accelerator | None, engine: EngineWithWeights, model: Any) -> None:
+def hand_over(accelerator: Accelerator | None, engine: Engine, model: Any) -> None:
+    """Brings an engine with weights of its own up to date; any other is as it was. Collective.
+
+    Args:
+        accelerator: As in `ready`.
+        engine: Any.
+        model: What generates, whole.
+    """
+    if not isinstance(engine, EngineWithWeights):
+        return
     with torch.no_grad(), in_evaluation_mode(model):
         if accelerator is None:
             engine.hand_over(model, True)
@@ -54,6 +73,34 @@ def _hand_over(accelerator: Accelerator | None, engine: EngineWithWeights, model
         with FailTogether(accelerator, f"handing the weights to {type(engine).__name__}"):
             engine.hand_over(model, accelerator.is_main_process)
         accelerator.wait_for_everyone()  # a server that the main process feeds answers all of them
+
+
+def evaluation_engine(engine: Engine, model: Any, has_proposal: bool) -> Engine:
+    """Returns what generates from the trained model when it is evaluated: the engine of the rounds where that can.
+
+    One with weights of its own may hold a teacher's, or those of a proposal, in which the trained model's may not fit:
+    then it is an engine in this process.
+
+    Args:
+        engine: Of the rounds.
+        model: The trained one.
+        has_proposal: Whether another model generates in the rounds.
+    """
+    is_fixed = isinstance(engine, EngineOfAnyWeights) and engine.is_fixed
+    if not isinstance(engine, EngineWithWeights) or not (is_fixed or has_proposal):
+        return engine
+    logger.info(
+        f"{type(engine).__name__} holds the weights of another model than the trained one, which is evaluated by an "
+        "engine in this process."
+    )
+    return choose_engine("auto", model)
+
+
+def log_probs_of_engine(options: "StagesByHand") -> tuple[str, ...]:
+    """Returns which log probabilities the engine has to give: log p comes from the reference where there is one."""
+    if not options.with_log_probs:
+        return ()
+    return ("log_q", "log_p") if options.reference_model is None else ("log_q",)
 
 
 def reference_opener(

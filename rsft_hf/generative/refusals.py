@@ -12,6 +12,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer
 from transformers.utils import logging
 
 from rsft_hf.generative.encoding import Encoder
+from rsft_hf.generative.engines.wishes import check_engine
 from rsft_hf.generative.settings import context_length, held_out_config
 from rsft_hf.generative.stages import Generator, PromptSet
 from rsft_hf.generative.unsharded import is_sharded
@@ -187,7 +188,7 @@ def look_at_evaluation(options: "CandidateResampler", evaluation: Any, prompts: 
 
     Raises:
         TypeError: If `eval_generation_config` is no GenerationConfig.
-        ValueError: If a column is missing, or the model cannot read a prompt.
+        ValueError: If a column is missing, the model cannot read a prompt, or the engine cannot generate so.
     """
     named = evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
     known = {repr(prompts.row(row)[0]) for row in range(len(prompts))}
@@ -200,6 +201,7 @@ def look_at_evaluation(options: "CandidateResampler", evaluation: Any, prompts: 
         if options.eval_functions is not None:
             options.eval_functions.check([column for column in column_names(dataset) if column != held_out.column])
         refuse_long_prompts(held_out, policy.encoder, policy.model, config.max_new_tokens)
+        check_engine(policy.engine, policy.model, config)
         shared = [row for row in range(len(held_out)) if repr(held_out.row(row)[0]) in known]
         if shared:
             logger.warning(

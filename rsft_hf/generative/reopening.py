@@ -39,6 +39,12 @@ def open_round(store: CandidateStore, facts: Mapping[str, Any]) -> None:
     store.write_manifest({"facts": dict(facts), "reward_names": list(store.reward_names)})
 
 
+def keeps_answers(store: CandidateStore, facts: Mapping[str, Any]) -> bool:
+    """Returns whether `open_round` would leave the answers of the first attempt where they are."""
+    earlier = store.manifest().get("facts")
+    return earlier is not None and {name for name in facts if earlier.get(name) != facts[name]} <= _JUDGING
+
+
 def _score_anew(store: CandidateStore, changed: list[str]) -> None:
     aside = _place_aside(store.directory)
     shutil.copytree(store.directory, aside)

@@ -3,20 +3,22 @@
 A trainer and the resampler's options enter, the prompts, the generators and the runner leave.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.utils import logging
 
-from rsft_hf.distributed import object_from_main
+from rsft_hf.distributed import FailTogether, object_from_main
 from rsft_hf.generative.encoding import Encoder, Row
 from rsft_hf.generative.engines.choice import choose_engine
+from rsft_hf.generative.engines.wishes import check_engine
 from rsft_hf.generative.evaluation import evaluate_prompts
 from rsft_hf.generative.facts import model_fingerprint, round_facts
 from rsft_hf.generative.merging import refuse_unmergeable
-from rsft_hf.generative.ready import ready, reference_opener
+from rsft_hf.generative.ready import evaluation_engine, hand_over, log_probs_of_engine, ready, reference_opener
 from rsft_hf.generative.refusals import (
     look_at_evaluation,
     prompt_set,
@@ -25,8 +27,10 @@ from rsft_hf.generative.refusals import (
     refuse_model,
     refuse_other_vocabulary,
 )
+from rsft_hf.generative.reopening import keeps_answers
 from rsft_hf.generative.rounds import RoundRunner
 from rsft_hf.generative.settings import in_force, sampling_config
+from rsft_hf.generative.shards import own_shards
 from rsft_hf.generative.stages import Generator, PromptSet, Sampling, reference_candidate
 from rsft_hf.generative.whole_model import unwrapped
 
@@ -67,10 +71,23 @@ class Setup:
             may_be_empty: Whether there is anything else to train on.
         """
         runner, accelerator = self.runner, self.trainer.accelerator
-        with ready(runner.options, accelerator, runner.generator, self.policy.model) as generator:
+        with ready(runner.options, accelerator, runner.generator, self.policy.model, hands_over=False) as generator:
             digest = object_from_main(accelerator, model_fingerprint(generator.model))
             facts = round_facts(runner.options, runner, prompts_digest, digest)
+            if self._has_to_generate(number, facts):
+                hand_over(accelerator, generator.engine, generator.model)
             return replace(runner, generator=generator).run(number, facts, self.trainer.state, may_be_empty)
+
+    def _has_to_generate(self, number: int, facts: Mapping[str, Any]) -> bool:
+        """Whether candidates of a round are missing, or may come to be, as the main process has it. Collective."""
+        runner, accelerator, is_whole = self.runner, self.trainer.accelerator, False
+        with FailTogether(accelerator, f"looking for the candidates of round {number}"):
+            # A second attempt is decided on by what the first one's candidates are worth.
+            if accelerator.is_main_process and runner.options.max_attempts == 1:
+                store, count = runner.store(number), len(self.prompts)
+                stages = [store.stage(store.path(0, shard)) for shard, _ in own_shards(range(count), count, {}, 1, 0)]
+                is_whole = keeps_answers(store, facts) and None not in stages
+        return not object_from_main(accelerator, is_whole)
 
     def evaluate(self, prompts: PromptSet) -> dict[str, float]:
         """Returns the figures of held-out prompts, from the weights of this moment. Collective."""
@@ -83,7 +100,7 @@ def set_up(options: "CandidateResampler", trainer: Trainer, run_seed: int) -> Se
     """Returns the parts of a run, after having checked that they fit.
 
     Raises:
-        ValueError: If the model, the prompts, the rewards or the trainer's arguments do not allow it.
+        ValueError: If the model, the prompts, the rewards, the engine or the trainer's arguments do not allow it.
     """
     refuse_arguments(options, trainer)
     tokenizer, model = _tokenizer(trainer), unwrapped(trainer.model)
@@ -102,11 +119,12 @@ def set_up(options: "CandidateResampler", trainer: Trainer, run_seed: int) -> Se
     config = sampling_config(options.generation_config, proposal, tokenizer)
     logger.info(f"Candidates are sampled with {in_force(config)}.")
     refuse_long_prompts(prompts, encoder, proposal, config.max_new_tokens)
+    engine, surroundings = choose_engine(options.engine, model), trainer.accelerator.autocast
+    check_engine(engine, proposal, config, log_probs_of_engine(options))
     for functions in (options.functions, options.eval_functions):
         if functions is not None:
             functions.to(trainer.args.device)
-    engine, surroundings = choose_engine(options.engine, model), trainer.accelerator.autocast
-    policy = Generator(model, encoder, engine, surroundings)
+    policy = Generator(model, encoder, evaluation_engine(engine, model, proposal is not model), surroundings)
     if trainer.eval_dataset is not None:
         look_at_evaluation(options, trainer.eval_dataset, prompts, policy)
     reference = reference_opener(options.reference_model, model, trainer.args.device)

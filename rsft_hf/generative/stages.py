@@ -132,6 +132,11 @@ class Generator:
         ]
         if self.reference is not None and sampling.with_log_probs:
             self._take_reference(candidates, [token_ids[one.prompt] for one in sequences])
+        if sampling.with_log_probs and any(None in (one.log_q, one.log_p) for one in candidates):
+            raise ValueError(
+                f"{type(self.engine).__name__} gave candidates without the log probabilities that are wanted. Name the "
+                "model that log p is wanted of as `reference_model`, or use an engine that gives log q and log p."
+            )
         return candidates
 
     def _take_reference(self, candidates: Sequence[Candidate], prompts: Sequence[Sequence[int]]) -> None:

@@ -40,7 +40,7 @@ class Chains:
         self._model, self._request = model, request
         self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self._by_width = {prepared.input_ids.shape[1]: self._without_padding(prepared.processors)}
-        self._common = prepared.processors if all(_is_of_scores(one) for one in prepared.processors) else None
+        self._common = prepared.processors if all(looks_at_scores_alone(one) for one in prepared.processors) else None
 
     @property
     def is_empty(self) -> bool:
@@ -82,7 +82,8 @@ class Chains:
         return processors
 
 
-def _is_of_scores(processor: Any) -> bool:
+def looks_at_scores_alone(processor: Any) -> bool:
+    """Returns whether a logits processor takes no notice of tokens, nor of how many there are."""
     if type(processor) is generation.NoBadWordsLogitsProcessor:
         return all(len(word) == 1 for word in processor.bad_word_ids)
     return type(processor) in _SCORES_ALONE

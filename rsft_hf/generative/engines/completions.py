@@ -30,19 +30,30 @@ class Completions:
         timeout_seconds: For each try.
         max_retries: How often a request is sent again.
         backoff_seconds: Before it is sent again, doubled each time; a server's `Retry-After` counts instead.
+        may_restart: Whether a request may be sent again after a lost connection: whoever answers then may be a new
+            process, without the weights that were handed to the one before.
 
     Raises:
         ImportError: If the package `openai` is not installed.
     """
 
     def __init__(
-        self, base_url: str, api_key: str | None, timeout_seconds: float, max_retries: int, backoff_seconds: float
+        self,
+        base_url: str,
+        api_key: str | None,
+        timeout_seconds: float,
+        max_retries: int,
+        backoff_seconds: float,
+        may_restart: bool = True,
     ) -> None:
         self.url = f"{base_url.rstrip('/')}/completions"
-        self.max_retries, self.backoff_seconds = max_retries, backoff_seconds
+        self.max_retries, self.backoff_seconds, self.may_restart = max_retries, backoff_seconds, may_restart
+        openai = client_library()
+        # Servers close idle connections, which must not be taken for a restart: then each request has its own.
+        limits = {} if may_restart else {"http_client": openai.DefaultHttpxClient(headers={"Connection": "close"})}
         # Its own retries are off: they hide what happened, and draw from the global generator.
-        self._client = client_library().OpenAI(
-            api_key=api_key or "none", base_url=base_url, timeout=timeout_seconds, max_retries=0
+        self._client = openai.OpenAI(
+            api_key=api_key or "none", base_url=base_url, timeout=timeout_seconds, max_retries=0, **limits
         )
         self._is_closing = threading.Event()
 
@@ -55,7 +66,8 @@ class Completions:
 
         Raises:
             ValueError: If the server refuses the request (4xx).
-            RuntimeError: If it cannot be reached, fails, or answers something else, after all retries.
+            RuntimeError: If it cannot be reached, fails, or answers something else, after all retries; after a lost
+                connection at once, unless it may restart.
         """
         openai = client_library()
         failure = ""
@@ -74,7 +86,15 @@ class Completions:
                         f"{said}. {_REMEDIES.get(status, 'The request is at fault, not the moment.')}"
                     ) from error
                 failure, wanted = f"{status}: {said}", _retry_after(error.response.headers)
+            except openai.APITimeoutError as error:
+                failure, wanted = f"{type(error).__name__}: {error}", None
             except openai.APIConnectionError as error:
+                if not self.may_restart:
+                    raise RuntimeError(
+                        f"The connection to the server at {self.url} was lost ({error.__cause__ or error}). It may "
+                        "have restarted, and would answer with other weights than those it was handed. See its log and "
+                        "run again: what was generated is kept, and the weights are handed over anew."
+                    ) from error
                 failure, wanted = f"{type(error).__name__}: {error} {error.__cause__ or ''}".strip(), None
             if attempt < self.max_retries:
                 self.pause(attempt, wanted)

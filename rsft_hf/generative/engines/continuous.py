@@ -10,13 +10,13 @@ import copy
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
-from transformers import ContinuousBatchingConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.utils import logging
 
 from rsft_hf.distributed import forked_rng
@@ -89,15 +89,19 @@ class ContinuousEngine:
             ValueError: If the model has an encoder, the configuration holds settings that the library ignores, or a
                 prompt leaves no room.
         """
+        self.check(model, request.generation_config)
+        check_request(request, context_length(model), is_encoder_decoder=False)
+        return self._sequences(model, request)
+
+    def check(self, model: Any, config: GenerationConfig, log_probs: Collection[str] = ()) -> None:
+        """Raises ValueError if the model has an encoder, or a setting is in force that the library ignores."""
         if model.config.is_encoder_decoder:
             raise ValueError(
                 f"generate_batch runs decoder-only models, and {type(model).__name__} has an encoder. Use "
                 'engine="inflight" or "generate".'
             )
-        check_request(request, context_length(model), is_encoder_decoder=False)
         remedy = 'Unset the others, or use engine="inflight" or "generate".'
-        refuse_settings(request.generation_config, ("temperature", "top_k", "top_p"), "generate_batch", remedy)
-        return self._sequences(model, request)
+        refuse_settings(config, ("temperature", "top_k", "top_p"), "generate_batch", remedy)
 
     def _sequences(self, model: Any, request: GenerationRequest) -> Iterator[GeneratedSequence]:
         missing: list[tuple[int, int]] = []

@@ -54,6 +54,12 @@ def check_settings(config: GenerationConfig, dialect: str) -> None:
             f"`generation_config` has {name}={value!r}, which a completions server cannot be asked for. {remedy}"
         )
     if dialect == "openai":
+        if config.stop_strings:
+            raise ValueError(
+                f"`generation_config` has stop_strings={config.stop_strings!r}, and a server of OpenAI's API takes "
+                "them off the answers: what was sampled would be unknown. Unset them and let an end token end the "
+                'answers, or use dialect="vllm" where the server is vLLM or SGLang, which leave them in.'
+            )
         for name in sorted(needed_settings(config) - {"temperature", "top_p"}):
             raise ValueError(
                 f"`generation_config` has {name}={in_force(config)[name]!r}, which OpenAI's API does not have. Unset "

@@ -6,28 +6,24 @@ probabilities) is made up for here, and what cannot be made up for is an error.
 """
 
 import copy
+import json
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from transformers import GenerationConfig
 from transformers.utils import logging
 
+from rsft_hf.generative.engines import endpoint_terms as terms
 from rsft_hf.generative.engines.completions import Completions, client_library
-from rsft_hf.generative.engines.dialects import (
-    DIALECTS,
-    Dialect,
-    check_settings,
-    end_tokens,
-    needed_settings,
-    sampling_fields,
-)
+from rsft_hf.generative.engines.dialects import Dialect, check_settings, end_tokens, needed_settings, sampling_fields
 from rsft_hf.generative.engines.engine import GeneratedSequence, GenerationRequest, check_request
 from rsft_hf.generative.engines.handover import SaveAndReload, WeightsHandOver
-from rsft_hf.generative.engines.jobs import Answers, Asker, Job, jobs_of
+from rsft_hf.generative.engines.jobs import Answers, Asker, Job, Workers, jobs_of
 from rsft_hf.generative.engines.replies import ReplyReader
 from rsft_hf.generative.engines.scoring import token_log_probabilities
 from rsft_hf.generative.settings import context_length
@@ -47,7 +43,7 @@ class EndpointEngine:
         model: Name of the model, or of the adapter, at the server.
         api_key: None for a server of one's own.
         weights: Brings the server's weights up to date before each round: `SaveAndReload`, or a callable that takes the
-            model. None leaves the server with the weights that it has, which need not be those of the model.
+            model. None leaves the server with the weights that it has, those of a teacher.
         dialect: "vllm" for vLLM and SGLang, "openai" for others (TGI), "transformers" for `transformers serve`.
         logprobs_mode: What the server's log probabilities are of: "processed" if of the distribution that it draws from
             (vLLM's `--logprobs-mode processed_logprobs`; SGLang as long as nothing but a temperature is set), else
@@ -56,16 +52,20 @@ class EndpointEngine:
             for servers that draw all choices of a request from one seed (SGLang's deterministic mode).
         concurrency: Most requests under way.
         timeout_seconds: For each try.
-        max_retries: How often a request is sent again after a timeout, a lost connection, 429 or 5xx, and a candidate
-            asked for again that came back unfinished.
+        max_retries: How often a request is sent again after a timeout, 429, 5xx or, without `weights`, a lost
+            connection, and a candidate asked for again that was aborted or is empty.
         backoff_seconds: Before the second try, doubled each time.
-        options: More of every request, such as {"priority": 1}; None takes a field out.
+        options: More of every request, such as {"priority": 1}; None takes out a field that the server does not know.
+        revision: Names the weights of a server without `weights`, such as a commit: candidates of a round are never
+            mixed with those of another.
 
     Raises:
         ImportError: If the package `openai` is not installed.
+        TypeError: If a value is of the wrong kind.
         ValueError: If a value is out of its range; when called, if a setting cannot be said to the server, the server
             refuses a request, or log probabilities are wanted that nobody knows.
-        RuntimeError: When called, if candidates are missing after all retries, or no weights were handed over.
+        RuntimeError: When called, if candidates are missing after all retries, no weights were handed over, or the
+            connection was lost after they were.
     """
 
     base_url: str
@@ -80,25 +80,16 @@ class EndpointEngine:
     max_retries: int = 3
     backoff_seconds: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    revision: str | None = None
     _version: str | None = field(default=None, init=False, repr=False)  # of the weights; a new name each time
     _said: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.dialect not in DIALECTS or self.logprobs_mode not in ("raw", "processed"):
-            raise ValueError(
-                f"`dialect`={self.dialect!r} must be one of {', '.join(map(repr, DIALECTS))}, and "
-                f"`logprobs_mode`={self.logprobs_mode!r} 'raw' or 'processed'."
-            )
-        if min(self.concurrency, self.candidates_per_request or 1) < 1 or self.candidates_per_request == 0:
-            raise ValueError(
-                f"`concurrency`={self.concurrency} and `candidates_per_request`={self.candidates_per_request} must be "
-                "at least 1."
-            )
-        if self.max_retries < 0 or self.backoff_seconds < 0 or not self.timeout_seconds > 0:
-            raise ValueError(
-                f"`max_retries`={self.max_retries} and `backoff_seconds`={self.backoff_seconds} must be at least 0 and "
-                f"`timeout_seconds`={self.timeout_seconds} more than 0."
-            )
+        terms.check_url("base_url", self.base_url)
+        terms.check_choices(self.dialect, self.logprobs_mode)
+        terms.check_weights(self.weights)
+        terms.check_options(self.options)
+        terms.check_numbers(vars(self))
         adapter = self.weights.payload.get("lora_name") if isinstance(self.weights, SaveAndReload) else None
         if adapter is not None and adapter != self.model:
             raise ValueError(
@@ -106,6 +97,27 @@ class EndpointEngine:
                 "would come from other weights. Name the adapter in both."
             )
         client_library()
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the server keeps the weights that it has: those of a teacher."""
+        return self.weights is None
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what candidates depend on beside model, seeds and configuration; not where the server stands."""
+        facts = {
+            "logprobs_mode": self.logprobs_mode,
+            "options": json.loads(json.dumps(dict(self.options), default=str)),
+        }
+        own = {"model": self.model, "dialect": self.dialect, "revision": self.revision}
+        return facts | (own if self.is_fixed else {})
+
+    def check(self, model: Any, config: GenerationConfig, log_probs: Collection[str] = ()) -> None:
+        """Raises ValueError if a setting cannot be said to the server, or log probabilities would be unknown."""
+        check_settings(config, self.dialect)
+        terms.check_spared(self.options, config)
+        if self.is_fixed:
+            terms.check_log_probs(config, self.dialect, self.logprobs_mode, log_probs)
 
     def hand_over(self, model: Any, is_main_process: bool) -> None:
         """Brings the server's weights up to date; the main process does.
@@ -128,48 +140,46 @@ class EndpointEngine:
         self._version = uuid.uuid4().hex
 
     def __call__(self, model: Any, request: GenerationRequest) -> Iterator[GeneratedSequence]:
-        """Yields candidates as the server's replies come; what is impossible is raised before the first request."""
+        """Yields candidates as the server's replies come; what is impossible is raised before the first request.
+
+        Of a server without `weights` log p is None where it does not say it: settings are in force.
+        """
         check_request(request, context_length(model), model.config.is_encoder_decoder)
-        check_settings(request.generation_config, self.dialect)
+        self.check(model, request.generation_config, ("log_q",) if request.with_log_probs else ())
         if self.weights is not None and self._version is None:
             raise RuntimeError(
                 "No weights were handed over to the server, or it did not take them. Call `hand_over` before "
                 "generating."
             )
-        if request.with_log_probs and not self._asks_log_probs(request):
-            self._check_local(
-                "temperature, truncation and penalties are in force, or the dialect has no log probabilities"
-            )
         return self._generate(model, request)
 
     def _generate(self, model: Any, request: GenerationRequest) -> Iterator[GeneratedSequence]:
         settings = (self.timeout_seconds, self.max_retries, self.backoff_seconds)
-        server = Completions(self.base_url, self.api_key, *settings)
+        server = Completions(self.base_url, self.api_key, *settings, may_restart=self.is_fixed)
         asker = Asker(server, request, self._reader(model, request), self._fields(request), self.dialect)
         waiting, running = deque(jobs_of(request, self.candidates_per_request)), dict[Future[Answers], Job]()
-        pool, failure = ThreadPoolExecutor(self.concurrency), None
+        workers, failure = Workers(asker, self.concurrency), None
         try:
-            while waiting or running:
+            while (waiting or running) and failure is None:
                 for future, job in list(running.items()):
-                    if (failure is not None or _is_satisfied(request, job)) and future.cancel():
+                    if _is_satisfied(request, job) and future.cancel():
                         del running[future]
                 # As many again lie ready, so that the server is not idle while the caller looks at a candidate.
                 while waiting and len(running) < 2 * self.concurrency:
                     job = waiting.popleft()
                     if not _is_satisfied(request, job):
-                        running[pool.submit(asker, job)] = job
+                        running[workers.submit(job)] = job
                 done = wait(running, return_when=FIRST_COMPLETED).done
                 replies = [(running.pop(future), future.result()) for future in done]
-                failure = failure or next((answers.failure for _, answers in replies if answers.failure), None)
-                if failure is not None:  # what is under way is still taken in
-                    waiting.clear()
-                    server.give_up()
+                failure = next((answers.failure for _, answers in replies if answers.failure), None)
                 yield from self._sequences(model, request, replies)
-            if failure is not None:
+            if failure is not None:  # at once: what is under way may take minutes
                 raise failure
         finally:
+            for future in running:
+                future.cancel()
+            workers.stop()
             server.close()
-            pool.shutdown(wait=False, cancel_futures=True)
 
     def _sequences(
         self, model: Any, request: GenerationRequest, replies: list[tuple[Job, Answers]]
@@ -181,10 +191,10 @@ class EndpointEngine:
         if request.with_log_probs:
             log_q = {at: torch.tensor(one.log_probs) for at, (_, _, one) in enumerate(found) if one.log_probs}
             log_p = {} if needed_settings(request.generation_config) else dict(log_q)
-            for with_log_q in (False, True):
+            if self.is_fixed and len(log_q) < len(found):
+                raise ValueError(terms.missing_log_q("it gave none that fit its tokens"))
+            for with_log_q in () if self.is_fixed else (False, True):
                 rows = [at for at in range(len(found)) if at not in log_p and (at not in log_q) == with_log_q]
-                if rows and with_log_q:
-                    self._check_local("the server gave none that fit its tokens")
                 prompts = [request.prompts[found[at][0]] for at in rows]
                 tokens = [found[at][2].token_ids for at in rows]
                 scores = token_log_probabilities(model, prompts, tokens, request.generation_config, with_log_q)
@@ -199,24 +209,14 @@ class EndpointEngine:
         is_wanted = request.with_log_probs and self.dialect != "transformers"
         return is_wanted and (is_plain or self.logprobs_mode == "processed")
 
-    def _check_local(self, reason: str) -> None:
-        """Raises if the model here is not what the server samples from, and so cannot say how likely a sample was."""
-        if self.weights is None:
-            raise ValueError(
-                f"Log probabilities of the candidates are wanted, and the server's do not serve ({reason}). Its "
-                "weights are not those of the model, so that the model cannot say them either. Sample plainly "
-                "(temperature 1, no truncation), or have the server say them (vLLM: --logprobs-mode "
-                'processed_logprobs, and here logprobs_mode="processed"), or pass `weights`; if the server holds the '
-                "very weights of the model, weights=lambda model: None says so."
-            )
-
     def _reader(self, model: Any, request: GenerationRequest) -> ReplyReader:
         config, stops = request.generation_config, request.generation_config.stop_strings or ()
         # A copy: fast tokenizers change their padding in place, and the caller uses its own meanwhile.
         tokenizer = copy.deepcopy(request.tokenizer)
         if tokenizer is not None:
             tokenizer("", add_special_tokens=False)  # set up here, and only read by the threads
-        size = model.config.get_text_config().vocab_size if tokenizer is None else len(tokenizer)
+        # Embeddings are often padded beyond the tokenizer, and a token up there can be sampled like any other.
+        size = max(0 if tokenizer is None else len(tokenizer), model.config.get_text_config().vocab_size)
         return ReplyReader(
             tokenizer,
             tuple(end_tokens(config)),

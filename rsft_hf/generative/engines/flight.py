@@ -55,7 +55,7 @@ class Flight:
         self, reader: Any, rows: Rows, request: GenerationRequest, left: set[tuple[int, int]], prefill_tokens: int
     ) -> None:
         self.reader, self.rows, self.request, self.prefill_tokens = reader, rows, request, prefill_tokens
-        self.max_rows = rows.max_rows
+        self.max_rows, self.tokens_being_read = rows.max_rows, 0  # of several prompts at once
         by_prompt: dict[int, list[int]] = {}
         for prompt, index in sorted(left):
             by_prompt.setdefault(prompt, []).append(index)
@@ -73,6 +73,7 @@ class Flight:
         free = self.max_rows - len(self.rows)
         return bool(self.waiting) and (len(self.rows) == 0 or free * _SHARE_TO_REFILL >= self.max_rows)
 
+    @torch.no_grad()
     def _step(self) -> list[GeneratedSequence]:
         """Takes one step with all rows."""
         rows = self.rows
@@ -100,7 +101,11 @@ class Flight:
                 self.waiting.popleft()
         already_read = [one for one in chosen if one.waiting.read is not None]
         for group in self._groups([one for one in chosen if one.waiting.read is None]):
-            read = self.reader.read([self.request.prompts[one.waiting.prompt] for one in group])
+            longest = len(self.request.prompts[group[0].waiting.prompt])
+            self.tokens_being_read = len(group) * longest if len(group) > 1 else 0
+            with torch.no_grad():
+                read = self.reader.read([self.request.prompts[one.waiting.prompt] for one in group])
+            self.tokens_being_read = 0
             for row, one in enumerate(group):
                 if one.waiting.indices:  # the slots did not suffice for all of its candidates
                     one.waiting.read = read.only(row)
@@ -124,6 +129,7 @@ class Flight:
         if group:
             yield group
 
+    @torch.no_grad()
     def _enter(self, group: list[Entering], read: ReadPrompts) -> list[GeneratedSequence]:
         """Puts candidates into slots and draws their first tokens from the one pass over their prompt."""
         first, sources = len(self.rows), list[int]()

@@ -6,6 +6,7 @@ the loop goes, and where the model's cache allows it rows that have ended leave 
 all of its candidates.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,18 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
+from rsft_hf.generative.engines.chains import looks_at_scores_alone
 from rsft_hf.generative.engines.dropping import can_drop, sample_and_drop
 from rsft_hf.generative.engines.engine import GeneratedSequence, GenerationRequest, check_request
-from rsft_hf.generative.engines.preparation import separated_stops, without_forced_end
+from rsft_hf.generative.engines.preparation import (
+    prepare,
+    separated_stops,
+    without_forced_end,
+    without_own_stops,
+)
 from rsft_hf.generative.engines.readers import pad_prompts
 from rsft_hf.generative.engines.records import EndRecorder, StreamSampler
+from rsft_hf.generative.engines.refusal import reason_to_go_alone
 from rsft_hf.generative.settings import context_length
 from rsft_hf.generative.streams import token_uniforms
 
@@ -58,8 +66,11 @@ class GenerateEngine:
         expected = request.expected_lengths or [0.0] * len(request.prompts)
         lengths = [(-len(prompt), -expected[row]) for row, prompt in enumerate(request.prompts)]
         order = sorted(range(len(request.prompts)), key=lambda prompt: (lengths[prompt], prompt))
-        pairs = [(prompt, index) for prompt in order for index in range(request.num_candidates)]
-        waiting = [pairs[start : start + self._width(request)] for start in range(0, len(pairs), self._width(request))]
+        waiting = [
+            pairs[start : start + width]
+            for pairs, width in self._together(model, request, order)
+            for start in range(0, len(pairs), width)
+        ]
         while waiting:
             batch = waiting.pop(0)
             if request.is_satisfied is not None:
@@ -80,6 +91,22 @@ class GenerateEngine:
                 continue
             yield from sequences
 
+    def _together(
+        self, model: Any, request: GenerationRequest, order: list[int]
+    ) -> Iterator[tuple[list[tuple[int, int]], int]]:
+        """Candidates that may stand in one batch, and how many of them at most."""
+        width = self._width(request)
+        if reason := reason_to_go_alone(model, request):
+            logger.warning(f"{type(model).__name__} generates one candidate at a time: {reason}.")
+            width = 1
+        groups: list[list[int]] = [order]
+        if not model.config.is_encoder_decoder and _counts_tokens(model, request, order):
+            # Padding would count as tokens: prompts of one length stand together.
+            by_length = itertools.groupby(order, key=lambda prompt: len(request.prompts[prompt]))
+            groups = [list(prompts) for _, prompts in by_length]
+        for group in groups:
+            yield [(prompt, index) for prompt in group for index in range(request.num_candidates)], width
+
     def _width(self, request: GenerationRequest) -> int:
         """Whole prompts where they fit: encoder-decoder models then encode each prompt once."""
         longest = max(len(prompt) for prompt in request.prompts) + request.generation_config.max_new_tokens
@@ -89,6 +116,14 @@ class GenerateEngine:
         return most // request.num_candidates * request.num_candidates
 
 
+def _counts_tokens(model: Any, request: GenerationRequest, order: list[int]) -> bool:
+    """Whether a processor looks at the tokens of a row or at how many there are."""
+    if (request.generation_config.num_beams or 1) > 1:
+        return False
+    shortest = request.prompts[order[-1]]
+    return not all(looks_at_scores_alone(one) for one in prepare(model, request, shortest).processors)
+
+
 def _generate_batch(model: Any, request: GenerationRequest, pairs: list[tuple[int, int]]) -> list[GeneratedSequence]:
     config, criteria = separated_stops(request)
     num_per_prompt = request.num_candidates if _holds_whole_prompts(pairs, request.num_candidates) else 1
@@ -96,7 +131,8 @@ def _generate_batch(model: Any, request: GenerationRequest, pairs: list[tuple[in
     is_left = not model.config.is_encoder_decoder
     inputs = pad_prompts(prompts, config.pad_token_id, model.device, is_left)
     if config.num_beams is not None and config.num_beams > 1:
-        output = model.generate(**inputs, generation_config=config, stopping_criteria=criteria)
+        with without_own_stops(model):
+            output = model.generate(**inputs, generation_config=config, stopping_criteria=criteria)
         start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         return _split_beams(output, start, config.eos_token_id, criteria, pairs)
     uniforms = None
@@ -124,7 +160,8 @@ def _generate_batch(model: Any, request: GenerationRequest, pairs: list[tuple[in
     # An encoder reads a prompt once though `generate` repeats it; without one, we repeat what it has read.
     for config.num_return_sequences in (num_per_prompt if model.config.is_encoder_decoder else 1, num_per_prompt):
         if not records:
-            model.generate(**inputs, generation_config=config, stopping_criteria=criteria, custom_generate=decode)
+            with without_own_stops(model):
+                model.generate(**inputs, generation_config=config, stopping_criteria=criteria, custom_generate=decode)
     sampler, recorder = records
     return _split(sampler, recorder, pairs)
 

@@ -8,22 +8,61 @@ import os
 import shutil
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from transformers.utils import is_peft_available
+
+from rsft_hf.generative.engines.endpoint_terms import check_url
 
 WeightsHandOver = Callable[[Any], None]
 
 _PLACE = "{path}"
 
 
+def names_no_error(answer: str) -> bool:
+    """Returns whether a reply neither is a page of HTML nor names an error; plain words and nothing at all do not.
+
+    Example:
+        >>> [names_no_error(text) for text in ("Success: added.", '{"detail": "Not Found"}', "<html>busy</html>")]
+        [True, False, False]
+    """
+    try:
+        content = json.loads(answer)
+    except ValueError:
+        return not answer.lstrip().startswith("<")
+    if not isinstance(content, dict):
+        return True
+    is_named = any(content.get(name) for name in ("error", "errors", "detail")) or content.get("status") == "error"
+    return not is_named and content.get("success", True) is not False
+
+
+def says_success(answer: str) -> bool:
+    """Returns whether a reply is JSON that says success: true, as SGLang's does.
+
+    Example:
+        >>> [says_success(text) for text in ('{"success": true}', "{}", "Success")]
+        [True, False, False]
+    """
+    try:
+        content = json.loads(answer)
+    except ValueError:
+        return False
+    return isinstance(content, dict) and content.get("success") is True
+
+
 @dataclass(frozen=True)
 class SaveAndReload:
     """Saves the model, then asks the server to load it. The folder before is removed once the server has the new one.
 
+    Folders are named `weights-<token>-<number>`, by a token of this object's own: it removes no others, and a process
+    that was killed leaves its last one.
+
     Attributes:
-        directory: Holds one folder `round-<number>` at a time; the server must see it under the same path.
+        directory: Holds one folder at a time, that of the last weights; the server must see it under the same path.
         url: Where the request to load is sent.
         payload: Its JSON; "{path}" stands for the folder saved.
         saves: "model" for whole weights, "adapter" for those of a PEFT adapter.
@@ -31,9 +70,12 @@ class SaveAndReload:
         unload_payload: Its JSON.
         api_key: Sent as a bearer token.
         timeout_seconds: Most that the server may take to load.
+        succeeds: Says of a reply that came with 200 whether the weights were taken over. By default a page of HTML and
+            an object that names an error do not say so.
 
     Raises:
-        ValueError: If no value of `payload` holds "{path}"; when called, if what was saved is not what `saves` says.
+        ValueError: If no value of `payload` holds "{path}", or an address is none; when called, if what was saved is
+            not what `saves` says, or several adapters are active.
         RuntimeError: When called, if the server does not load the weights.
     """
 
@@ -45,8 +87,14 @@ class SaveAndReload:
     unload_payload: Mapping[str, Any] = field(default_factory=dict)
     api_key: str | None = field(default=None, repr=False)
     timeout_seconds: float = 600.0
+    succeeds: Callable[[str], bool] = names_no_error
+    _token: str = field(default_factory=lambda: uuid.uuid4().hex[:12], init=False, repr=False, compare=False)
+    _made: list[Path] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name in ("url", "unload_url"):
+            if vars(self)[name] is not None:
+                check_url(name, vars(self)[name])
         if _PLACE not in json.dumps(dict(self.payload)):
             raise ValueError(f"`payload`={dict(self.payload)} nowhere names the folder to load. Put {_PLACE!r} there.")
 
@@ -60,6 +108,7 @@ class SaveAndReload:
             **settings: More of the class.
         """
         root = base_url.rstrip("/").removesuffix("/v1")
+        settings = {"succeeds": says_success} | settings
         return cls(directory, f"{root}/update_weights_from_disk", {"model_path": _PLACE}, **settings)
 
     @classmethod
@@ -90,33 +139,41 @@ class SaveAndReload:
         if self.unload_url is not None:
             self._post(self.unload_url, self.unload_payload, is_missing_fine=True)
         self._post(self.url, _filled(dict(self.payload), str(folder)))
-        for other in self._folders():
-            if other != folder:
-                shutil.rmtree(other)
+        for other in self._made[:-1]:
+            shutil.rmtree(other, ignore_errors=True)
+        del self._made[:-1]
 
     def _save(self, model: Any) -> Path:
         """Returns the folder of the weights, which appears under its name once it is whole."""
-        parent = Path(self.directory).resolve()
-        numbers = [int(folder.name.removeprefix("round-")) for folder in self._folders()]
-        folder, draft = parent / f"round-{max(numbers, default=-1) + 1}", parent / ".incomplete"
+        number = int(self._made[-1].name.rpartition("-")[2]) + 1 if self._made else 0
+        folder = Path(self.directory).resolve() / f"weights-{self._token}-{number}"
+        draft = folder.with_name(f".{folder.name}.incomplete")
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        model.save_pretrained(draft)
-        wanted = "config.json" if self.saves == "model" else "adapter_config.json"
-        if not (draft / wanted).is_file():
-            written = sorted(path.name for path in draft.iterdir())
-            shutil.rmtree(draft)
-            raise ValueError(
-                f"`saves`={self.saves!r} expects {wanted} among what {type(model).__name__}.save_pretrained writes, "
-                f"and found {written}. A model with an adapter is handed over by "
-                "SaveAndReload.vllm_lora, one without by SaveAndReload.sglang."
-            )
-        os.replace(draft, folder)
+        try:
+            os.replace(self._saved(model, draft), folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        self._made.append(folder)
         return folder
 
-    def _folders(self) -> list[Path]:
-        found = Path(self.directory).resolve().glob("round-*")
-        return [folder for folder in found if folder.name.removeprefix("round-").isdigit()]
+    def _saved(self, model: Any, draft: Path) -> Path:
+        """Returns the folder, in the draft, that holds what the server is to load."""
+        adapter = _active_adapter(model) if self.saves == "adapter" else None
+        if adapter is None:
+            model.save_pretrained(draft)
+        else:
+            model.save_pretrained(draft, selected_adapters=[adapter])
+        wanted = "config.json" if self.saves == "model" else "adapter_config.json"
+        places = [draft] if adapter is None else [draft, draft / adapter]  # peft has no folder for "default"
+        for place in places:
+            if (place / wanted).is_file():
+                return place
+        raise ValueError(
+            f"`saves`={self.saves!r} expects {wanted} among what {type(model).__name__}.save_pretrained writes, "
+            f"and found {sorted(path.name for path in draft.iterdir())}. A model with an adapter is handed over by "
+            "SaveAndReload.vllm_lora, one without by SaveAndReload.sglang."
+        )
 
     def _post(self, url: str, payload: Mapping[str, Any], is_missing_fine: bool = False) -> None:
         headers = {"Content-Type": "application/json"}
@@ -133,8 +190,9 @@ class SaveAndReload:
             raise RuntimeError(self._refusal(url, f"{error.code}: {answer[:500]}")) from error
         except OSError as error:  # refused, dropped, or out of time
             raise RuntimeError(self._refusal(url, str(error))) from error
-        if _is_failure(answer):
-            raise RuntimeError(self._refusal(url, answer[:500]))
+        succeeds = self.succeeds if url == self.url else names_no_error
+        if not succeeds(answer):
+            raise RuntimeError(self._refusal(url, answer[:500] or "nothing"))
 
     def _refusal(self, url: str, found: str) -> str:
         return (
@@ -151,10 +209,17 @@ def _filled(value: Any, path: str) -> Any:
     return value.replace(_PLACE, path) if isinstance(value, str) else value
 
 
-def _is_failure(answer: str) -> bool:
-    """Whether a reply that came with 200 says that it failed."""
-    try:
-        content = json.loads(answer)
-    except ValueError:
-        return False  # plain words of success, such as vLLM's
-    return isinstance(content, dict) and content.get("success") is False
+def _active_adapter(model: Any) -> str | None:
+    """Returns the name of the adapter that the model runs with, None if it has none."""
+    if not is_peft_available():
+        return None
+    from peft import PeftModel  # an extra
+
+    if not isinstance(model, PeftModel):
+        return None
+    if len(model.active_adapters) != 1:
+        raise ValueError(
+            f"The model runs with the adapters {model.active_adapters} at once, and a server loads one. Make one of "
+            "them active, by model.set_adapter(name)."
+        )
+    return str(model.active_adapters[0])

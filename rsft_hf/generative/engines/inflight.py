@@ -79,20 +79,41 @@ class InFlightEngine:
             yield from self.fallback(model, request)
             return
         left = {(prompt, index) for prompt in range(len(request.prompts)) for index in range(request.num_candidates)}
+        slots = self._slots(model, request)
         while left:
-            flight = self._flight(model, request, prepared, left)
+            flight = self._flight(model, request, prepared, left, slots)
             try:
                 for sequence in flight.run():
                     left.discard((sequence.prompt, sequence.index))
                     yield sequence
                 return
             except torch.OutOfMemoryError:
-                if flight.max_rows == 1:
-                    raise
-                self.max_sequences = flight.max_rows // 2
-            logger.warning(f"Out of memory with {flight.max_rows} slots; going on with {self.max_sequences}.")
+                slots = self._with_less_memory(flight, slots)
             del flight
             torch.cuda.empty_cache()
+            if request.is_satisfied is not None:
+                satisfied = {prompt for prompt, _ in left if request.is_satisfied(prompt)}
+                left = {(prompt, index) for prompt, index in left if prompt not in satisfied}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_verdicts": None}  # what was tried out belongs to the models of this process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"_verdicts": weakref.WeakKeyDictionary()})
+
+    def _with_less_memory(self, flight: Flight, slots: int) -> int:
+        """Returns how many slots to go on with after memory has run out; raises what is under way if there is one."""
+        if flight.tokens_being_read:
+            self.prefill_tokens = max(1, flight.tokens_being_read // 2)
+            logger.warning(f"Out of memory reading prompts; going on with `prefill_tokens`={self.prefill_tokens}.")
+            return slots
+        if flight.max_rows == 1:
+            raise
+        fewer = flight.max_rows // 2
+        if flight.max_rows == slots:  # and not the few candidates of a small request
+            self.max_sequences = fewer
+        logger.warning(f"Out of memory with {flight.max_rows} slots; going on with {fewer}.")
+        return fewer
 
     def _prepared(self, model: Any, request: GenerationRequest) -> tuple[Prepared | None, str | None]:
         """What `generate` makes of the request, and what speaks against slots, if anything."""
@@ -107,20 +128,18 @@ class InFlightEngine:
         return prepared, reason or self._verdicts[inner]
 
     def _probe(self, model: Any, request: GenerationRequest) -> str | None:
-        inner = without_wrappers(model)
-        trial = probe_request(request, inner)
+        trial = probe_request(request, without_wrappers(model))
         prepared = prepare(model, trial, trial.prompts[0])
         prepared = dataclasses.replace(prepared, criteria=StoppingCriteriaList())  # so that only the limits end a row
-        flight = self._flight(model, trial, prepared, {(prompt, 0) for prompt in range(len(trial.prompts))}, max_rows=3)
+        every = {(prompt, 0) for prompt in range(len(trial.prompts))}
         start = prepared.input_ids[0].tolist() if model.config.is_encoder_decoder else []
-        return probe_verdict(inner, trial, flight, start)
+        return probe_verdict(model, trial, lambda slots: self._flight(model, trial, prepared, every, slots), start)
 
     def _flight(
-        self, model: Any, request: GenerationRequest, prepared: Prepared, left: set[tuple[int, int]], max_rows: int = 0
+        self, model: Any, request: GenerationRequest, prepared: Prepared, left: set[tuple[int, int]], slots: int
     ) -> Flight:
         inner, pad = without_wrappers(model), request.generation_config.pad_token_id
-        max_rows = max_rows or min(self._slots(model, request), len(left))
-        is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        max_rows, is_encoder_decoder = min(slots, len(left)), bool(model.config.is_encoder_decoder)
         if is_encoder_decoder:
             longest = max(len(prompt) for prompt in request.prompts)
             reader: Any = EncoderDecoderReader(inner, pad, max_rows, prepared.input_ids, longest)

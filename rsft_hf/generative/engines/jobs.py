@@ -3,7 +3,10 @@
 A request of the round enters; candidates leave, and with them the failure that kept others from coming.
 """
 
+import queue
+import threading
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,3 +136,39 @@ class Asker:
                 "All candidates of a request came back equal: the server seems to draw them from one seed. Set "
                 "candidates_per_request=1, so that each is asked for by its own."
             )
+
+
+class Workers:
+    """Threads that see jobs through, first come first served.
+
+    They are daemons, unlike those of a pool: whoever gives up, or is interrupted, waits for no reply under way.
+
+    Args:
+        asker: What a job is given to.
+        count: Most jobs at a time.
+    """
+
+    def __init__(self, asker: Asker, count: int) -> None:
+        self._asker, self._count = asker, count
+        self._waiting: queue.SimpleQueue[tuple[Future[Answers], Job] | None] = queue.SimpleQueue()
+        for _ in range(count):
+            threading.Thread(target=self._work, daemon=True).start()
+
+    def submit(self, job: Job) -> Future[Answers]:
+        """Returns what the job will come to."""
+        future: Future[Answers] = Future()
+        self._waiting.put((future, job))
+        return future
+
+    def stop(self) -> None:
+        """Lets each thread end after the job that it is at."""
+        for _ in range(self._count):
+            self._waiting.put(None)
+
+    def _work(self) -> None:
+        for future, job in iter(self._waiting.get, None):
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(self._asker(job))
+                except BaseException as error:  # noqa: BLE001 - to whoever asks for the result, as from a pool
+                    future.set_exception(error)

@@ -32,9 +32,12 @@ def row_positions(model: Any, positions: torch.Tensor) -> Iterator[None]:
 @contextlib.contextmanager
 def _as_one_sequence(embedding: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
     """Embeds the positions of the rows as those of one sequence would be, then gives each row its own."""
+    signature = inspect.signature(embedding.forward)
 
     def replace(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, kwargs | {"position_ids": positions}
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments["position_ids"] = positions
+        return bound.args, bound.kwargs
 
     def separate(_: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         return output.reshape(len(positions), 1, -1)

@@ -3,14 +3,15 @@
 A model and a request enter; the same objects leave that `model.generate` would have run with for one prompt.
 """
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import ForcedEOSTokenLogitsProcessor, StopStringCriteria
+from transformers.generation import ForcedEOSTokenLogitsProcessor, GenerationMixin, StopStringCriteria
 
 from rsft_hf.generative.engines.engine import GenerationRequest
 
@@ -49,8 +50,23 @@ def prepare(model: Any, request: GenerationRequest, prompt: Sequence[int]) -> Pr
 
     ids = torch.tensor([list(prompt)], dtype=torch.long, device=model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    model.generate(**inputs, generation_config=config, stopping_criteria=criteria, custom_generate=keep)
+    with without_own_stops(model):
+        model.generate(**inputs, generation_config=config, stopping_criteria=criteria, custom_generate=keep)
     return found[0]
+
+
+@contextlib.contextmanager
+def without_own_stops(model: Any) -> Iterator[None]:
+    """Keeps `generate` from putting a model's own stop strings back, for which it would want a tokenizer."""
+    configs = [one.generation_config for one in model.modules() if isinstance(one, GenerationMixin)]
+    stops = [config.stop_strings for config in configs]
+    for config in configs:
+        config.stop_strings = None
+    try:
+        yield
+    finally:
+        for config, own in zip(configs, stops, strict=True):
+            config.stop_strings = own
 
 
 def separated_stops(request: GenerationRequest) -> tuple[GenerationConfig, StoppingCriteriaList]:

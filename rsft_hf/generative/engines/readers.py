@@ -60,6 +60,10 @@ class CausalReader:
         # The scores of a whole prompt over the vocabulary would be the largest thing in memory.
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 
+    def fill(self, value: float) -> None:
+        """Says what stands in the cache where nothing has been written."""
+        self.cache.columns.fill = value
+
     def read(self, prompts: Sequence[Sequence[int]]) -> ReadPrompts:
         """Reads prompts in one pass, padded on the left."""
         inputs = pad_prompts(prompts, self.pad_token_id, self.model.device, is_left=True)
@@ -121,6 +125,10 @@ class EncoderDecoderReader:
         self.cache, self.cross_cache = SlotCache(max_rows), CrossSlotCache(max_rows, longest)
         self._source_lengths: list[int] = []
         self._placeholder = torch.zeros(0)
+
+    def fill(self, value: float) -> None:
+        """Says what stands in the caches where nothing has been written."""
+        self.cache.columns.fill = self.cross_cache.columns.fill = value
 
     def read(self, prompts: Sequence[Sequence[int]]) -> ReadPrompts:
         """Encodes prompts in one pass, padded on the right, and takes the decoder's first step."""

@@ -9,7 +9,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import MaxLengthCriteria, MaxTimeCriteria
 
-_MOST_SUMS = 2**24  # held at a time, 128 MB
+_BLOCK = 64  # tokens
 
 
 class StreamSampler(LogitsProcessor):
@@ -46,9 +46,11 @@ class StreamSampler(LogitsProcessor):
         raw = scores.float()
         processed = self.processors(input_ids, raw.clone())
         if self.uniforms is None:
-            chosen = processed.argmax(-1)
+            chosen, values = processed.argmax(-1), processed
         else:
-            chosen = inverse_cdf(processed.softmax(-1), self.uniforms[rows, self._step])
+            values = processed.softmax(-1)
+            chosen = inverse_cdf(values, self.uniforms[rows, self._step])
+        refuse_broken(values, chosen)
         self.tokens[rows, self._step] = chosen
         if self.with_log_probs:
             self.log_p[rows, self._step] = _log_probability(raw, chosen)
@@ -109,15 +111,42 @@ def inverse_cdf(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Te
         >>> [int(inverse_cdf(probabilities, torch.tensor([u], dtype=torch.float64))) for u in (0.1, 0.2, 0.9)]
         [0, 2, 2]
     """
-    chosen = []
-    at_once = max(1, _MOST_SUMS // probabilities.shape[1])
-    for some, targets in zip(probabilities.split(at_once), uniforms.split(at_once), strict=True):
-        # In float64: a float32 sum over a vocabulary of 150,000 is off by more than a rare token's probability.
-        cumulative = some.cumsum(-1, dtype=torch.float64)
-        totals = cumulative[:, -1]
-        targets = torch.minimum(targets * totals, torch.nextafter(totals, torch.zeros_like(totals)))
-        chosen.append(torch.searchsorted(cumulative, targets[:, None], right=True).squeeze(1))
-    return torch.cat(chosen)
+    num_blocks = -(-probabilities.shape[1] // _BLOCK)
+    padded = torch.nn.functional.pad(probabilities, (0, num_blocks * _BLOCK - probabilities.shape[1]))
+    blocks = padded.view(len(probabilities), num_blocks, _BLOCK)
+    # In float64: a float32 sum over a vocabulary of 150,000 is off by more than a rare token's probability. First the
+    # block, then the token in it, which costs a pass over the probabilities and no sums of the same size.
+    sums = blocks.sum(-1, dtype=torch.float64)
+    block, rest = _passed(sums, uniforms * sums.sum(-1))
+    chosen_blocks = blocks[torch.arange(len(blocks), device=blocks.device), block].double()
+    token, _ = _passed(chosen_blocks, rest)
+    return (block * _BLOCK + token).clamp(max=probabilities.shape[1] - 1)  # past the end where they are NaN
+
+
+def _passed(parts: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The part in which the sum over the parts of each row passes its target, and how far into it, shapes (rows,)."""
+    cumulative = parts.cumsum(-1)
+    totals = cumulative[:, -1]
+    targets = torch.minimum(targets, torch.nextafter(totals, torch.zeros_like(totals)))
+    part = torch.searchsorted(cumulative, targets[:, None], right=True).clamp(max=parts.shape[1] - 1)
+    before = torch.where(part > 0, cumulative.gather(1, (part - 1).clamp(min=0)), 0.0)
+    return part.squeeze(1), (targets[:, None] - before).squeeze(1)
+
+
+def refuse_broken(values: torch.Tensor, chosen: torch.Tensor) -> None:
+    """Raises ValueError if a token was chosen that has no probability: its row is NaN, or leaves nothing to choose.
+
+    Args:
+        values: Probabilities, or the scores that the greatest was taken of, shape (rows, vocabulary).
+        chosen: Token of each row, shape (rows,), int64.
+    """
+    is_broken = ~torch.isfinite(values.gather(1, chosen[:, None]))
+    if bool(is_broken.any()):
+        raise ValueError(
+            f"The scores of {int(is_broken.sum())} of {len(chosen)} candidates are NaN, or leave no token to choose. "
+            "Training may have diverged, a number may have overflowed in half precision, or `generation_config` may "
+            "forbid every token."
+        )
 
 
 def _log_probability(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

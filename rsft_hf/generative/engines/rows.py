@@ -11,7 +11,7 @@ from transformers.generation import EosTokenCriteria, StopStringCriteria
 
 from rsft_hf.generative.engines.chains import Chains
 from rsft_hf.generative.engines.engine import GeneratedSequence, GenerationRequest
-from rsft_hf.generative.engines.records import inverse_cdf
+from rsft_hf.generative.engines.records import inverse_cdf, refuse_broken
 from rsft_hf.generative.streams import token_uniforms
 
 
@@ -102,6 +102,7 @@ class Rows:
             chosen = inverse_cdf(probabilities, state["uniforms"].gather(1, state["steps"][:, None]).squeeze(1))
         else:
             chosen = processed.argmax(-1)
+        refuse_broken(processed if probabilities is None else probabilities, chosen)
         if self.request.with_log_probs:
             log_q = _log_probability(processed, chosen, probabilities)
             log_p = _log_probability(raw, chosen, None) if keeps_raw else log_q

@@ -26,6 +26,7 @@ class Columns:
         start: Column of the first token of the row that reaches furthest to the left.
         write: Column that the next token of every row goes to.
         capacity: Columns of the buffers.
+        fill: What stands where a row has not written, if not 0; nobody may read it.
     """
 
     max_rows: int
@@ -33,6 +34,7 @@ class Columns:
     start: int = 0
     write: int = 0
     capacity: int = 0
+    fill: float = 0.0
 
 
 class SlotLayer(CacheLayerMixin):
@@ -51,8 +53,9 @@ class SlotLayer(CacheLayerMixin):
         self.buffers = [self._empty(states, columns.capacity) for states in (keys, values)]
 
     def _empty(self, states: torch.Tensor, capacity: int) -> torch.Tensor:
-        # Zeros, not whatever was there: a masked column still counts as 0 x its value, and 0 x NaN is NaN.
-        return states.new_zeros((self.columns.max_rows, states.shape[1], capacity, states.shape[3]))
+        # A number, not whatever was there: a masked column still counts as 0 x its value, and 0 x NaN is NaN.
+        shape = (self.columns.max_rows, states.shape[1], capacity, states.shape[3])
+        return states.new_full(shape, self.columns.fill)
 
     @property
     def keys(self) -> torch.Tensor:
@@ -92,6 +95,8 @@ class SlotLayer(CacheLayerMixin):
     def place(self, states: tuple[torch.Tensor, torch.Tensor], sources: list[int], row: int, column: int) -> None:
         """Copies keys and values of rows `sources` of `states` into the slots from `row` on, beginning at `column`."""
         for buffer, read in zip(self.buffers, states, strict=True):
+            if self.columns.fill:
+                buffer[row : row + len(sources)] = self.columns.fill
             buffer[row : row + len(sources), :, column : column + read.shape[2]] = read[sources]
 
     def move_rows(self, sources: list[int], targets: list[int]) -> None:

@@ -4,11 +4,12 @@ A model enters at `hand_over`, prompts as token ids afterwards, candidates with 
 out its memory is its own affair. Tested against a recorded contract of its interface only, never against vLLM itself.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from rsft_hf.generative.engines.allowed import refuse_settings
@@ -68,14 +69,18 @@ class VLLMEngine:
             ValueError: If the model has an encoder, the configuration holds settings that vLLM has not or applies
                 otherwise, or a prompt leaves no room.
         """
-        _refuse_encoder(model)
+        self.check(model, request.generation_config)
         check_request(request, context_length(model), is_encoder_decoder=False)
-        _refuse_sampling(request, self.llm_kwargs)
         if self._llm is None:
             raise RuntimeError(
                 "VLLMEngine has no weights yet. Call hand_over(model, is_main_process) before each round."
             )
         return self._sequences(self._llm, model, request)
+
+    def check(self, model: Any, config: GenerationConfig, log_probs: Collection[str] = ()) -> None:
+        """Raises ValueError if the model has an encoder, or vLLM has not a setting or applies it otherwise."""
+        _refuse_encoder(model)
+        _refuse_sampling(config, self.llm_kwargs)
 
     def _sequences(self, llm: ColocatedLLM, model: Any, request: GenerationRequest) -> Iterator[GeneratedSequence]:
         chosen = [(prompt, index) for prompt in prompts_in_order(request) for index in range(request.num_candidates)]
@@ -147,8 +152,8 @@ def _refuse_encoder(model: Any) -> None:
         )
 
 
-def _refuse_sampling(request: GenerationRequest, llm_kwargs: Mapping[str, Any]) -> None:
-    config, remedy = request.generation_config, 'Unset the others, or use engine="inflight" or "generate".'
+def _refuse_sampling(config: GenerationConfig, llm_kwargs: Mapping[str, Any]) -> None:
+    remedy = 'Unset the others, or use engine="inflight" or "generate".'
     refuse_settings(config, _OBEYED, "vLLM", remedy)
     low, high = _TEMPERATURES
     if config.do_sample and not low <= config.temperature <= high:
