@@ -39,6 +39,9 @@ def test_the_whole_configuration_reaches_transformers_serve(server):
 def test_what_openai_does_not_know_is_refused(server):
     with pytest.raises(ValueError, match=r"top_k=5, which OpenAI's API does not have.*dialect=.vllm"):
         engine(server, dialect="openai")(MODEL, request(top_k=5))
+    with pytest.raises(ValueError, match=r"stop_strings=\['em'\], and a server of OpenAI's API takes them off"):
+        engine(server, dialect="openai")(MODEL, request(stop_strings=["em"]))
+    assert server.bodies == []
     with pytest.raises(ValueError, match="Prompt 0 has tokens that no text has"):
         run(engine(server, dialect="openai"), request(ids=[[len(g.WORDS) + 5, g.A]]))
 

@@ -91,7 +91,9 @@ class EngineWithWeights(Engine, Protocol):
     """An engine that runs weights of its own, elsewhere, which have to be brought up to date before a round."""
 
     def hand_over(self, model: Any, is_main_process: bool) -> None:
-        """Takes over the weights of a model. Called on every process once before each round and each evaluation.
+        """Takes over the weights of a model. Called on every process before each round with something left to generate.
+
+        The same before each evaluation that the engine generates for.
 
         Whoever calls waits for all processes afterwards, so that a server may be fed by the main process alone.
 
