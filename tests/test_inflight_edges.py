@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from architectures import request_for, run, texts
+from test_generate_engine import short_of_memory
 
 from rsft_hf.generative.engines.choice import choose_engine
 from rsft_hf.generative.engines.flight import Flight
@@ -96,27 +97,13 @@ def test_a_processor_that_may_look_at_other_rows_is_obeyed_and_never_dropped(cap
     assert expected != texts(run(engine, model, request_for(model, ids)))
 
 
-def low_on_memory(model, most: int) -> list[int]:
-    """Makes the model refuse more than `most` rows, and returns the rows of each pass so far."""
-    passes: list[int] = []
-
-    def refuse(_, args, keywords):
-        rows = keywords["decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"]
-        passes.append(len(rows))
-        if len(rows) > most:
-            raise torch.OutOfMemoryError(f"{len(rows)} rows")
-
-    model.register_forward_pre_hook(refuse, with_kwargs=True)
-    return passes
-
-
 @pytest.mark.parametrize("most", [3, 5])
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_with_too_little_memory_there_are_fewer_slots_and_nothing_is_lost_or_yielded_twice(name, most):
     model = architectures.model_of(name)
     ids = architectures.prompts_for(model)
     expected = texts(run(InFlightEngine(16), model, request_for(model, ids)))
-    passes, engine = low_on_memory(model, most), InFlightEngine(16)
+    passes, engine = short_of_memory(model, most), InFlightEngine(16)
     assert texts(run(engine, model, request_for(model, ids))) == expected
     assert engine.max_sequences == 3  # of 14, by 7
     passes.clear()
@@ -127,7 +114,7 @@ def test_with_too_little_memory_there_are_fewer_slots_and_nothing_is_lost_or_yie
 def test_one_candidate_that_does_not_fit_is_an_error():
     model, engine = architectures.model_of("llama"), InFlightEngine(8)
     run(engine, model, request_for(model, [[g.A]]))
-    low_on_memory(model, 0)
+    short_of_memory(model, 0)
     with pytest.raises(torch.OutOfMemoryError, match="1 rows"):
         run(engine, model, request_for(model, [[g.A]]))
 

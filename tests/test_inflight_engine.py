@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as hf
 from scipy.stats import chisquare
-from test_generate_engine import cut, processed_by_hand
+from test_generate_engine import check_log_probs, cut
 
 from rsft_hf.generative.encoding import Encoder
 from rsft_hf.generative.engines.generate import GenerateEngine
@@ -113,19 +113,7 @@ def test_log_q_and_log_p_are_those_of_a_teacher_forced_pass(name, settings):
     model = architectures.model_of(name)
     ids, config = architectures.prompts_for(model), g.complete(model, temperature=temperature, top_k=top_k, top_p=top_p)
     found = g.generated(model, config, ids, NUM_CANDIDATES, InFlightEngine(5))
-    for one in found:
-        tokens = torch.tensor(one.token_ids)
-        with torch.no_grad():  # one row, no padding
-            if model.config.is_encoder_decoder:
-                start = [model.config.decoder_start_token_id, *one.token_ids[:-1]]
-                logits = model(torch.tensor([ids[one.prompt]]), decoder_input_ids=torch.tensor([start])).logits[0]
-            else:
-                whole = torch.tensor([ids[one.prompt] + one.token_ids])
-                logits = model(whole).logits[0, len(ids[one.prompt]) - 1 : -1]
-        log_p = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        log_q = processed_by_hand(logits, temperature, top_k, top_p).gather(1, tokens[:, None])[:, 0]
-        torch.testing.assert_close(one.log_p, log_p, atol=1e-4, rtol=0)
-        torch.testing.assert_close(one.log_q, log_q, atol=1e-4, rtol=0)
+    check_log_probs(model, ids, found, settings)
     encoder = Encoder(g.tokenizer_for(name), model.config.is_encoder_decoder)
     sums = torch.stack([one.log_p.double().sum() for one in found])
     asked, answers = [ids[one.prompt] for one in found], [one.token_ids for one in found]
