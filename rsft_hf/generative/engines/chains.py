@@ -38,7 +38,6 @@ class Chains:
 
     def __init__(self, model: Any, request: GenerationRequest, prepared: Prepared) -> None:
         self._model, self._request = model, request
-        self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self._by_width = {prepared.input_ids.shape[1]: self._without_padding(prepared.processors)}
         self._common = prepared.processors if all(looks_at_scores_alone(one) for one in prepared.processors) else None
 

@@ -45,16 +45,11 @@ class StreamSampler(LogitsProcessor):
         """Returns the next token of these rows, shape (len(rows),), int64."""
         raw = scores.float()
         processed = self.processors(input_ids, raw.clone())
-        if self.uniforms is None:
-            chosen, values = processed.argmax(-1), processed
-        else:
-            values = processed.softmax(-1)
-            chosen = inverse_cdf(values, self.uniforms[rows, self._step])
-        refuse_broken(values, chosen)
+        chosen, _ = choose(processed, None if self.uniforms is None else self.uniforms[rows, self._step])
         self.tokens[rows, self._step] = chosen
         if self.with_log_probs:
-            self.log_p[rows, self._step] = _log_probability(raw, chosen)
-            self.log_q[rows, self._step] = _log_probability(processed, chosen)
+            self.log_p[rows, self._step] = log_probability(raw, chosen)
+            self.log_q[rows, self._step] = log_probability(processed, chosen)
         self._step += 1
         return chosen
 
@@ -133,7 +128,26 @@ def _passed(parts: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, t
     return part.squeeze(1), (targets[:, None] - before).squeeze(1)
 
 
-def refuse_broken(values: torch.Tensor, chosen: torch.Tensor) -> None:
+def choose(processed: torch.Tensor, uniforms: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns the token of each row, shape (rows,), int64, and the probabilities it was drawn from, if it was drawn.
+
+    Args:
+        processed: Scores, shape (rows, vocabulary), float32.
+        uniforms: Shape (rows,), float64; None picks the most probable token.
+
+    Raises:
+        ValueError: If the scores of a row are NaN, or leave no token to choose.
+    """
+    if uniforms is None:
+        chosen, probabilities = processed.argmax(-1), None
+    else:
+        probabilities = processed.softmax(-1)
+        chosen = inverse_cdf(probabilities, uniforms)
+    _refuse_broken(processed if probabilities is None else probabilities, chosen)
+    return chosen, probabilities
+
+
+def _refuse_broken(values: torch.Tensor, chosen: torch.Tensor) -> None:
     """Raises ValueError if a token was chosen that has no probability: its row is NaN, or leaves nothing to choose.
 
     Args:
@@ -149,5 +163,6 @@ def refuse_broken(values: torch.Tensor, chosen: torch.Tensor) -> None:
         )
 
 
-def _log_probability(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+def log_probability(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Returns the log probability of each row's token, shape (rows,), nats."""
     return logits.gather(1, chosen[:, None]).squeeze(1) - logits.logsumexp(-1)

@@ -11,7 +11,7 @@ from transformers.generation import EosTokenCriteria, StopStringCriteria
 
 from rsft_hf.generative.engines.chains import Chains
 from rsft_hf.generative.engines.engine import GeneratedSequence, GenerationRequest
-from rsft_hf.generative.engines.records import inverse_cdf, refuse_broken
+from rsft_hf.generative.engines.records import choose, log_probability
 from rsft_hf.generative.streams import token_uniforms
 
 
@@ -96,18 +96,17 @@ class Rows:
         raw = scores.float()
         keeps_raw = self.request.with_log_probs and not self.chains.is_empty
         processed = self.chains(state["sequences"], self.ages[first:], raw.clone() if keeps_raw else raw)
-        probabilities = None
+        uniforms = None
         if "uniforms" in state:
-            probabilities = processed.softmax(-1)
-            chosen = inverse_cdf(probabilities, state["uniforms"].gather(1, state["steps"][:, None]).squeeze(1))
-        else:
-            chosen = processed.argmax(-1)
-        refuse_broken(processed if probabilities is None else probabilities, chosen)
+            uniforms = state["uniforms"].gather(1, state["steps"][:, None]).squeeze(1)
+        chosen, probabilities = choose(processed, uniforms)
         if self.request.with_log_probs:
-            log_q = _log_probability(processed, chosen, probabilities)
-            log_p = _log_probability(raw, chosen, None) if keeps_raw else log_q
+            if probabilities is None:
+                log_q = log_probability(processed, chosen)
+            else:
+                log_q = probabilities.gather(1, chosen[:, None]).squeeze(1).log()
             self._state["log_q"][rows, state["steps"]] = log_q
-            self._state["log_p"][rows, state["steps"]] = log_p
+            self._state["log_p"][rows, state["steps"]] = log_probability(raw, chosen) if keeps_raw else log_q
         self._state["sequences"][rows, state["lengths"]] = chosen
         state["lengths"] += 1
         state["steps"] += 1
@@ -154,10 +153,3 @@ class Rows:
             reason = "stop" if is_stopped[number] else "length"
             found.append(GeneratedSequence(prompt, index, tokens[number][start:length], reason, *logs))
         return found
-
-
-def _log_probability(logits: torch.Tensor, chosen: torch.Tensor, probabilities: torch.Tensor | None) -> torch.Tensor:
-    """Log probability of each row's token, nats; from the probabilities where they are at hand."""
-    if probabilities is not None:
-        return probabilities.gather(1, chosen[:, None]).squeeze(1).log()
-    return logits.gather(1, chosen[:, None]).squeeze(1) - logits.logsumexp(-1)
