@@ -1,10 +1,12 @@
 """Teacher-forced log probabilities of each token against what the local engine noted when it drew them."""
 
+import architectures
 import generators as g
 import pytest
 import torch
 from test_generate_engine import SETTINGS, ids_for, processed_by_hand, short_of_memory
 
+from rsft_hf.generative.engines.generate import GenerateEngine
 from rsft_hf.generative.engines.scoring import token_log_probabilities
 
 CASES = [(name, {}) for name in g.NAMES]
@@ -78,3 +80,25 @@ def test_a_batch_that_is_too_large_is_halved_and_loses_nothing(name):
     short_of_memory(model, most=0)
     with pytest.raises(torch.OutOfMemoryError, match="1 rows"):
         score(model, ids, found, config, batch_size=1)
+
+
+@pytest.mark.parametrize("settings", [{"min_length": 12}, {"no_repeat_ngram_size": 1}], ids=str)
+def test_padding_never_counts_as_tokens(settings):
+    model = architectures.model_of("gpt2")
+    ids, config = architectures.prompts_for(model), g.complete(model, **settings)
+    sampled = architectures.request_for(model, ids, config=config, with_log_probs=True)
+    found = architectures.run(GenerateEngine(1), model, sampled)
+    answers = [one.token_ids for one in found]
+    scored = token_log_probabilities(model, [ids[one.prompt] for one in found], answers, config)
+    for one, (log_q, log_p) in zip(found, scored, strict=True):
+        torch.testing.assert_close(log_q, one.log_q, atol=1e-4, rtol=0)
+        torch.testing.assert_close(log_p, one.log_p, atol=1e-4, rtol=0)
+
+
+def test_a_models_own_stop_strings_change_no_probability():
+    model = architectures.model_of("llama")
+    plain = token_log_probabilities(model, [[10, 11], [12]], [[13], [14, 15]], g.complete(model))
+    model.generation_config.stop_strings = ["h"]
+    found = token_log_probabilities(model, [[10, 11], [12]], [[13], [14, 15]], g.complete(model))
+    for one, other in zip(found, plain, strict=True):
+        assert torch.equal(one[0], other[0])

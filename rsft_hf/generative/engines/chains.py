@@ -39,7 +39,7 @@ class Chains:
     def __init__(self, model: Any, request: GenerationRequest, prepared: Prepared) -> None:
         self._model, self._request = model, request
         self._by_width = {prepared.input_ids.shape[1]: self._without_padding(prepared.processors)}
-        self._common = prepared.processors if all(looks_at_scores_alone(one) for one in prepared.processors) else None
+        self._common = None if counts_tokens(prepared.processors) else prepared.processors
 
     @property
     def is_empty(self) -> bool:
@@ -81,8 +81,12 @@ class Chains:
         return processors
 
 
-def looks_at_scores_alone(processor: Any) -> bool:
-    """Returns whether a logits processor takes no notice of tokens, nor of how many there are."""
+def counts_tokens(processors: LogitsProcessorList) -> bool:
+    """Returns whether one of the processors looks at the tokens of a row, or at how many there are."""
+    return not all(_looks_at_scores_alone(one) for one in processors)
+
+
+def _looks_at_scores_alone(processor: Any) -> bool:
     if type(processor) is generation.NoBadWordsLogitsProcessor:
         return all(len(word) == 1 for word in processor.bad_word_ids)
     return type(processor) in _SCORES_ALONE

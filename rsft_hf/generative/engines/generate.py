@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
-from rsft_hf.generative.engines.chains import looks_at_scores_alone
+from rsft_hf.generative.engines.chains import counts_tokens
 from rsft_hf.generative.engines.dropping import can_drop, sample_and_drop
 from rsft_hf.generative.engines.engine import GeneratedSequence, GenerationRequest, check_request
 from rsft_hf.generative.engines.preparation import (
@@ -121,7 +121,7 @@ def _counts_tokens(model: Any, request: GenerationRequest, order: list[int]) -> 
     if (request.generation_config.num_beams or 1) > 1:
         return False
     shortest = request.prompts[order[-1]]
-    return not all(looks_at_scores_alone(one) for one in prepare(model, request, shortest).processors)
+    return counts_tokens(prepare(model, request, shortest).processors)
 
 
 def _generate_batch(model: Any, request: GenerationRequest, pairs: list[tuple[int, int]]) -> list[GeneratedSequence]:
@@ -142,7 +142,7 @@ def _generate_batch(model: Any, request: GenerationRequest, pairs: list[tuple[in
 
     def decode(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         processors, criteria = kwargs.pop("logits_processor"), kwargs.pop("stopping_criteria")
-        processors = without_forced_end(processors, request.generation_config)
+        processors = without_forced_end(processors, request.generation_config.forced_eos_token_id)
         size, copies = (len(pairs), config.max_new_tokens), len(pairs) // len(input_ids)
         sampler = StreamSampler(processors, uniforms, request.with_log_probs, size, input_ids.device)
         limits = torch.tensor([request.limit(prompt, index) for prompt, index in pairs], device=input_ids.device)

@@ -18,12 +18,12 @@ from rsft_hf.generative.engines.engine import GenerationRequest
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `generate` prepared for one prompt.
+    """What `generate` prepared for one prompt or several.
 
     Attributes:
         processors: From the scores of the next token to those it is drawn from.
         criteria: When a row ends.
-        input_ids: Tokens that generation goes on from, shape (1, width): the prompt, or a decoder's first tokens.
+        input_ids: Tokens that generation goes on from, shape (prompts, width): prompts, or a decoder's first tokens.
         model_kwargs: What would be handed to the model, its cache among it.
     """
 
@@ -42,14 +42,27 @@ def prepare(model: Any, request: GenerationRequest, prompt: Sequence[int]) -> Pr
         prompt: Token ids.
     """
     config, criteria = separated_stops(request)
-    found: list[Prepared] = []
+    ids = torch.tensor([list(prompt)], dtype=torch.long, device=model.device)
+    return prepare_inputs(model, config, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, criteria)
+
+
+def prepare_inputs(
+    model: Any, config: GenerationConfig, inputs: dict[str, torch.Tensor], criteria: StoppingCriteriaList
+) -> Prepared:
+    """Returns what `model.generate` would run with for these inputs; nothing is generated, but an encoder runs.
+
+    Args:
+        model: Has `generate`.
+        config: Without stop strings; `generate` may fill it in.
+        inputs: `input_ids` and `attention_mask`, shape (prompts, width).
+        criteria: Further ones, such as stop strings.
+    """
+    forced_end, found = config.forced_eos_token_id, list[Prepared]()
 
     def keep(_: Any, input_ids: torch.Tensor, **kwargs: Any) -> None:
-        processors = without_forced_end(kwargs.pop("logits_processor"), request.generation_config)
+        processors = without_forced_end(kwargs.pop("logits_processor"), forced_end)
         found.append(Prepared(processors, kwargs.pop("stopping_criteria"), input_ids, kwargs))
 
-    ids = torch.tensor([list(prompt)], dtype=torch.long, device=model.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with without_own_stops(model):
         model.generate(**inputs, generation_config=config, stopping_criteria=criteria, custom_generate=keep)
     return found[0]
@@ -78,11 +91,11 @@ def separated_stops(request: GenerationRequest) -> tuple[GenerationConfig, Stopp
     return config, criteria
 
 
-def without_forced_end(processors: LogitsProcessorList, config: GenerationConfig) -> LogitsProcessorList:
-    """Returns the processors without the one that ends every answer at the limit, unless the configuration asks for it.
+def without_forced_end(processors: LogitsProcessorList, forced_end: Any) -> LogitsProcessorList:
+    """Returns the processors without the one that ends every answer at the limit, unless it was asked for.
 
     `generate` takes it from the model's own configuration (BART's, Marian's) where a request leaves it out.
     """
-    if config.forced_eos_token_id is not None:
+    if forced_end is not None:
         return processors
     return LogitsProcessorList(one for one in processors if type(one) is not ForcedEOSTokenLogitsProcessor)

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessorList, generation
-from transformers.utils import logging
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, generation
 
-logger = logging.get_logger(__name__)
+from rsft_hf.generative.engines.chains import counts_tokens
+from rsft_hf.generative.engines.preparation import Prepared, prepare_inputs
+from rsft_hf.generative.engines.readers import pad_prompts
 
 LogProbabilities = tuple[torch.Tensor | None, torch.Tensor]
 
@@ -55,8 +55,12 @@ def token_log_probabilities(
     """
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]) - len(completions[row]))
     found: dict[int, LogProbabilities] = {}
+    is_alike = False
+    if prompts and with_log_q and not model.config.is_encoder_decoder:
+        # Padding would count as tokens: prompts of one length are scored together.
+        is_alike = counts_tokens(_prepare(model, [prompts[0]], generation_config, is_left=True).processors)
     while order:
-        rows = order[:batch_size]
+        rows = [row for row in order if not is_alike or len(prompts[row]) == len(prompts[order[0]])][:batch_size]
         try:
             scored = _score(
                 model, [prompts[row] for row in rows], [completions[row] for row in rows], generation_config, with_log_q
@@ -68,22 +72,25 @@ def token_log_probabilities(
             torch.cuda.empty_cache()
             continue
         found.update(zip(rows, scored))
-        del order[: len(rows)]
+        order = [row for row in order if row not in found]
     return [found[row] for row in range(len(prompts))]
 
 
 def _score(
     model: Any, prompts: list[Any], completions: list[Any], config: GenerationConfig, with_log_q: bool
 ) -> list[LogProbabilities]:
-    chosen = _padded(completions, 0, model.device)
+    chosen = pad_prompts(completions, 0, model.device, is_left=False)["input_ids"]
     first, processors = torch.zeros(len(prompts), 0, dtype=torch.long), LogitsProcessorList()
     if model.config.is_encoder_decoder:
-        inputs, first, processors = _prepare(model, prompts, config, "right")
+        prepared = _prepare(model, prompts, config, is_left=False)
+        first, processors = prepared.input_ids, prepared.processors
+        inputs = {name: prepared.model_kwargs[name] for name in ("attention_mask", "encoder_outputs")}
         whole = torch.cat([first, chosen[:, :-1]], 1)
         logits = model(**inputs, decoder_input_ids=whole, use_cache=False).logits[:, first.shape[1] - 1 :].float()
     else:
         if with_log_q:
-            _, first, processors = _prepare(model, prompts, config, "left")
+            prepared = _prepare(model, prompts, config, is_left=True)
+            first, processors = prepared.input_ids, prepared.processors
         logits = _causal_logits(model, prompts, completions)
     log_p = (logits.gather(-1, chosen[..., None]).squeeze(-1) - logits.logsumexp(-1)).cpu()
     log_q = _log_q(logits, chosen, first, processors).cpu() if with_log_q and processors else log_p
@@ -98,33 +105,19 @@ def _causal_logits(model: Any, prompts: list[Any], completions: list[Any]) -> to
     """Returns the logits that each token of the answers was drawn from, shape (rows, longest answer, vocabulary)."""
     whole = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
     # Padded on the right: positions count from the first token without being told to.
-    ids, mask = _padded(whole, 0, model.device), _padded([[1] * len(row) for row in whole], 0, model.device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    logits = model(**pad_prompts(whole, 0, model.device, is_left=False), use_cache=False).logits
     before = torch.tensor([len(prompt) - 1 for prompt in prompts], device=logits.device)
     steps = before[:, None] + torch.arange(max(map(len, completions)), device=logits.device)
     places = steps.clamp(max=logits.shape[1] - 1)[..., None].expand(-1, -1, logits.shape[-1])
     return logits.gather(1, places).float()
 
 
-def _prepare(
-    model: Any, prompts: list[Any], config: GenerationConfig, padding_side: str
-) -> tuple[dict[str, Any], torch.Tensor, LogitsProcessorList]:
-    """Returns the model's inputs, the tokens that answers follow, and the processors that `generate` would run with."""
-    ids = _padded(prompts, config.pad_token_id, model.device, padding_side)
-    mask = _padded([[1] * len(prompt) for prompt in prompts], 0, model.device, padding_side)
-    found: list[Any] = []
-
-    def keep(_: Any, input_ids: torch.Tensor, **kwargs: Any) -> None:
-        found.extend((input_ids, kwargs["logits_processor"], kwargs.get("encoder_outputs")))
-
-    used = copy.deepcopy(config)
-    used.stop_strings = None  # they end an answer, and change no probability
-    model.generate(input_ids=ids, attention_mask=mask, generation_config=used, custom_generate=keep)
-    first, processors, encoded = found
-    if config.forced_eos_token_id is None:  # though the model's own may have filled it in
-        forced = generation.ForcedEOSTokenLogitsProcessor
-        processors = LogitsProcessorList(one for one in processors if type(one) is not forced)
-    return {"attention_mask": mask, "encoder_outputs": encoded}, first, processors
+def _prepare(model: Any, prompts: list[Any], config: GenerationConfig, is_left: bool) -> Prepared:
+    """Returns what `generate` would run with for these prompts."""
+    config = copy.deepcopy(config)
+    config.stop_strings = None  # they end an answer, and change no probability
+    inputs = pad_prompts(prompts, config.pad_token_id, model.device, is_left)
+    return prepare_inputs(model, config, inputs, StoppingCriteriaList())
 
 
 def _log_q(
@@ -141,8 +134,3 @@ def _log_q(
         kept = truncating(before, shaped)
         log_q[:, step] = (own - kept.scatter(1, token, own).logsumexp(-1, keepdim=True)).squeeze(1)
     return log_q
-
-
-def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device, side: str = "right") -> torch.Tensor:
-    tensors = [torch.tensor(list(row), dtype=torch.long) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side).to(device)
