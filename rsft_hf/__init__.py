@@ -1,6 +1,6 @@
 """Rejection-sampling fine-tuning inside the Hugging Face `Trainer`."""
 
-from rsft_hf.callbacks import CandidateTableCallback, ResampleCallback
+from rsft_hf.callbacks import CandidateTableCallback
 from rsft_hf.generative.acceptance import (
     RSO,
     Acceptance,
@@ -43,8 +43,13 @@ from rsft_hf.rejection import (
     envelope_constant,
     rejection_sample,
 )
-from rsft_hf.resampling import EpochSampler, Resampler
-from rsft_hf.trainer import RejectionSamplingMixin, RejectionSamplingSeq2SeqTrainer, RejectionSamplingTrainer
+from rsft_hf.resampler import EpochSampler, Resampler
+from rsft_hf.trainer import (
+    RejectionSamplingMixin,
+    RejectionSamplingSeq2SeqTrainer,
+    RejectionSamplingTrainer,
+    ResampleCallback,
+)
 from rsft_hf.weighted.measure import Measurement, measure_losses
 from rsft_hf.weighted.probe import NotPerExampleError
 from rsft_hf.weighted.resampler import LossResampler

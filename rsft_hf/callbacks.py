@@ -1,43 +1,13 @@
 """What happens at the edges of an epoch: the clock that has it resampled, and a look at a round's candidates."""
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.resampler import CandidateResampler
-
-if TYPE_CHECKING:
-    from rsft_hf.trainer import RejectionSamplingMixin
-
-
-class ResampleCallback(TrainerCallback):
-    """Resamples at the beginning of every epoch; the trainer adds it to itself.
-
-    Args:
-        trainer: The trainer whose epochs are to be resampled.
-    """
-
-    def __init__(self, trainer: "RejectionSamplingMixin") -> None:
-        self._trainer = trainer
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Draws the epoch's rows, or takes up those of the epoch that a checkpoint interrupted."""
-        self._trainer.begin_epoch(kwargs["train_dataloader"])
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Logs the epoch's figures if no line with a loss has carried them, and none is about to."""
-        should_log = control.should_log
-        if not should_log:
-            self._trainer.log_waiting_metrics()
-        self._trainer.log_end_of_epoch()
-        control.should_log = should_log  # logging these lines has taken it back, and a line with the loss may be due
 
 
 class CandidateTableCallback(TrainerCallback):

@@ -3,16 +3,13 @@
 Every function that communicates is collective: all processes call it, or none.
 """
 
-import contextlib
-import random
-from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from transformers import Trainer
 
 
 def sum_over_processes(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
@@ -76,17 +73,8 @@ class FailTogether:
             raise RuntimeError(f"Another process failed while {self._work}: {reasons[0]}")
 
 
-@contextlib.contextmanager
-def forked_rng(seed: int) -> Iterator[None]:
-    """Seeds Python, NumPy and torch inside the block and gives back the states they had before it."""
-    # Collators and data sets draw from the global states, legacy NumPy's included.
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+def run_seed(trainer: Trainer) -> int:
+    """Returns the seed of a run's draws, equal on every process: the one a plain Trainer shuffles with. Collective."""
+    seed = trainer.args.data_seed
+    seed = (torch.initial_seed() if seed is None else seed) % 2**62
+    return int(broadcast_from_main(trainer.accelerator, torch.tensor(seed)))

@@ -5,6 +5,8 @@ train() -> _inner_training_loop: bind the resampler, load its state from the che
                -> resampler.resample(epoch) -> rows arranged as `train_sampling_strategy` says -> EpochSampler
                -> iter(train_dataloader), sharded by accelerate -> training_step, Trainer's own, observed
         -> every checkpoint: _save_rng_state, on every process -> <checkpoint>/resampler
+
+What can be resampled and what cannot, told before the first step.
 """
 
 import contextlib
@@ -14,20 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from rsft_hf.arrangement import arranged
-from rsft_hf.callbacks import ResampleCallback
-from rsft_hf.checkpoints import EpochClock, last_complete_checkpoint, load_clock, run_facts, save_clock
-from rsft_hf.resampling import EpochSampler, Resampler, replaced_directory
-from rsft_hf.support import refuse_dataset, refuse_setting
+from rsft_hf.checkpointing import (
+    EpochClock,
+    last_complete_checkpoint,
+    load_clock,
+    replaced_directory,
+    run_facts,
+    save_clock,
+)
+from rsft_hf.resampler import EpochSampler, Resampler
+from rsft_hf.training_set import arranged, refuse_dataset
 from rsft_hf.weighted.resampler import LossResampler
 
 logger = logging.get_logger(__name__)
 
 STATE_DIRECTORY = "resampler"
+
 _Base: Any = object  # what the mixin stands on is its subclass's choice
 
 
@@ -240,3 +249,60 @@ class RejectionSamplingTrainer(RejectionSamplingMixin, Trainer):
 
 class RejectionSamplingSeq2SeqTrainer(RejectionSamplingMixin, Seq2SeqTrainer):
     """A `Seq2SeqTrainer` that resamples its training set each epoch by rejection sampling."""
+
+
+def refuse_setting(args: TrainingArguments, accelerator: Accelerator) -> None:
+    """Raises if the training arguments leave the order of the rows to something other than the sampler.
+
+    Raises:
+        ValueError: For `dispatch_batches`, torch.nn.DataParallel, `train_sampling_strategy="batch_rebalance"`, and
+            tensor, context or sequence parallelism.
+    """
+    parallel = accelerator.parallelism_config
+    if parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled):
+        raise ValueError(
+            "Tensor, context and sequence parallelism spread one row over several processes, which score and count "
+            "rows each for itself here. Use data parallelism (DDP, FSDP, ZeRO)."
+        )
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "`dispatch_batches=True` lets the main process read every batch, so that no process knows which rows it "
+            "trains on. Leave it at None in `accelerator_config`."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process drives {args.n_gpu} GPUs (torch.nn.DataParallel), whose replicas hide the losses of single "
+            "rows. Start one process per GPU with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES."
+        )
+    if str(args.train_sampling_strategy) == "batch_rebalance":
+        raise ValueError(
+            '`train_sampling_strategy="batch_rebalance"` fixes the batches for the whole run. Use "random", '
+            '"group_by_length" or "sequential", which arrange the rows that were accepted.'
+        )
+
+
+class ResampleCallback(TrainerCallback):
+    """Resamples at the beginning of every epoch; the trainer adds it to itself.
+
+    Args:
+        trainer: The trainer whose epochs are to be resampled.
+    """
+
+    def __init__(self, trainer: "RejectionSamplingMixin") -> None:
+        self._trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draws the epoch's rows, or takes up those of the epoch that a checkpoint interrupted."""
+        self._trainer.begin_epoch(kwargs["train_dataloader"])
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Logs the epoch's figures if no line with a loss has carried them, and none is about to."""
+        should_log = control.should_log
+        if not should_log:
+            self._trainer.log_waiting_metrics()
+        self._trainer.log_end_of_epoch()
+        control.should_log = should_log  # logging these lines has taken it back, and a line with the loss may be due

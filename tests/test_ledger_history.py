@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rsft_hf.resampling import load_state, save_state
+from rsft_hf.checkpointing import load_state, save_state
 from rsft_hf.weighted.history import EpochHistory
 from rsft_hf.weighted.ledger import LossLedger
 from rsft_hf.weighted.losses import RowLosses

@@ -10,8 +10,7 @@ import torch
 from scipy import stats
 
 from rsft_hf import accept_once, envelope_constant, rejection_sample
-from rsft_hf.drawing import _accept_in_block, draw_passes_at_once
-from rsft_hf.rejection import _loop_over_passes
+from rsft_hf.rejection import _accept_in_block, _loop_over_passes, draw_passes_at_once
 
 NUM_ROWS, NUM_DRAWS = 1_000, 2_000_000
 KINDS = ("skewed", "one_hot_like", "lognormal", "half_zero", "equal")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from rsft_hf.generative.batch import Acceptance, CandidateBatch, check_count, read_column, row_quantiles
-from rsft_hf.generative.statistics import effective_sample_size_from_logs
+from rsft_hf.rejection import effective_sample_size_from_logs
 
 logger = logging.getLogger(__name__)
 

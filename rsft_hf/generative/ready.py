@@ -19,7 +19,7 @@ from rsft_hf.generative.engines.wishes import EngineOfAnyWeights
 from rsft_hf.generative.refusals import refuse_model, refuse_other_vocabulary
 from rsft_hf.generative.stages import Generator
 from rsft_hf.generative.whole_model import whole_model
-from rsft_hf.undisturbed import in_evaluation_mode
+from rsft_hf.isolation import in_evaluation_mode
 
 if TYPE_CHECKING:
     from rsft_hf.generative.by_hand import StagesByHand

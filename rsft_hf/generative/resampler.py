@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from transformers import DataCollatorWithPadding, GenerationConfig, Trainer, default_data_collator
 
-from rsft_hf.distributed import FailTogether, broadcast_from_main
-from rsft_hf.fingerprint import dataset_fingerprint
+from rsft_hf.checkpointing import load_state, save_state
+from rsft_hf.distributed import FailTogether, broadcast_from_main, run_seed
 from rsft_hf.generative.acceptance import Acceptance, TopKPerPrompt
 from rsft_hf.generative.by_hand import StagesByHand
 from rsft_hf.generative.candidates import Candidate
@@ -29,7 +29,8 @@ from rsft_hf.generative.rewards import RewardFunctions
 from rsft_hf.generative.setup import Setup, set_up
 from rsft_hf.generative.stages import encode_candidates
 from rsft_hf.generative.weights import restore_base, save_base
-from rsft_hf.resampling import Resampler, load_state, run_seed, save_state
+from rsft_hf.resampler import Resampler
+from rsft_hf.training_set import dataset_fingerprint
 
 
 class CandidateResampler(StagesByHand, Resampler):

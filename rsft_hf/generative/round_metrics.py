@@ -13,12 +13,8 @@ import torch
 from rsft_hf.generative.acceptance import RSO, Acceptance, DensityRatio
 from rsft_hf.generative.candidates import CandidateStore
 from rsft_hf.generative.selection import RoundTable
-from rsft_hf.generative.statistics import (
-    candidate_metrics,
-    distinct_n,
-    effective_sample_size_from_logs,
-    pass_at_k,
-)
+from rsft_hf.generative.statistics import candidate_metrics, distinct_n, pass_at_k
+from rsft_hf.rejection import effective_sample_size_from_logs
 
 _MAX_COUNTED = 5_000  # candidates whose tokens are looked at: enough for a trend, and soon done
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from rsft_hf.distributed import forked_rng
 from rsft_hf.generative.candidates import Candidate, Prompt
 from rsft_hf.generative.encoding import Encoder, Row
 from rsft_hf.generative.engines.engine import Engine, GenerationRequest
@@ -21,7 +20,7 @@ from rsft_hf.generative.filters import Deduplicate, Filter
 from rsft_hf.generative.likelihood import completion_log_probabilities
 from rsft_hf.generative.rewards import RewardFunctions, Scores
 from rsft_hf.generative.streams import candidate_seed
-from rsft_hf.undisturbed import in_evaluation_mode
+from rsft_hf.isolation import forked_rng, in_evaluation_mode
 
 
 @dataclass(frozen=True)

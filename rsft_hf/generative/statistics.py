@@ -62,32 +62,6 @@ def distinct_n(sequences: Iterable[Sequence[Hashable]], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else math.nan
 
 
-def effective_sample_size_from_logs(log_weights: torch.Tensor) -> float:
-    """Returns (sum w)^2 / sum w^2 of weights given by their logarithms, in rows, without overflow.
-
-    Args:
-        log_weights: Any shape, nats; -inf is a weight of zero.
-
-    Returns:
-        Number of equally weighted rows that carry the same information; 0 where no weight is above zero.
-
-    Raises:
-        ValueError: If one is NaN or +inf.
-
-    Example:
-        >>> log_weights = 1000 + torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64).log()
-        >>> round(effective_sample_size_from_logs(log_weights), 4)  # (1 + 1 + 2)^2 / (1 + 1 + 4)
-        2.6667
-    """
-    log_weights = log_weights.detach().to("cpu", torch.float64).reshape(-1)
-    if bool((log_weights.isnan() | (log_weights == math.inf)).any()):
-        raise ValueError("`log_weights` holds NaN or +inf, which has no sample size. Leave out what cannot be weighed.")
-    log_weights = log_weights[log_weights > -math.inf]
-    if len(log_weights) == 0:
-        return 0.0
-    return float((2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp())
-
-
 def correlation(first: Iterable[float | None], second: Iterable[float | None]) -> float:
     """Returns Pearson's correlation over the pairs in which both are finite.
 

@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.utils import logging
 
-from rsft_hf.distributed import forked_rng, sum_over_processes
-from rsft_hf.lengths import example_lengths
-from rsft_hf.undisturbed import in_evaluation_mode, untouched
+from rsft_hf.distributed import sum_over_processes
+from rsft_hf.isolation import forked_rng, in_evaluation_mode, untouched
+from rsft_hf.training_set import example_lengths
 from rsft_hf.weighted.losses import (
     Batch,
     Collate,

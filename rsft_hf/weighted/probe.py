@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer
 from transformers.utils import logging
 
-from rsft_hf.distributed import forked_rng
+from rsft_hf.isolation import forked_rng
 from rsft_hf.weighted.losses import (
     Batch,
     Collate,

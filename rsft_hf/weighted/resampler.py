@@ -16,9 +16,11 @@ import torch
 from transformers import Trainer
 from transformers.utils import logging
 
-from rsft_hf.distributed import broadcast_from_main, forked_rng
+from rsft_hf.checkpointing import load_state, save_state
+from rsft_hf.distributed import broadcast_from_main, run_seed
+from rsft_hf.isolation import forked_rng
 from rsft_hf.rejection import rejection_sample
-from rsft_hf.resampling import Resampler, load_state, run_seed, save_state
+from rsft_hf.resampler import Resampler
 from rsft_hf.weighted.history import EpochHistory
 from rsft_hf.weighted.losses import PerExampleLoss
 from rsft_hf.weighted.options import check_options

@@ -13,8 +13,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 from transformers.utils import logging
 
-from rsft_hf.distributed import forked_rng
-from rsft_hf.undisturbed import in_evaluation_mode, untouched
+from rsft_hf.isolation import forked_rng, in_evaluation_mode, untouched
 from rsft_hf.weighted.ledger import LossLedger
 from rsft_hf.weighted.losses import Reading, RowLosses, given_losses, record_loss, row_losses
 from rsft_hf.weighted.measure import measure_losses

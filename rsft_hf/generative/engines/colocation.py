@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from rsft_hf.distributed import forked_rng
 from rsft_hf.generative.engines.refusal import without_wrappers
 from rsft_hf.generative.merging import merged
+from rsft_hf.isolation import forked_rng
 
 _SETTINGS = {
     "distributed_executor_backend": "external_launcher",  # one engine in each process, its model within reach

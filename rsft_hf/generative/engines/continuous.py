@@ -19,12 +19,11 @@ import transformers
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.utils import logging
 
-from rsft_hf.distributed import forked_rng
 from rsft_hf.generative.engines.allowed import refuse_settings
 from rsft_hf.generative.engines.completing import complete, prompts_in_order, whole_sequence, with_log_p
 from rsft_hf.generative.engines.engine import GeneratedSequence, GenerationRequest, check_request
 from rsft_hf.generative.settings import context_length
-from rsft_hf.undisturbed import in_evaluation_mode
+from rsft_hf.isolation import forked_rng, in_evaluation_mode
 
 logger = logging.get_logger(__name__)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from rsft_hf.undisturbed import in_evaluation_mode
+from rsft_hf.isolation import in_evaluation_mode
 
 logger = logging.getLogger(__name__)
 

@@ -4,20 +4,24 @@ A trainer enters; `clock.json` and `clock.safetensors` beside the model are writ
 is the resampler's affair.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from rsft_hf.fingerprint import dataset_fingerprint
-from rsft_hf.resampling import load_state, save_state
+from rsft_hf.training_set import dataset_fingerprint
 
 logger = logging.get_logger(__name__)
 
@@ -131,3 +135,44 @@ def _is_json(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def save_state(directory: Path, name: str, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Writes `name.json` and `name.safetensors` into `directory`."""
+    save_file({key: value.contiguous() for key, value in tensors.items()}, directory / f"{name}.safetensors")
+    (directory / f"{name}.json").write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+def load_state(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Returns the numbers and tensors that `save_state` wrote.
+
+    Raises:
+        ValueError: If the files are absent or damaged: saved without a resampler, or cut off while saving.
+    """
+    numbers, tensors = directory / f"{name}.json", directory / f"{name}.safetensors"
+    if not numbers.is_file() or not tensors.is_file():
+        raise ValueError(
+            f"{directory} holds no {name}.json and {name}.safetensors: the checkpoint was saved by a trainer without a "
+            "resampler, with save_only_model=True, or by a run that was killed while saving. Resume from an earlier "
+            "checkpoint, or load its weights into the model and call train() without `resume_from_checkpoint`."
+        )
+    try:
+        return json.loads(numbers.read_text()), load_file(tensors)
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(
+            f"{numbers} or {tensors.name} is damaged ({error}): the run was killed while saving, perhaps. Resume from "
+            "an earlier checkpoint."
+        ) from error
+
+
+@contextlib.contextmanager
+def replaced_directory(directory: Path, is_writer: bool) -> Iterator[Path]:
+    """Yields a directory to write into, which takes the place of `directory` only when the block has succeeded."""
+    draft = directory.with_name(directory.name + ".incomplete")
+    if is_writer:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    yield draft
+    if is_writer:
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(draft, directory)

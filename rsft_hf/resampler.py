@@ -5,20 +5,13 @@ indices are derived from is its own affair; when it is asked, and how the rows r
 """
 
 import contextlib
-import json
-import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from transformers import Trainer
-
-from rsft_hf.distributed import broadcast_from_main
 
 
 class Resampler(ABC):
@@ -86,13 +79,6 @@ class Resampler(ABC):
         yield
 
 
-def run_seed(trainer: Trainer) -> int:
-    """Returns the seed of a run's draws, equal on every process: the one a plain Trainer shuffles with. Collective."""
-    seed = trainer.args.data_seed
-    seed = (torch.initial_seed() if seed is None else seed) % 2**62
-    return int(broadcast_from_main(trainer.accelerator, torch.tensor(seed)))
-
-
 class EpochSampler(torch.utils.data.Sampler[int]):
     """Yields a list of rows that is replaced between epochs; its length never changes.
 
@@ -126,44 +112,3 @@ class EpochSampler(torch.utils.data.Sampler[int]):
 
     def __len__(self) -> int:
         return self.num_draws
-
-
-def save_state(directory: Path, name: str, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """Writes `name.json` and `name.safetensors` into `directory`."""
-    save_file({key: value.contiguous() for key, value in tensors.items()}, directory / f"{name}.safetensors")
-    (directory / f"{name}.json").write_text(json.dumps(numbers, indent=2) + "\n")
-
-
-def load_state(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Returns the numbers and tensors that `save_state` wrote.
-
-    Raises:
-        ValueError: If the files are absent or damaged: saved without a resampler, or cut off while saving.
-    """
-    numbers, tensors = directory / f"{name}.json", directory / f"{name}.safetensors"
-    if not numbers.is_file() or not tensors.is_file():
-        raise ValueError(
-            f"{directory} holds no {name}.json and {name}.safetensors: the checkpoint was saved by a trainer without a "
-            "resampler, with save_only_model=True, or by a run that was killed while saving. Resume from an earlier "
-            "checkpoint, or load its weights into the model and call train() without `resume_from_checkpoint`."
-        )
-    try:
-        return json.loads(numbers.read_text()), load_file(tensors)
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(
-            f"{numbers} or {tensors.name} is damaged ({error}): the run was killed while saving, perhaps. Resume from "
-            "an earlier checkpoint."
-        ) from error
-
-
-@contextlib.contextmanager
-def replaced_directory(directory: Path, is_writer: bool) -> Iterator[Path]:
-    """Yields a directory to write into, which takes the place of `directory` only when the block has succeeded."""
-    draft = directory.with_name(directory.name + ".incomplete")
-    if is_writer:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-    yield draft
-    if is_writer:
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(draft, directory)

@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import Trainer
 
@@ -54,3 +56,19 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, Sequence | set) and not isinstance(value, str):
         return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, (bool, int, float, str))
+
+
+@contextlib.contextmanager
+def forked_rng(seed: int) -> Iterator[None]:
+    """Seeds Python, NumPy and torch inside the block and gives back the states they had before it."""
+    # Collators and data sets draw from the global states, legacy NumPy's included.
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
