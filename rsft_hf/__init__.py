@@ -50,16 +50,19 @@ from rsft_hf.trainer import (
     RejectionSamplingTrainer,
     ResampleCallback,
 )
-from rsft_hf.weighted.measure import Measurement, measure_losses
-from rsft_hf.weighted.probe import NotPerExampleError
+from rsft_hf.weighted.measurement import Measurement, NotPerExampleError, measure_losses
 from rsft_hf.weighted.resampler import LossResampler
-from rsft_hf.weighted.scores import Entropy, ExampleStatistics, Learnability, LeastConfidence, Margin
-from rsft_hf.weighted.weights import (
+from rsft_hf.weighted.weightings import (
     Chain,
     ClassBalanced,
     Clipped,
     DropTop,
+    Entropy,
+    ExampleStatistics,
     Floored,
+    Learnability,
+    LeastConfidence,
+    Margin,
     Proportional,
     Softmax,
     Tempered,

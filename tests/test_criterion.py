@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rsft_hf.weighted.criterion import CriterionCapture
+from rsft_hf.weighted.losses import CriterionCapture
 
 
 def test_importance_correction_makes_the_gradient_unbiased() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from rsft_hf.checkpointing import load_state, save_state
 from rsft_hf.weighted.history import EpochHistory
-from rsft_hf.weighted.ledger import LossLedger
+from rsft_hf.weighted.loss_source import LossLedger
 from rsft_hf.weighted.losses import RowLosses
 
 NAN = math.nan

@@ -3,6 +3,8 @@
     losses (N,) in data-set order -> weighting -> weights (N,) -> rejection_sample on the main process -> broadcast
 
 This file holds the order of the stages; every stage stands in a file of its own.
+
+What the options of the weighted half may be, alone and together.
 """
 
 import contextlib
@@ -19,14 +21,14 @@ from transformers.utils import logging
 from rsft_hf.checkpointing import load_state, save_state
 from rsft_hf.distributed import broadcast_from_main, run_seed
 from rsft_hf.isolation import forked_rng
-from rsft_hf.rejection import rejection_sample
+from rsft_hf.rejection import check_num_draws, check_proposal, rejection_sample
 from rsft_hf.resampler import Resampler
 from rsft_hf.weighted.history import EpochHistory
+from rsft_hf.weighted.loss_source import LossSource
 from rsft_hf.weighted.losses import PerExampleLoss
-from rsft_hf.weighted.options import check_options
-from rsft_hf.weighted.source import LossSource
+from rsft_hf.weighted.measurement import PREDICTION_STATISTICS
 from rsft_hf.weighted.targets import class_labels, correction_factors, draw_metrics, target_weights, try_weighting
-from rsft_hf.weighted.weights import Proportional, Weighting
+from rsft_hf.weighted.weightings import Proportional, Weighting, check_rule
 
 logger = logging.get_logger(__name__)
 
@@ -215,3 +217,42 @@ class LossResampler(Resampler):
             indices = rejection_sample(weights, self.draws_per_epoch(), generator, proposal)
         # Broadcast: the processes must read one order, and sums may differ in the last bit between machines.
         return broadcast_from_main(accelerator, indices)
+
+
+def check_options(resampler: "LossResampler") -> None:
+    """Raises if an option of a LossResampler is out of its range, or two of them exclude each other.
+
+    Raises:
+        TypeError: If `weighting` is not a rule, or a count is not an integer.
+        ValueError: If a value is out of range, or the rule needs what the source of losses cannot give.
+    """
+    check_rule(resampler.weighting, "`weighting`")
+    if resampler.losses not in ("forward", "training"):
+        raise ValueError(f'`losses`={resampler.losses!r} must be "forward" or "training".')
+    if resampler.num_draws is not None:
+        check_num_draws(resampler.num_draws)
+    if resampler.proposal is not None:
+        check_proposal(resampler.proposal)
+    for name, lowest in (("warmup_epochs", 0), ("uniform_final_epochs", 0), ("every_n_epochs", 1), ("batch_size", 1)):
+        _check_count(name, vars(resampler)[name], lowest)
+    if not 0.0 <= resampler.importance_correction <= 1.0:
+        raise ValueError(
+            f"`importance_correction`={resampler.importance_correction} must lie in [0, 1]: 0 is none, 1 is unbiased."
+        )
+    if not 0.0 <= resampler.ema_decay < 1.0:
+        raise ValueError(f"`ema_decay`={resampler.ema_decay} must lie in [0, 1): at 1 no new loss would count.")
+    needs = sorted(resampler.weighting.requires & set(PREDICTION_STATISTICS))
+    if needs and (resampler.losses == "training" or resampler.per_example_loss is not None):
+        raise ValueError(
+            f'{resampler.weighting!r} reads {needs}, which only a scoring pass measures. Use losses="forward" '
+            "without `per_example_loss`."
+        )
+
+
+def _check_count(name: str, value: int | None, lowest: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+    if value < lowest:
+        raise ValueError(f"`{name}`={value} must be at least {lowest}.")

@@ -13,9 +13,8 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from rsft_hf.rejection import effective_sample_size, envelope_constant
-from rsft_hf.weighted.predictions import PREDICTION_STATISTICS
-from rsft_hf.weighted.scores import ExampleStatistics
-from rsft_hf.weighted.weights import Weighting
+from rsft_hf.weighted.measurement import PREDICTION_STATISTICS
+from rsft_hf.weighted.weightings import ExampleStatistics, Weighting
 
 logger = logging.get_logger(__name__)
 

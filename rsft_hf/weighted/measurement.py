@@ -3,9 +3,18 @@
 A trainer, a model and a data set enter; losses, margins and prediction statistics in data-set order leave. The pass
 runs longest rows first, in batches of similar length, without gradient, shared out over the processes. What the
 measurements are for is not known here.
+
+Chooses how per-example losses are read, by trying it on rows of the data set.
+
+A trainer, a model and a data set enter, a `Reading` leaves, or an error if the loss belongs to no example.
+
+What a model's prediction says of its own certainty, from the logits alone.
+
+Model outputs of one batch enter, one number per example and statistic leaves.
 """
 
-from collections.abc import Sequence, Sized
+import dataclasses
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +37,11 @@ from rsft_hf.weighted.losses import (
     compute_loss,
     given_losses,
     has_label,
+    logits_of,
+    refuse_unusable,
     row_losses,
+    slice_rows,
 )
-from rsft_hf.weighted.predictions import PREDICTION_STATISTICS, prediction_statistics
-from rsft_hf.weighted.probe import find_reading
 
 logger = logging.get_logger(__name__)
 
@@ -200,20 +210,184 @@ def _halved(batch_size: int, num_processes: int, error: RuntimeError) -> int:
     return batch_size // 2
 
 
-def refuse_unusable(losses: torch.Tensor, is_labelled: torch.Tensor, rows: Sequence[int]) -> None:
-    """Raises ValueError, naming the row, if a labelled row's loss is NaN or infinite. All of shape (len(rows),)."""
-    wrong = is_labelled & ~losses.isfinite()
-    if bool(wrong.any()):
-        position = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"Row {rows[position]} of the training set has loss {float(losses[position])}, which cannot be a weight. "
-            "Repair or remove the row, or train in a wider number format if the loss overflows."
-        )
-
-
 def _longest_first(dataset: Sized, length_column: str) -> list[int]:
     lengths = example_lengths(dataset, length_column)
     if lengths is None:
         return list(range(len(dataset)))
     # The longest rows first, so that an out-of-memory error comes at once.
     return torch.tensor(lengths).argsort(descending=True, stable=True).tolist()
+
+
+_NUM_PROBED = 4
+
+_MAX_PROBES = 16
+
+_NUM_SEEDS = 4
+
+
+class NotPerExampleError(ValueError):
+    """The loss compares the examples of a batch with each other, so no example has a loss of its own."""
+
+
+def find_reading(
+    trainer: Trainer, model: torch.nn.Module, dataset: Sequence[Any], collate: Collate, seed: int
+) -> Reading:
+    """Returns the fastest reading that reproduces batches of one, tried on a few labelled rows of the data set.
+
+    Args:
+        trainer: Computes the loss.
+        model: In evaluation mode.
+        dataset: Rows as the training loader sees them.
+        collate: The collator of the training loader. If it is random (masking, say), rows of the collated batch
+            stand for batches of one.
+        seed: Seed of the collator's randomness while it is probed.
+
+    Raises:
+        NotPerExampleError: If the loss belongs to the batch and not to its examples.
+        ValueError: If none of the probed rows has a label.
+    """
+    width = min(_NUM_PROBED, len(dataset))
+    num_probes = min(_MAX_PROBES, -(-len(dataset) // width))
+    for attempt in range(num_probes):
+        first = attempt * len(dataset) // num_probes
+        rows = [(first + i * max(1, len(dataset) // width)) % len(dataset) for i in range(width)]
+        examples = [dataset[row] for row in rows]
+        batch, is_random = _collated(examples, collate, seed)
+        singles = (
+            [slice_rows(batch, row, width) for row in range(width)]
+            if is_random
+            else [_collated([example], collate, seed)[0] for example in examples]
+        )
+        expected, alone = _losses_alone(trainer, model, singles)
+        scalar, recording = compute_loss(trainer, model, batch, width)
+        _refuse_batch_losses(scalar, recording, expected, alone)
+        if bool((expected.isfinite() & (expected != 0)).any()) or not _is_unlabelled([recording]):
+            break
+    else:
+        raise ValueError(
+            f"None of {num_probes * width} rows spread over the data set has a loss: all labels are missing or "
+            "ignored. Check that the label column survives `remove_unused_columns` and the collator."
+        )
+    is_half = trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype != torch.float32
+    if reading := _first_that_agrees(recording, expected, width, is_half):
+        return dataclasses.replace(reading, is_collator_random=is_random)
+    # Cut from the batch, the rows keep its padding: if they agree now, it is the padding that the loss depends on.
+    cut, _ = _losses_alone(trainer, model, [slice_rows(batch, row, width) for row in range(width)])
+    reading = _first_that_agrees(recording, cut, width, is_half)
+    _warn_of_batches_of_one("the padding" if reading else "a term")
+    reading = dataclasses.replace(reading, depends_on_padding=True) if reading else Reading("single")
+    return dataclasses.replace(reading, is_collator_random=is_random)
+
+
+def _warn_of_batches_of_one(cause: str) -> None:
+    remedy = "Pad all rows to one length" if cause == "the padding" else "Pass `per_example_loss`"
+    logger.warning(
+        f"The loss of an example depends on {cause} of its batch, so each is scored in a batch of its own: exact, but "
+        f"slower. {remedy} to avoid it."
+    )
+
+
+def _losses_alone(
+    trainer: Trainer, model: torch.nn.Module, singles: list[Batch]
+) -> tuple[torch.Tensor, list[Recording]]:
+    losses, recordings = zip(*(compute_loss(trainer, model, single, 1) for single in singles), strict=True)
+    return torch.tensor(losses, dtype=torch.float64), list(recordings)
+
+
+def _first_that_agrees(recording: Recording, expected: torch.Tensor, width: int, is_half: bool) -> Reading | None:
+    relative, absolute = (3e-2, 1e-3) if is_half else (1e-4, 1e-5)
+    candidates = [
+        Reading("criterion", is_mean, is_averaged) for is_averaged in (False, True) for is_mean in (True, False)
+    ]
+    for reading in [*candidates, Reading("outputs")]:
+        losses = row_losses(recording, reading, width)
+        # A row without a label is 0 here, and NaN or 0 in a batch of one, as its mean is guarded or not.
+        if losses is not None and torch.allclose(
+            losses.losses.double().cpu(), expected.nan_to_num(0.0), rtol=relative, atol=absolute
+        ):
+            return reading
+    return None
+
+
+def _refuse_batch_losses(scalar: float, recording: Recording, expected: torch.Tensor, ones: list[Recording]) -> None:
+    has_candidates_from_batch = len(expected) > 1 and any(
+        call.num_classes is not None
+        and all(
+            len(one.calls) > number and call.num_classes == len(expected) * (one.calls[number].num_classes or 0)
+            for one in ones
+        )
+        for number, call in enumerate(recording.calls)
+    )
+    vanishes_alone = scalar > 0 and bool((expected == 0).all())
+    if has_candidates_from_batch or (vanishes_alone and recording.calls and not _is_unlabelled(ones)):
+        raise NotPerExampleError(
+            f"The loss compares the examples of a batch with each other: {len(expected)} examples together have loss "
+            f"{scalar:.4g}, alone {expected[0]:.4g}. Such a loss (contrastive, triplet) belongs to no example; train "
+            "with the plain Trainer, or pass `per_example_loss` with a score of your own."
+        )
+
+
+def _is_unlabelled(recordings: list[Recording]) -> bool:
+    """Whether none of the elements that a criterion saw has a label; True where no criterion was seen."""
+    return all(float(call.normalisers.sum()) == 0 for one in recordings for call in one.calls)
+
+
+def _collated(examples: list[Any], collate: Collate, seed: int) -> tuple[Batch, bool]:
+    """The batch that a seed gives, and whether another seed gives another one."""
+
+    def collated(shift: int = 0) -> Batch:
+        with forked_rng(seed + shift):
+            return collate([dict(row) if isinstance(row, Mapping) else row for row in examples])
+
+    batch = collated()
+    return batch, not all(_same(batch, collated(shift)) for shift in range(1, _NUM_SEEDS))
+
+
+def _same(left: Batch, right: Batch) -> bool:
+    return all(torch.equal(left[key], right[key]) for key in left if isinstance(left[key], torch.Tensor))
+
+
+PREDICTION_STATISTICS = ("entropies", "margins", "confidences")
+
+
+def prediction_statistics(outputs: Any, batch: Batch) -> dict[str, torch.Tensor]:
+    """Returns entropy (nats), margin and confidence of each example, averaged over labelled positions for tokens.
+
+    Args:
+        outputs: Model outputs with `logits`, shape (B, C) or (B, T, C), C >= 2 exclusive classes.
+        batch: The inputs, for the positions that count: those with a label, else those attended to.
+
+    Returns:
+        The statistics named in `PREDICTION_STATISTICS`, each of shape (B,), float64, on the CPU.
+
+    Raises:
+        ValueError: If the outputs have no such logits.
+    """
+    logits = logits_of(outputs)
+    if logits is None or logits.ndim not in (2, 3) or logits.shape[-1] < 2:
+        shape = None if logits is None else tuple(logits.shape)
+        raise ValueError(
+            f"Entropy, Margin and LeastConfidence need logits over at least two classes, got shape {shape}. Use a "
+            "rule on the loss, such as Proportional."
+        )
+    with torch.no_grad():
+        log_probs = torch.log_softmax(logits.float(), dim=-1)
+        probabilities = log_probs.exp()
+        top = probabilities.topk(2, dim=-1).values
+        values = {
+            "entropies": -(probabilities * log_probs).sum(-1),
+            "margins": top[..., 0] - top[..., 1],
+            "confidences": top[..., 0],
+        }
+        if logits.ndim == 3:
+            mask = _position_mask(batch, logits)
+            values = {name: (value * mask).sum(1) / mask.sum(1).clamp(min=1) for name, value in values.items()}
+    return {name: value.cpu().double() for name, value in values.items()}
+
+
+def _position_mask(batch: Batch, logits: torch.Tensor) -> torch.Tensor:
+    labels = batch.get("labels")
+    if isinstance(labels, torch.Tensor) and labels.shape == logits.shape[:2]:
+        return labels.ne(-100).to(logits)
+    mask = batch.get("attention_mask")
+    return mask.to(logits) if mask is not None else torch.ones_like(logits[..., 0])
