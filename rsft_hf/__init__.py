@@ -1,7 +1,6 @@
 """Rejection-sampling fine-tuning inside the Hugging Face `Trainer`."""
 
-from rsft_hf.callbacks import CandidateTableCallback
-from rsft_hf.generative.acceptance import (
+from rsft_hf.acceptance import (
     RSO,
     Acceptance,
     CandidateBatch,
@@ -15,6 +14,7 @@ from rsft_hf.generative.acceptance import (
     TopKOverall,
     TopKPerPrompt,
 )
+from rsft_hf.callbacks import CandidateTableCallback
 from rsft_hf.generative.again import accept_again, score_again
 from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.engines.continuous import ContinuousEngine

@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy import stats
 
-from rsft_hf.generative import acceptance
-from rsft_hf.generative.acceptance import (
+from rsft_hf import acceptance
+from rsft_hf.acceptance import (
     RSO,
     Acceptance,
     CandidateBatch,

@@ -25,7 +25,7 @@ from toy_sequences import (
     seeded,
 )
 
-from rsft_hf.generative.acceptance import CandidateBatch, DensityRatio
+from rsft_hf.acceptance import CandidateBatch, DensityRatio
 
 
 def test_the_toy_model_is_what_it_says():

@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 from toy_sequences import BETA, LOG_Q, REWARDS, batch_of, normalised, p_value, sample, seeded
 
-from rsft_hf.generative.acceptance import RSO, CandidateBatch, RandomPerPrompt, TopKPerPrompt
+from rsft_hf.acceptance import RSO, CandidateBatch, RandomPerPrompt, TopKPerPrompt
 
 TILTED = normalised(LOG_Q + REWARDS / BETA)  # pi_r ~ q exp(r / beta)
 

@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 from accelerate.data_loader import BatchSamplerShard
 
-from rsft_hf.generative.acceptance import RSO, Threshold
+from rsft_hf.acceptance import RSO, Threshold
 from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.encoding import Encoder, RowCollator
 from rsft_hf.generative.engines.generate import GenerateEngine

@@ -4,7 +4,7 @@ import generators as g
 import pytest
 import transformers as hf
 
-from rsft_hf.generative.acceptance import Threshold, TopKPerPrompt
+from rsft_hf.acceptance import Threshold, TopKPerPrompt
 from rsft_hf.generative.encoding import Encoder, RowCollator
 from rsft_hf.generative.engines.generate import GenerateEngine
 from rsft_hf.generative.likelihood import completion_log_probabilities

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from rsft_hf.generative.acceptance import CandidateBatch
+from rsft_hf.acceptance import CandidateBatch
 
 # Probabilities of (a, b, E) after the start, after a and after b.
 RAW = {"": (0.55, 0.40, 0.05), "a": (0.15, 0.60, 0.25), "b": (0.50, 0.08, 0.42)}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from rsft_hf.generative.acceptance import Acceptance, check_acceptance
+from rsft_hf.acceptance import Acceptance, check_acceptance
 from rsft_hf.generative.candidates import CandidateStore
 from rsft_hf.generative.facts import stable_repr
 from rsft_hf.generative.filters import Deduplicate, Filter

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import datasets
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from rsft_hf.acceptance import Acceptance
 from rsft_hf.generative import stages
-from rsft_hf.generative.acceptance import Acceptance
 from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.encoding import Encoder
 from rsft_hf.generative.engines.choice import choose_engine

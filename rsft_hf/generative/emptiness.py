@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from rsft_hf.generative.acceptance import Acceptance
+from rsft_hf.acceptance import Acceptance
 from rsft_hf.generative.candidates import CandidateStore
 from rsft_hf.generative.selection import RoundTable
 

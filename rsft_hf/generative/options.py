@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from rsft_hf.generative.acceptance import check_acceptance
+from rsft_hf.acceptance import check_acceptance
 from rsft_hf.generative.filters import Deduplicate
 from rsft_hf.generative.settings import check_generation_config
 

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from transformers import DataCollatorWithPadding, GenerationConfig, Trainer, default_data_collator
 
+from rsft_hf.acceptance import Acceptance, TopKPerPrompt
 from rsft_hf.checkpointing import load_state, save_state
 from rsft_hf.distributed import FailTogether, broadcast_from_main, run_seed
-from rsft_hf.generative.acceptance import Acceptance, TopKPerPrompt
 from rsft_hf.generative.by_hand import StagesByHand
 from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.encoding import RowCollator

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rsft_hf.generative.acceptance import RSO, Acceptance, DensityRatio
+from rsft_hf.acceptance import RSO, Acceptance, DensityRatio
 from rsft_hf.generative.candidates import CandidateStore
 from rsft_hf.generative.selection import RoundTable
 from rsft_hf.generative.statistics import candidate_metrics, distinct_n, pass_at_k

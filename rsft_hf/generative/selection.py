@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from rsft_hf.generative.acceptance import Acceptance, CandidateBatch, RandomLike, RandomPerPrompt
-from rsft_hf.generative.acceptance import Sequence as RuleSequence
+from rsft_hf.acceptance import Acceptance, CandidateBatch, RandomLike, RandomPerPrompt
+from rsft_hf.acceptance import Sequence as RuleSequence
 from rsft_hf.generative.streams import candidate_seed, verdict_uniforms
 
 COLUMNS = (

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import torch
 
-from rsft_hf.generative.batch import CandidateBatch
+from rsft_hf.acceptance import CandidateBatch
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

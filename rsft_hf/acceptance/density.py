@@ -9,13 +9,15 @@ from dataclasses import dataclass
 
 import torch
 
-from rsft_hf.generative.batch import Acceptance, CandidateBatch, check_count, read_column, row_quantiles
+from rsft_hf.acceptance.batch import Acceptance, CandidateBatch, check_count, read_column, row_quantiles
 from rsft_hf.rejection import effective_sample_size_from_logs
 
 logger = logging.getLogger(__name__)
 
 _LOG_TOLERANCE = 1e-6  # by which a known envelope may be passed where no lengths say how many terms were summed
+
 _LOG_TOLERANCE_PER_TOKEN = 1e-5  # each token's log-probabilities are rounded in single precision
+
 _MIN_EFFECTIVE_SHARE, _MIN_JUDGED = 0.05, 20
 
 
