@@ -13,11 +13,11 @@ from transformers import GenerationConfig, TrainerCallback
 
 from rsft_hf.generative.encoding import Encoder
 from rsft_hf.generative.engines.generate import GenerateEngine
-from rsft_hf.generative.rewards import RewardFunctions
-from rsft_hf.generative.scorers.overlap import ChrfReward
 from rsft_hf.generative.settings import sampling_config
 from rsft_hf.generative.stages import Generator, PromptSet, Sampling
 from rsft_hf.generative.statistics import distinct_n
+from rsft_hf.rewards.functions import RewardFunctions
+from rsft_hf.rewards.reference_rewards import ChrfReward
 
 REFERENCES = "references"
 

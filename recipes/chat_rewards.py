@@ -12,11 +12,10 @@ from transformers import AutoModel, AutoTokenizer
 
 import recipes.two_towers  # noqa: F401 - registers the architecture, so that a saved model is found
 from recipes.common import RecipeError, option
-from rsft_hf.generative.rewards import RewardFunctions
-from rsft_hf.generative.scorers.models import SimilarityReward
-from rsft_hf.generative.scorers.reading import Completion, Prompt
-from rsft_hf.generative.scorers.reward_model import RewardModel, load_reward_model
-from rsft_hf.generative.scorers.texts import CopyPenalty, LengthWindow, RepetitionPenalty
+from rsft_hf.rewards.functions import RewardFunctions
+from rsft_hf.rewards.model_rewards import RewardModel, SimilarityReward, load_reward_model
+from rsft_hf.rewards.templates import Completion, Prompt
+from rsft_hf.rewards.text_rewards import CopyPenalty, LengthWindow, RepetitionPenalty
 
 SHORTEST_COPY = 3  # words in a row that are taken from the context
 

@@ -49,7 +49,7 @@ from recipes.generative_arms import (
 from recipes.generative_report import collect_rounds, write_report
 from rsft_hf import RejectionSamplingTrainer
 from rsft_hf.generative.encoding import RowCollator
-from rsft_hf.generative.rewards import RewardFunctions
+from rsft_hf.rewards.functions import RewardFunctions
 
 NUM_PRINTED = 3
 GREEDY = ("held_out_reward", "selecting_reward", "distinct_2", "words")  # of the greedy responses too

@@ -39,7 +39,7 @@ from recipes.common import RecipeError, option, parse_arguments
 from recipes.dialogue import half_of, judged_responses, load_dialogues, sample_rows
 from recipes.runs import RunFolder, training_configuration
 from recipes.two_towers import TwoTowerConfig, TwoTowerForSequenceClassification
-from rsft_hf.generative.scorers.reward_model import RewardModel
+from rsft_hf.rewards.model_rewards import RewardModel
 
 NEGATIVE_KINDS = ("adversarial", "random")
 

@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from recipes.builtin_numbers import names_the_number
 from recipes.common import RecipeError
-from rsft_hf.generative.scorers import ChrfReward, CopyPenalty, RepetitionPenalty, RoundTripReward, SimilarityReward
+from rsft_hf.rewards import ChrfReward, CopyPenalty, RepetitionPenalty, RoundTripReward, SimilarityReward
 
 REWARDS = ("chrf", "free", "verifier")
 

@@ -35,7 +35,6 @@ from rsft_hf.generative.filters import (
     Satisfies,
 )
 from rsft_hf.generative.resampler import CandidateResampler
-from rsft_hf.generative.rewards import RewardFunctions, Scores
 from rsft_hf.rejection import (
     accept_once,
     acceptance_probabilities,
@@ -44,6 +43,7 @@ from rsft_hf.rejection import (
     rejection_sample,
 )
 from rsft_hf.resampler import EpochSampler, Resampler
+from rsft_hf.rewards.functions import RewardFunctions, Scores
 from rsft_hf.trainer import (
     RejectionSamplingMixin,
     RejectionSamplingSeq2SeqTrainer,

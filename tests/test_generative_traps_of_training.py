@@ -8,7 +8,7 @@ from rsft_hf.acceptance import Threshold, TopKPerPrompt
 from rsft_hf.generative.encoding import Encoder, RowCollator
 from rsft_hf.generative.engines.generate import GenerateEngine
 from rsft_hf.generative.likelihood import completion_log_probabilities
-from rsft_hf.generative.scorers import BleuReward, MetricReward
+from rsft_hf.rewards import BleuReward, MetricReward
 
 
 def losses(run: hf.Trainer) -> list[float]:

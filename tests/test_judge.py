@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from rsft_hf.generative.rewards import RewardFunctions
-from rsft_hf.generative.scorers import JudgeReward
+from rsft_hf.rewards import JudgeReward
+from rsft_hf.rewards.functions import RewardFunctions
 
 pytest.importorskip("openai", reason="the extra `judge` is not installed")
 

@@ -10,7 +10,7 @@ import pytest
 import reward_parts
 import torch
 
-from rsft_hf.generative.rewards import RewardFunctions
+from rsft_hf.rewards.functions import RewardFunctions
 
 PROMPTS, COMPLETIONS, IDS = ["p", "p", "q"], ["aa", "b", "cccc"], [[5, 5], [6], [7, 7, 7, 7]]
 

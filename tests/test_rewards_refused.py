@@ -6,8 +6,8 @@ import pytest
 import reward_parts
 from torch import nn
 
-from rsft_hf.generative.rewards import RewardFunctions
-from rsft_hf.generative.scorers import ExactMatch
+from rsft_hf.rewards import ExactMatch
+from rsft_hf.rewards.functions import RewardFunctions
 
 PROMPTS, COMPLETIONS, IDS = ["p", "q"], ["a", "b"], [[5], [6]]
 

@@ -7,9 +7,9 @@ import reward_parts as parts
 import torch
 import transformers as hf
 
-from rsft_hf.generative.rewards import RewardFunctions
-from rsft_hf.generative.scorers import ModelReward, RoundTripReward, SimilarityReward
-from rsft_hf.generative.scorers.forward import in_batches
+from rsft_hf.rewards import ModelReward, RoundTripReward, SimilarityReward
+from rsft_hf.rewards.functions import RewardFunctions
+from rsft_hf.rewards.model_rewards import in_batches
 
 PROMPTS = ["a b c", "a b c", "d", "e f", "g"]
 COMPLETIONS = [" d e", " f", " g h i j k l m", " n o p", " a"]

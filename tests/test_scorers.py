@@ -10,9 +10,9 @@ import reward_parts
 import rouge_score.rouge_scorer
 import sacrebleu
 
-from rsft_hf.generative import scorers
-from rsft_hf.generative.reward_calls import Scorer, refuse_uncallable
-from rsft_hf.generative.rewards import RewardFunctions
+from rsft_hf import rewards as scorers
+from rsft_hf.rewards.contract import Scorer, refuse_uncallable
+from rsft_hf.rewards.functions import RewardFunctions
 
 TEXTS = ["the cat sat on the mat", "a dog", "the cat sat on a mat today"]
 GOLD = ["the cat sat on the mat", "the cat ran off", "the cat is on the mat"]

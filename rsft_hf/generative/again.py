@@ -14,9 +14,9 @@ from rsft_hf.generative.candidates import CandidateStore
 from rsft_hf.generative.facts import stable_repr
 from rsft_hf.generative.filters import Deduplicate, Filter
 from rsft_hf.generative.refusals import column_names
-from rsft_hf.generative.rewards import RewardFunctions
 from rsft_hf.generative.selection import ACCEPTED, COLUMNS, RoundTable, SelectionRules, judge
 from rsft_hf.generative.stages import PromptSet, filter_candidates, score_candidates
+from rsft_hf.rewards.functions import RewardFunctions
 
 
 def score_again(

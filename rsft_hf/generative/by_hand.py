@@ -19,10 +19,10 @@ from rsft_hf.generative.engines.wishes import check_engine
 from rsft_hf.generative.filters import Deduplicate, Filter
 from rsft_hf.generative.ready import log_probs_of_engine, ready, reference_opener
 from rsft_hf.generative.refusals import prompt_set, refuse_model
-from rsft_hf.generative.rewards import RewardFunctions
 from rsft_hf.generative.selection import ACCEPTED, COLUMNS, RoundTable, SelectionRules, judge
 from rsft_hf.generative.settings import sampling_config
 from rsft_hf.generative.whole_model import unwrapped
+from rsft_hf.rewards.functions import RewardFunctions
 
 
 class StagesByHand:

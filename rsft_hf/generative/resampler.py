@@ -25,11 +25,11 @@ from rsft_hf.generative.filters import Deduplicate, Filter, RejectEmpty, RejectT
 from rsft_hf.generative.options import check_options
 from rsft_hf.generative.pool import CandidatePool, draw_rows
 from rsft_hf.generative.refusals import column_names, prompt_set, refuse_changes
-from rsft_hf.generative.rewards import RewardFunctions
 from rsft_hf.generative.setup import Setup, set_up
 from rsft_hf.generative.stages import encode_candidates
 from rsft_hf.generative.weights import restore_base, save_base
 from rsft_hf.resampler import Resampler
+from rsft_hf.rewards.functions import RewardFunctions
 from rsft_hf.training_set import dataset_fingerprint
 
 

@@ -18,9 +18,9 @@ from rsft_hf.generative.encoding import Encoder, Row
 from rsft_hf.generative.engines.engine import Engine, GenerationRequest
 from rsft_hf.generative.filters import Deduplicate, Filter
 from rsft_hf.generative.likelihood import completion_log_probabilities
-from rsft_hf.generative.rewards import RewardFunctions, Scores
 from rsft_hf.generative.streams import candidate_seed
 from rsft_hf.isolation import forked_rng, in_evaluation_mode
+from rsft_hf.rewards.functions import RewardFunctions, Scores
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ RewardFunction = Callable[..., Any]
 
 # What every function is called with, besides the columns.
 CONTRACT = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
 # Columns of the prompts that no function is given: it has them as `prompts`, `completions` and `completion_ids`.
 WITHHELD = ("prompt", "completion", "completion_ids")
 

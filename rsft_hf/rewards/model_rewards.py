@@ -2,21 +2,230 @@
 
 Texts enter by templates, one number per completion leaves, None where a column named in a template is None. The model
 runs where it is, in evaluation mode, without gradients, in batches sorted by length; nothing of it is changed.
+
+A sequence-classification model with one label, as the reward contract takes it: a model object or its path.
+
+Prompts and completions enter, the logit of each pair leaves. The text is the prompt followed by the completion (by the
+reward model's own chat template if the prompt is a conversation), without further special tokens, as in TRL's GRPO.
+
+Forward passes that score texts: sorted by length, halved when memory runs out, without dropout or gradients.
+
+Encoded texts and a function of one batch enter, one number or vector per text leaves, in the order of the texts.
+What the numbers mean is not known here.
 """
 
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
-from rsft_hf.generative.scorers.forward import Encoded, in_batches, pad_right, scoring
-from rsft_hf.generative.scorers.reading import Completion, Prompt, fields_of, render
-from rsft_hf.generative.scorers.reward_model import class_logits, config_of, pad_token_id
+from rsft_hf.isolation import in_evaluation_mode
+from rsft_hf.rewards.templates import Completion, Prompt, fields_of, render
+
+logger = logging.getLogger(__name__)
+
+Encoded = Mapping[str, Sequence[int]]
+
+
+@contextlib.contextmanager
+def scoring(model: torch.nn.Module) -> Iterator[None]:
+    """Turns dropout and gradients off inside the block; every module gets its own mode back."""
+    with in_evaluation_mode(model), torch.no_grad():
+        yield
+
+
+def in_batches(
+    lengths: Sequence[int], batch_size: int, compute: Callable[[list[int]], torch.Tensor]
+) -> list[torch.Tensor]:
+    """Returns what `compute` says of every row, longest rows first, in smaller batches once memory has run out.
+
+    Args:
+        lengths: Tokens of each row; rows of like length share a batch.
+        batch_size: Most rows of a batch.
+        compute: From the positions of the rows of a batch to a tensor with one entry for each.
+
+    Returns:
+        One tensor per row, on the CPU, in the order of `lengths`.
+
+    Raises:
+        RuntimeError: If a batch of one row does not fit into memory; any other error of `compute` as it is.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    results: dict[int, torch.Tensor] = {}
+    while len(results) < len(order):
+        batch = order[len(results) : len(results) + batch_size]
+        if (values := _or_none_without_memory(compute, batch)) is not None:
+            results.update(zip(batch, values.cpu(), strict=True))
+            continue
+        batch_size = max(1, len(batch) // 2)
+        logger.info("Out of memory with %d rows of up to %d tokens: going on with batches of %d.",
+                    len(batch), lengths[batch[0]], batch_size)  # fmt: skip
+        clear_device_cache()
+    return [results[row] for row in range(len(lengths))]
+
+
+def pad_right(rows: Sequence[Encoded], pad_token_id: int, device: torch.device | str) -> dict[str, torch.Tensor]:
+    """Returns a batch of encoded texts, each tensor of shape (rows, longest row), int64.
+
+    Args:
+        rows: What a tokenizer returned for each text: `input_ids`, `attention_mask` and perhaps `token_type_ids`.
+        pad_token_id: Fills `input_ids`; everything else is filled with 0.
+        device: Where the batch goes.
+
+    Example:
+        >>> pad_right([{"input_ids": [5, 6]}, {"input_ids": [7]}], 1, "cpu")["input_ids"].tolist()
+        [[5, 6], [7, 1]]
+    """
+    width = max(len(row["input_ids"]) for row in rows)
+    fill = {"input_ids": pad_token_id}
+    return {
+        key: torch.tensor([[*row[key], *[fill.get(key, 0)] * (width - len(row[key]))] for row in rows], device=device)
+        for key in rows[0]
+    }
+
+
+def _or_none_without_memory(compute: Callable[[list[int]], torch.Tensor], batch: list[int]) -> torch.Tensor | None:
+    # In a frame of its own: while the error is handled, its traceback still holds the tensors of the failed batch.
+    try:
+        return compute(batch)
+    except RuntimeError as error:
+        if len(batch) == 1 or not should_reduce_batch_size(error):
+            raise
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class RewardModel:
+    """The single logit of a reward model, read over the prompt and the completion together.
+
+    Raises:
+        ValueError: If the model has another number of labels than one, or the tokenizer no token to pad with.
+    """
+
+    model: nn.Module = field(repr=False)
+    tokenizer: Any = field(repr=False)
+    batch_size: int = 16
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "reward_model"
+    requires: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        if (num_labels := config_of(self.model).num_labels) != 1:
+            raise ValueError(
+                f"Reward model `{self.name}` has {num_labels} labels, a reward is one number. For the "
+                "score of one class use ModelReward(model, tokenizer, label=...)."
+            )
+        pad_token_id(self.tokenizer)
+
+    def __call__(self, *, prompts: list[Prompt], completions: list[Completion], **columns: Any) -> list[float]:
+        """Returns the logits, one per completion."""
+        texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        encoded = [self.tokenizer(text, add_special_tokens=False) for text in texts]
+        return [float(row[0]) for row in class_logits(self.model, self.tokenizer, encoded, self.batch_size)]
+
+    def _text(self, prompt: Prompt, completion: Completion) -> str:
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return prompt + completion
+        return self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False, **self.chat_template_kwargs)
+
+
+def class_logits(model: nn.Module, tokenizer: Any, rows: Sequence[Encoded], batch_size: int) -> list[torch.Tensor]:
+    """Returns the logits of each encoded text, float32 on the CPU, shape (labels,), whatever batches it shared.
+
+    Args:
+        model: A sequence-classification model.
+        tokenizer: Says what to pad with.
+        rows: What the tokenizer returned for each text.
+        batch_size: Most texts in a batch.
+    """
+    config, filler = config_of(model).get_text_config(), pad_token_id(tokenizer)
+    device = next(model.parameters()).device
+    kept = config.pad_token_id
+    # A decoder is read at the last token that is no padding, which it knows from its configuration.
+    config.pad_token_id = filler
+    try:
+        with scoring(model):
+            return in_batches(
+                [len(row["input_ids"]) for row in rows],
+                batch_size,
+                lambda batch: model(**pad_right([rows[row] for row in batch], filler, device)).logits.float(),
+            )
+    finally:
+        config.pad_token_id = kept
+
+
+def load_reward_model(path: str) -> nn.Module:
+    """Returns the sequence-classification model with one label at `path`, a folder or a name on the hub.
+
+    Raises:
+        ValueError: If the checkpoint lacks weights of the model, whose rewards would then be noise.
+    """
+    with torch.random.fork_rng(devices=[]):  # a head is initialised before it is loaded
+        model, found = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, output_loading_info=True)
+    if found["missing_keys"]:
+        raise ValueError(
+            f"The reward model `{path}` lacks the weights {sorted(found['missing_keys'])}, so that its rewards would "
+            "be noise. Pass a sequence-classification model that was trained as a reward model."
+        )
+    return model
+
+
+def config_of(model: nn.Module) -> Any:
+    """Returns the configuration of a transformers model, also of one that is compiled or has an adapter.
+
+    Raises:
+        TypeError: If the module has none, so that nothing says how to read a reward from it.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        raise TypeError(
+            f"The reward {type(model).__name__} is a module without a transformers configuration. Pass a "
+            "sequence-classification model, or a function that calls the module."
+        )
+    return config
+
+
+def model_name(model: nn.Module) -> str:
+    """Returns the last part of the path or hub name a model came from, or its class where it has none."""
+    return str(config_of(model).name_or_path).rstrip("/").split("/")[-1] or type(model).__name__
+
+
+def load_tokenizer(model: nn.Module, name: str) -> Any:
+    """Returns the tokenizer saved beside a model.
+
+    Raises:
+        ValueError: If the model does not say where it came from.
+    """
+    if not (path := config_of(model).name_or_path):
+        raise ValueError(
+            f"Reward model `{name}` does not say where its tokenizer is. Pass `reward_processing_classes`."
+        )
+    return AutoTokenizer.from_pretrained(path)
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """Returns the id to pad with: the padding token's, or that of the end of text where there is none.
+
+    Raises:
+        ValueError: If the tokenizer has neither.
+    """
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise ValueError(f"{type(tokenizer).__name__} has no `pad_token` and no `eos_token`. Set `tokenizer.pad_token`.")
+
 
 Value = Literal["log_probability", "probability", "logit"]
+
 VALUES = ("log_probability", "probability", "logit")
+
 _NO_LIMIT = 10**6  # a tokenizer that knows no limit says 10^30
 
 

@@ -5,6 +5,7 @@ from string import Formatter
 from typing import Any
 
 Prompt = str | list[dict[str, Any]]
+
 Completion = str | list[dict[str, Any]]
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rsft_hf.generative.scorers.reading import Completion, Prompt, fields_of, render
+from rsft_hf.rewards.templates import Completion, Prompt, fields_of, render
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ RUBRIC = (
     "Rate how well the response answers the prompt, from {low:g} (useless or wrong) to {high:g} (correct, complete and "
     'clear). Do not reward length. Answer with a JSON object: {{"score": <number>}}.'
 )
+
 TEMPLATE = "<prompt>\n{prompt}\n</prompt>\n<response>\n{completion}\n</response>"
 
 

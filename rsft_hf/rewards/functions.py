@@ -3,19 +3,33 @@
 It is the contract of TRL's GRPO (trl.rewards), so that functions written for it serve unchanged: they are called with
 keywords only, return one float or None per completion, and may be `async def` or a reward model. How completions are
 made, and which are accepted, is not known here.
+
+Numbers out of what reward functions return: checked one by one, then added up by weight.
+
+A list from a function enters, a tensor or an error that names the function leaves.
+
+An event loop of its own, on which reward functions declared `async def` run.
+
+A coroutine enters, its result leaves. The loop lives in a daemon thread: a notebook already runs one in the main
+thread, and a client that an `async def` function keeps between calls belongs to one loop, which must not be closed.
 """
 
 import asyncio
+import inspect
+import math
+import numbers
+import threading
+import weakref
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
-from rsft_hf.generative.event_loop import BackgroundLoop
-from rsft_hf.generative.reward_calls import (
+from rsft_hf.rewards.contract import (
     CONTRACT,
     WITHHELD,
     RewardFunction,
@@ -24,9 +38,8 @@ from rsft_hf.generative.reward_calls import (
     refuse_uncallable,
     unique_names,
 )
-from rsft_hf.generative.reward_values import checked_rewards, checked_weights, weighted_sum
-from rsft_hf.generative.scorers.reading import Completion, Prompt
-from rsft_hf.generative.scorers.reward_model import RewardModel, load_reward_model, load_tokenizer, model_name
+from rsft_hf.rewards.model_rewards import RewardModel, load_reward_model, load_tokenizer, model_name
+from rsft_hf.rewards.templates import Completion, Prompt
 
 
 @dataclass(frozen=True)
@@ -239,3 +252,110 @@ def _merge(logs: dict[str, _Log], num_completions: int) -> tuple[dict[str, list[
         for metric, numbers_logged in log.metrics.items():
             metrics[metric].extend(numbers_logged)
     return extras, {metric: sum(values) / len(values) for metric, values in metrics.items()}
+
+
+def checked_weights(weights: Sequence[float] | None, num_functions: int) -> torch.Tensor:
+    """Returns one weight per function, shape (num_functions,), float64; None is 1 for each.
+
+    Raises:
+        ValueError: If there are more or fewer, or one is NaN or infinite.
+    """
+    if weights is None:
+        return torch.ones(num_functions, dtype=torch.float64)
+    values = torch.tensor([float(weight) for weight in weights], dtype=torch.float64)
+    if len(values) != num_functions:
+        raise ValueError(
+            f"`reward_weights` has {len(values)} entries for {num_functions} reward functions. Give one for each."
+        )
+    if not values.isfinite().all():
+        raise ValueError(f"`reward_weights`={values.tolist()} must be finite.")
+    return values
+
+
+def weighted_sum(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Returns sum_f w_f r_f over the functions that answered, NaN where none did, shape (C,).
+
+    Args:
+        rewards: Shape (functions, C), float64, NaN for no answer.
+        weights: Shape (functions,), float64.
+
+    Example:
+        >>> nan = float("nan")
+        >>> weighted_sum(torch.tensor([[1.0, nan, nan], [2.0, 2.0, nan]]), torch.tensor([1.0, 0.5])).tolist()
+        [2.0, 1.0, nan]
+    """
+    total = (rewards * weights.unsqueeze(1)).nansum(0)
+    return torch.where(rewards.isnan().all(0), math.nan, total)
+
+
+def checked_rewards(output: Any, name: str, num_completions: int) -> torch.Tensor:
+    """Returns what a reward function returned as a tensor, shape (num_completions,), float64, NaN for None.
+
+    Raises:
+        TypeError: If `output` is no list, or an entry is neither a number nor None.
+        ValueError: If it has another length, or an entry is NaN or infinite.
+
+    Example:
+        >>> checked_rewards([1, None], "accuracy", 2).tolist()
+        [1.0, nan]
+    """
+    if inspect.iscoroutine(output):
+        output.close()
+        raise TypeError(f"Reward function `{name}` returned a coroutine. Declare it with `async def`.")
+    if isinstance(output, str) or not isinstance(output, (Sequence, np.ndarray, torch.Tensor)):
+        raise TypeError(
+            f"Reward function `{name}` returned a {type(output).__name__}. Return a list with one float or None per "
+            "completion."
+        )
+    if len(output) != num_completions:
+        raise ValueError(
+            f"Reward function `{name}` returned {len(output)} rewards for {num_completions} completions. Return "
+            "exactly one per completion, None where it cannot judge."
+        )
+    return torch.tensor([_checked_reward(v, name, i) for i, v in enumerate(output)], dtype=torch.float64)
+
+
+def _checked_reward(value: Any, name: str, index: int) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0:
+        value = value.item()
+    if not isinstance(value, (numbers.Real, np.bool_)):
+        raise TypeError(
+            f"Reward function `{name}` returned {value!r} for completion {index}. A reward is a float, or None."
+        )
+    if not math.isfinite(value):
+        raise ValueError(
+            f"Reward function `{name}` returned {float(value)} for completion {index}. Return a finite number, or None "
+            "where it cannot judge."
+        )
+    return float(value)
+
+
+Result = TypeVar("Result")
+
+
+class BackgroundLoop:
+    """Runs coroutines one after another on one loop; started at the first use, stopped when nothing holds it."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        """Returns the coroutine's result, or raises its error. An interrupt from the keyboard cancels it."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=_run_forever, args=(self._loop,), name="rsft-rewards", daemon=True).start()
+            weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    loop.run_forever()
+    loop.close()

@@ -9,10 +9,12 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
-from rsft_hf.generative.scorers.reading import Completion, Prompt, whole_text
+from rsft_hf.rewards.templates import Completion, Prompt, whole_text
 
 Unit = Literal["words", "characters", "tokens"]
+
 UNITS = ("words", "characters", "tokens")
+
 Item = TypeVar("Item", bound=Hashable)
 
 

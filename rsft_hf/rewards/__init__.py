@@ -1,8 +1,8 @@
 """Ready-made reward functions, each a few lines over a library that is kept up."""
 
-from rsft_hf.generative.scorers.judge import JudgeReward
-from rsft_hf.generative.scorers.models import ModelReward, RoundTripReward, SimilarityReward
-from rsft_hf.generative.scorers.overlap import (
+from rsft_hf.rewards.judge import JudgeReward
+from rsft_hf.rewards.model_rewards import ModelReward, RoundTripReward, SimilarityReward
+from rsft_hf.rewards.reference_rewards import (
     BleuReward,
     ChrfReward,
     ExactMatch,
@@ -11,13 +11,7 @@ from rsft_hf.generative.scorers.overlap import (
     RougeReward,
     TokenF1,
 )
-from rsft_hf.generative.scorers.texts import (
-    CopyPenalty,
-    DistinctReward,
-    FormatReward,
-    LengthWindow,
-    RepetitionPenalty,
-)
+from rsft_hf.rewards.text_rewards import CopyPenalty, DistinctReward, FormatReward, LengthWindow, RepetitionPenalty
 
 __all__ = [
     "BleuReward",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from rsft_hf.generative.scorers.reading import Completion, Prompt, references_of, whole_text
+from rsft_hf.rewards.templates import Completion, Prompt, references_of, whole_text
 
 
 @dataclass(frozen=True)
