@@ -16,9 +16,9 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from workloads import END, PAD, Workload
 
-from rsft_hf.generative.engines.engine import Engine, GenerationRequest
-from rsft_hf.generative.engines.generate import GenerateEngine
-from rsft_hf.generative.engines.inflight import InFlightEngine
+from rsft_hf.engines.base import Engine, GenerationRequest
+from rsft_hf.engines.generate import GenerateEngine
+from rsft_hf.engines.inflight.engine import InFlightEngine
 
 Lengths = list[list[int]]
 CERTAIN = 1e9  # beside it every other score has probability 0, and unlike infinity it passes through a softmax

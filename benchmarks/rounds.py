@@ -24,13 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from recipes.dialogue import CONTEXT, as_messages, load_dialogues
 from recipes.translation import TranslationArguments
 from recipes.translation_data import TranslationSource
+from rsft_hf.engines.base import GenerationRequest
+from rsft_hf.engines.generate import GenerateEngine
+from rsft_hf.engines.generation_config import sampling_config
+from rsft_hf.engines.inflight.engine import InFlightEngine
+from rsft_hf.engines.random_streams import candidate_seed
+from rsft_hf.engines.sampling import pad_prompts
 from rsft_hf.generative.encoding import Encoder
-from rsft_hf.generative.engines.engine import GenerationRequest
-from rsft_hf.generative.engines.generate import GenerateEngine
-from rsft_hf.generative.engines.inflight import InFlightEngine
-from rsft_hf.generative.engines.readers import pad_prompts
-from rsft_hf.generative.settings import sampling_config
-from rsft_hf.generative.streams import candidate_seed
 
 NUM_CANDIDATES, BATCH = 8, 64
 TASKS = ("translation", "chat")

@@ -11,9 +11,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import GenerationConfig, TrainerCallback
 
+from rsft_hf.engines.generate import GenerateEngine
+from rsft_hf.engines.generation_config import sampling_config
 from rsft_hf.generative.encoding import Encoder
-from rsft_hf.generative.engines.generate import GenerateEngine
-from rsft_hf.generative.settings import sampling_config
 from rsft_hf.generative.stages import Generator, PromptSet, Sampling
 from rsft_hf.generative.statistics import distinct_n
 from rsft_hf.rewards.functions import RewardFunctions

@@ -15,15 +15,15 @@ from rsft_hf.acceptance import (
     TopKPerPrompt,
 )
 from rsft_hf.callbacks import CandidateTableCallback
+from rsft_hf.engines.base import Engine, EngineWithWeights, GeneratedSequence, GenerationRequest
+from rsft_hf.engines.continuous import ContinuousEngine
+from rsft_hf.engines.endpoint.engine import EndpointEngine
+from rsft_hf.engines.endpoint.weight_sync import SaveAndReload
+from rsft_hf.engines.generate import GenerateEngine
+from rsft_hf.engines.inflight.engine import InFlightEngine
+from rsft_hf.engines.vllm import VLLMEngine
 from rsft_hf.generative.again import accept_again, score_again
 from rsft_hf.generative.candidates import Candidate
-from rsft_hf.generative.engines.continuous import ContinuousEngine
-from rsft_hf.generative.engines.endpoint import EndpointEngine
-from rsft_hf.generative.engines.engine import Engine, EngineWithWeights, GeneratedSequence, GenerationRequest
-from rsft_hf.generative.engines.generate import GenerateEngine
-from rsft_hf.generative.engines.handover import SaveAndReload
-from rsft_hf.generative.engines.inflight import InFlightEngine
-from rsft_hf.generative.engines.vllm import VLLMEngine
 from rsft_hf.generative.exports import export_dpo, export_kto, export_sft, load_candidates
 from rsft_hf.generative.filters import (
     Deduplicate,

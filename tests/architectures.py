@@ -9,8 +9,8 @@ import generators as g
 import torch
 import transformers as hf
 
-from rsft_hf.generative.engines.engine import GenerationRequest
-from rsft_hf.generative.streams import candidate_seed
+from rsft_hf.engines.base import GenerationRequest
+from rsft_hf.engines.random_streams import candidate_seed
 
 _LLAMA = {**g._LLAMA, "num_hidden_layers": 3}
 _SLIDING = {"sliding_window": 4}  # shorter than every prompt with its answer

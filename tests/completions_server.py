@@ -13,8 +13,8 @@ import generators as g
 import torch
 import transformers as hf
 
-from rsft_hf.generative.engines.engine import GenerationRequest
-from rsft_hf.generative.engines.generate import GenerateEngine
+from rsft_hf.engines.base import GenerationRequest
+from rsft_hf.engines.generate import GenerateEngine
 
 NAME = "tiny"
 TRANSFORMERS_FIELDS = {

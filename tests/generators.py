@@ -13,12 +13,12 @@ import transformers as hf
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 from rsft_hf import RejectionSamplingSeq2SeqTrainer, RejectionSamplingTrainer
+from rsft_hf.engines.base import GeneratedSequence, GenerationRequest
+from rsft_hf.engines.generate import GenerateEngine
+from rsft_hf.engines.generation_config import sampling_config
+from rsft_hf.engines.random_streams import candidate_seed
 from rsft_hf.generative.candidates import Candidate
-from rsft_hf.generative.engines.engine import GeneratedSequence, GenerationRequest
-from rsft_hf.generative.engines.generate import GenerateEngine
 from rsft_hf.generative.resampler import CandidateResampler
-from rsft_hf.generative.settings import sampling_config
-from rsft_hf.generative.streams import candidate_seed
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<|im_start|>", "<|im_end|>")
 PAD, EOS, BOS, UNK, START, END = range(6)

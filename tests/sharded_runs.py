@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from rsft_hf import RejectionSamplingTrainer
-from rsft_hf.generative.whole_model import whole_model
+from rsft_hf.engines.model_access import whole_model
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -4,7 +4,7 @@ import generators as g
 import pytest
 from transformers import GenerationConfig
 
-from rsft_hf.generative.engines.allowed import _WITHOUT_EFFECT, refuse_settings, shaping_settings
+from rsft_hf.engines.generation_config import _WITHOUT_EFFECT, refuse_settings, shaping_settings
 
 SETTINGS = {
     "num_beams": 2, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.9,

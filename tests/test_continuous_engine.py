@@ -12,11 +12,11 @@ import pytest
 import torch
 from scipy import stats
 
-from rsft_hf.generative.engines.continuous import ContinuousEngine, split
-from rsft_hf.generative.engines.engine import Engine, GenerationRequest
-from rsft_hf.generative.engines.generate import GenerateEngine
-from rsft_hf.generative.engines.scoring import token_log_probabilities
-from rsft_hf.generative.streams import candidate_seed
+from rsft_hf.engines.base import Engine, GenerationRequest
+from rsft_hf.engines.continuous import ContinuousEngine, split
+from rsft_hf.engines.generate import GenerateEngine
+from rsft_hf.engines.log_probs import token_log_probabilities
+from rsft_hf.engines.random_streams import candidate_seed
 
 NUM_PROMPTS, NUM_CANDIDATES = 4, 3
 TRUNCATED = {"temperature": 0.7, "top_p": 0.9, "top_k": 5}

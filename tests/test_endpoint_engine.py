@@ -9,10 +9,10 @@ import pytest
 import torch
 from completions_server import NAME, CompletionsServer
 
-from rsft_hf.generative.engines.endpoint import EndpointEngine
-from rsft_hf.generative.engines.engine import EngineWithWeights, GenerationRequest
-from rsft_hf.generative.engines.generate import GenerateEngine
-from rsft_hf.generative.streams import candidate_seed
+from rsft_hf.engines.base import EngineWithWeights, GenerationRequest
+from rsft_hf.engines.endpoint.engine import EndpointEngine
+from rsft_hf.engines.generate import GenerateEngine
+from rsft_hf.engines.random_streams import candidate_seed
 
 pytest.importorskip("openai", reason="the extra `endpoint` is not installed")
 

@@ -11,8 +11,8 @@ import torch
 from completions_server import NAME, CompletionsServer
 from test_endpoint_engine import IDS, MODEL, VOUCHED, engine, request, run, tokens, whole
 
-from rsft_hf.generative.engines.completions import Completions
-from rsft_hf.generative.engines.endpoint import EndpointEngine
+from rsft_hf.engines.endpoint.client import Completions
+from rsft_hf.engines.endpoint.engine import EndpointEngine
 
 pytest.importorskip("openai", reason="the extra `endpoint` is not installed")
 

@@ -5,9 +5,8 @@ import pytest
 from completions_server import NAME, CompletionsServer
 from test_endpoint_engine import MODEL, engine, request, run
 
-from rsft_hf.generative.engines.endpoint import EndpointEngine
-from rsft_hf.generative.engines.endpoint_terms import _NEVER, _SPARED
-from rsft_hf.generative.engines.handover import SaveAndReload
+from rsft_hf.engines.endpoint.engine import _NEVER, _SPARED, EndpointEngine
+from rsft_hf.engines.endpoint.weight_sync import SaveAndReload
 
 pytest.importorskip("openai", reason="the extra `endpoint` is not installed")
 

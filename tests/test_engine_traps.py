@@ -10,9 +10,9 @@ import pytest
 import torch
 from architectures import request_for, run, texts
 
-from rsft_hf.generative.engines.generate import GenerateEngine
-from rsft_hf.generative.engines.inflight import InFlightEngine
-from rsft_hf.generative.engines.records import inverse_cdf
+from rsft_hf.engines.generate import GenerateEngine
+from rsft_hf.engines.inflight.engine import InFlightEngine
+from rsft_hf.engines.sampling import inverse_cdf
 
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0,

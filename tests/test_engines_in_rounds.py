@@ -7,9 +7,9 @@ import transformers as hf
 from completions_server import NAME, CompletionsServer
 from generative_runs import resampler, round_dir, stored, trained, trainer
 
-from rsft_hf.generative.engines.endpoint import EndpointEngine
-from rsft_hf.generative.engines.handover import SaveAndReload
-from rsft_hf.generative.engines.vllm import VLLMEngine
+from rsft_hf.engines.endpoint.engine import EndpointEngine
+from rsft_hf.engines.endpoint.weight_sync import SaveAndReload
+from rsft_hf.engines.vllm import VLLMEngine
 from rsft_hf.generative.likelihood import completion_log_probabilities
 
 pytest.importorskip("openai", reason="the extra `endpoint` is not installed")

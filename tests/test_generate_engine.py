@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers as hf
 
+from rsft_hf.engines.auto import choose_engine
+from rsft_hf.engines.generate import GenerateEngine
 from rsft_hf.generative.encoding import Encoder
-from rsft_hf.generative.engines.choice import choose_engine
-from rsft_hf.generative.engines.generate import GenerateEngine
 from rsft_hf.generative.likelihood import completion_log_probabilities
 
 NUM_PROMPTS, NUM_CANDIDATES = 5, 3

@@ -5,8 +5,8 @@ import pytest
 import torch
 import transformers as hf
 
+from rsft_hf.engines.generation_config import check_generation_config, context_length, in_force, sampling_config
 from rsft_hf.generative.resampler import CandidateResampler
-from rsft_hf.generative.settings import check_generation_config, context_length, in_force, sampling_config
 
 
 def model_with(name: str = "llama", **own):

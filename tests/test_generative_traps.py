@@ -9,10 +9,10 @@ import transformers as hf
 from accelerate.data_loader import BatchSamplerShard
 
 from rsft_hf.acceptance import RSO, Threshold
+from rsft_hf.engines.generate import GenerateEngine
+from rsft_hf.engines.sampling import pad_prompts
 from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.encoding import Encoder, RowCollator
-from rsft_hf.generative.engines.generate import GenerateEngine
-from rsft_hf.generative.engines.readers import pad_prompts
 from rsft_hf.generative.filters import RejectTruncated
 from rsft_hf.generative.resampler import CandidateResampler
 

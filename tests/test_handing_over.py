@@ -13,7 +13,7 @@ import torch
 from generative_runs import CountingEngine, resampler, trained, trainer
 from sharded_runs import with_adapter
 
-from rsft_hf.generative.engines.engine import Engine, EngineWithWeights
+from rsft_hf.engines.base import Engine, EngineWithWeights
 from rsft_hf.generative.facts import model_fingerprint
 
 

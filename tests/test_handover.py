@@ -9,8 +9,8 @@ import torch
 from completions_server import NAME, CompletionsServer
 from test_endpoint_engine import IDS, MODEL, engine, request, run, tokens
 
-from rsft_hf.generative.engines.endpoint import EndpointEngine
-from rsft_hf.generative.engines.handover import SaveAndReload
+from rsft_hf.engines.endpoint.engine import EndpointEngine
+from rsft_hf.engines.endpoint.weight_sync import SaveAndReload
 
 pytest.importorskip("openai", reason="the extra `endpoint` is not installed")
 

@@ -11,11 +11,11 @@ import transformers as hf
 from architectures import request_for, run, texts
 from test_generate_engine import short_of_memory
 
-from rsft_hf.generative.engines.choice import choose_engine
-from rsft_hf.generative.engines.flight import Flight
-from rsft_hf.generative.engines.generate import GenerateEngine
-from rsft_hf.generative.engines.inflight import InFlightEngine
-from rsft_hf.generative.engines.refusal import without_wrappers
+from rsft_hf.engines.auto import choose_engine
+from rsft_hf.engines.generate import GenerateEngine
+from rsft_hf.engines.inflight.engine import InFlightEngine
+from rsft_hf.engines.inflight.scheduler import Flight
+from rsft_hf.engines.model_access import without_wrappers
 
 ENGINES = [InFlightEngine(4), GenerateEngine(4)]
 

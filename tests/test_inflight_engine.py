@@ -8,9 +8,9 @@ import transformers as hf
 from scipy.stats import chisquare
 from test_generate_engine import check_log_probs, cut
 
+from rsft_hf.engines.generate import GenerateEngine
+from rsft_hf.engines.inflight.engine import InFlightEngine
 from rsft_hf.generative.encoding import Encoder
-from rsft_hf.generative.engines.generate import GenerateEngine
-from rsft_hf.generative.engines.inflight import InFlightEngine
 from rsft_hf.generative.likelihood import completion_log_probabilities
 
 NUM_CANDIDATES = 3

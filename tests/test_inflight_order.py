@@ -6,10 +6,10 @@ import pytest
 import torch
 from architectures import request_for, run, texts
 
-from rsft_hf.generative.engines.flight import Flight
-from rsft_hf.generative.engines.generate import GenerateEngine
-from rsft_hf.generative.engines.inflight import InFlightEngine
-from rsft_hf.generative.engines.slots import SlotCache
+from rsft_hf.engines.generate import GenerateEngine
+from rsft_hf.engines.inflight.engine import InFlightEngine
+from rsft_hf.engines.inflight.kv_cache import SlotCache
+from rsft_hf.engines.inflight.scheduler import Flight
 
 ENGINES = [InFlightEngine(4), GenerateEngine(4)]
 

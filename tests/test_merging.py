@@ -13,8 +13,7 @@ from generative_runs import CountingEngine, Killed, resampler, round_dir, stored
 from sharded_runs import with_adapter
 from test_whole_model import bits, quantised, same_bits
 
-from rsft_hf.generative.merging import merged
-from rsft_hf.generative.whole_model import whole_model
+from rsft_hf.engines.model_access import merged, whole_model
 
 
 def answers(model: Any) -> list[list[int]]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rsft_hf import DensityRatio, Threshold, TopKOverall, TopKPerPrompt
+from rsft_hf.engines.random_streams import verdict_uniforms
 from rsft_hf.generative.selection import ACCEPTED, COLUMNS, VERDICTS, RoundTable, SelectionRules, judge, prompts_in_need
-from rsft_hf.generative.streams import verdict_uniforms
 
 
 def table(*rows: dict) -> RoundTable:

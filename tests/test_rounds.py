@@ -8,8 +8,8 @@ import pytest
 from generative_runs import NUM_PROMPTS, CountingEngine, resampler, round_dir, stored, trained
 
 from rsft_hf import Deduplicate, RejectTruncated, Threshold, TopKPerPrompt
+from rsft_hf.engines.random_streams import candidate_seed
 from rsft_hf.generative.selection import ACCEPTED
-from rsft_hf.generative.streams import candidate_seed
 
 PROMPTS = generators.prompts(NUM_PROMPTS)["prompt"]
 HALF_OF_THEM = Threshold(minimum=0.2)  # what the untrained model reaches for some prompts in every attempt

@@ -3,7 +3,7 @@
 import generators as g
 import pytest
 
-from rsft_hf.generative.engines.generate import GenerateEngine
+from rsft_hf.engines.generate import GenerateEngine
 from rsft_hf.generative.shards import mean_lengths, own_shards
 
 

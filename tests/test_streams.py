@@ -10,9 +10,9 @@ import pytest
 import torch
 from scipy import stats
 
-from rsft_hf.generative.engines.generate import GenerateEngine
-from rsft_hf.generative.engines.records import inverse_cdf
-from rsft_hf.generative.streams import candidate_seed, token_uniforms, verdict_uniforms
+from rsft_hf.engines.generate import GenerateEngine
+from rsft_hf.engines.random_streams import candidate_seed, token_uniforms, verdict_uniforms
+from rsft_hf.engines.sampling import inverse_cdf
 
 
 def test_every_candidate_has_a_seed_of_its_own():

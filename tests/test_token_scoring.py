@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_generate_engine import SETTINGS, ids_for, processed_by_hand, short_of_memory
 
-from rsft_hf.generative.engines.generate import GenerateEngine
-from rsft_hf.generative.engines.scoring import token_log_probabilities
+from rsft_hf.engines.generate import GenerateEngine
+from rsft_hf.engines.log_probs import token_log_probabilities
 
 CASES = [(name, {}) for name in g.NAMES]
 CASES += [(name, SETTINGS[kind]) for name in ("llama", "bart") for kind in ("truncated", "penalised", "pad_is_eos")]

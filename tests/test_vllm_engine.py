@@ -11,12 +11,11 @@ import recorded_vllm
 import torch
 from peft import LoraConfig, get_peft_model
 
-from rsft_hf.generative.engines.colocation import checkpoint_weights
-from rsft_hf.generative.engines.engine import Engine, EngineWithWeights, GenerationRequest
-from rsft_hf.generative.engines.generate import GenerateEngine
-from rsft_hf.generative.engines.scoring import token_log_probabilities
-from rsft_hf.generative.engines.vllm import VLLMEngine, sampling_params
-from rsft_hf.generative.streams import candidate_seed
+from rsft_hf.engines.base import Engine, EngineWithWeights, GenerationRequest
+from rsft_hf.engines.generate import GenerateEngine
+from rsft_hf.engines.log_probs import token_log_probabilities
+from rsft_hf.engines.random_streams import candidate_seed
+from rsft_hf.engines.vllm import VLLMEngine, checkpoint_weights, sampling_params
 
 NUM_PROMPTS, NUM_CANDIDATES = 4, 3
 

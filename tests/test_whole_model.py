@@ -13,7 +13,7 @@ import torch
 from generative_runs import CountingEngine, Killed, resampler, stored, trained, trainer
 from sharded_runs import with_adapter
 
-from rsft_hf.generative.whole_model import unwrapped
+from rsft_hf.engines.model_access import unwrapped
 
 
 def bits(model: Any) -> dict[str, torch.Tensor]:

@@ -10,18 +10,17 @@ import datasets
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rsft_hf.acceptance import Acceptance
+from rsft_hf.engines.auto import choose_engine
+from rsft_hf.engines.base import Engine, check_engine
+from rsft_hf.engines.generation_config import sampling_config
+from rsft_hf.engines.model_access import unwrapped
 from rsft_hf.generative import stages
 from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.encoding import Encoder
-from rsft_hf.generative.engines.choice import choose_engine
-from rsft_hf.generative.engines.engine import Engine
-from rsft_hf.generative.engines.wishes import check_engine
 from rsft_hf.generative.filters import Deduplicate, Filter
 from rsft_hf.generative.ready import log_probs_of_engine, ready, reference_opener
 from rsft_hf.generative.refusals import prompt_set, refuse_model
 from rsft_hf.generative.selection import ACCEPTED, COLUMNS, RoundTable, SelectionRules, judge
-from rsft_hf.generative.settings import sampling_config
-from rsft_hf.generative.whole_model import unwrapped
 from rsft_hf.rewards.functions import RewardFunctions
 
 

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from transformers import EvalPrediction
 
 from rsft_hf.distributed import FailTogether, gather_lists
+from rsft_hf.engines.generation_config import held_out_config
 from rsft_hf.generative.candidates import Candidate
-from rsft_hf.generative.settings import held_out_config
 from rsft_hf.generative.stages import Generator, PromptSet, Sampling, score_candidates
 from rsft_hf.generative.statistics import distinct_n
 from rsft_hf.rewards.functions import RewardFunctions

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rsft_hf.generative.engines.wishes import engine_facts
-from rsft_hf.generative.settings import in_force
+from rsft_hf.engines.base import engine_facts
+from rsft_hf.engines.generation_config import in_force
 
 if TYPE_CHECKING:
     from rsft_hf.generative.resampler import CandidateResampler

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 from rsft_hf.acceptance import check_acceptance
+from rsft_hf.engines.generation_config import check_generation_config
 from rsft_hf.generative.filters import Deduplicate
-from rsft_hf.generative.settings import check_generation_config
 
 if TYPE_CHECKING:
     from rsft_hf.generative.resampler import CandidateResampler

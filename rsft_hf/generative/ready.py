@@ -13,12 +13,11 @@ from accelerate import Accelerator
 from transformers.utils import logging
 
 from rsft_hf.distributed import FailTogether
-from rsft_hf.generative.engines.choice import choose_engine
-from rsft_hf.generative.engines.engine import Engine, EngineWithWeights
-from rsft_hf.generative.engines.wishes import EngineOfAnyWeights
+from rsft_hf.engines.auto import choose_engine
+from rsft_hf.engines.base import Engine, EngineOfAnyWeights, EngineWithWeights
+from rsft_hf.engines.model_access import whole_model
 from rsft_hf.generative.refusals import refuse_model, refuse_other_vocabulary
 from rsft_hf.generative.stages import Generator
-from rsft_hf.generative.whole_model import whole_model
 from rsft_hf.isolation import in_evaluation_mode
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from accelerate.utils import DistributedType
 from transformers import DataCollatorForLanguageModeling, Trainer
 from transformers.utils import logging
 
+from rsft_hf.engines.base import check_engine
+from rsft_hf.engines.generation_config import context_length, held_out_config
+from rsft_hf.engines.model_access import is_sharded
 from rsft_hf.generative.encoding import Encoder
-from rsft_hf.generative.engines.wishes import check_engine
-from rsft_hf.generative.settings import context_length, held_out_config
 from rsft_hf.generative.stages import Generator, PromptSet
-from rsft_hf.generative.unsharded import is_sharded
 
 if TYPE_CHECKING:
     from rsft_hf.generative.by_hand import StagesByHand

@@ -17,10 +17,10 @@ from transformers import DataCollatorWithPadding, GenerationConfig, Trainer, def
 from rsft_hf.acceptance import Acceptance, TopKPerPrompt
 from rsft_hf.checkpointing import load_state, save_state
 from rsft_hf.distributed import FailTogether, broadcast_from_main, run_seed
+from rsft_hf.engines.base import Engine
 from rsft_hf.generative.by_hand import StagesByHand
 from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.encoding import RowCollator
-from rsft_hf.generative.engines.engine import Engine
 from rsft_hf.generative.filters import Deduplicate, Filter, RejectEmpty, RejectTruncated
 from rsft_hf.generative.options import check_options
 from rsft_hf.generative.pool import CandidatePool, draw_rows

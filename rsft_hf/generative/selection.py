@@ -14,7 +14,7 @@ import torch
 
 from rsft_hf.acceptance import Acceptance, CandidateBatch, RandomLike, RandomPerPrompt
 from rsft_hf.acceptance import Sequence as RuleSequence
-from rsft_hf.generative.streams import candidate_seed, verdict_uniforms
+from rsft_hf.engines.random_streams import candidate_seed, verdict_uniforms
 
 COLUMNS = (
     "prompt_id", "attempt", "candidate", "reward", "log_q", "log_p", "num_tokens", "seed", "verdict", "duplicate_key",

@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.utils import logging
 
 from rsft_hf.distributed import FailTogether, object_from_main
+from rsft_hf.engines.auto import choose_engine
+from rsft_hf.engines.base import check_engine
+from rsft_hf.engines.generation_config import in_force, sampling_config
+from rsft_hf.engines.model_access import refuse_unmergeable, unwrapped
 from rsft_hf.generative.encoding import Encoder, Row
-from rsft_hf.generative.engines.choice import choose_engine
-from rsft_hf.generative.engines.wishes import check_engine
 from rsft_hf.generative.evaluation import evaluate_prompts
 from rsft_hf.generative.facts import model_fingerprint, round_facts
-from rsft_hf.generative.merging import refuse_unmergeable
 from rsft_hf.generative.ready import evaluation_engine, hand_over, log_probs_of_engine, ready, reference_opener
 from rsft_hf.generative.refusals import (
     look_at_evaluation,
@@ -29,10 +30,8 @@ from rsft_hf.generative.refusals import (
 )
 from rsft_hf.generative.reopening import keeps_answers
 from rsft_hf.generative.rounds import RoundRunner
-from rsft_hf.generative.settings import in_force, sampling_config
 from rsft_hf.generative.shards import own_shards
 from rsft_hf.generative.stages import Generator, PromptSet, Sampling, reference_candidate
-from rsft_hf.generative.whole_model import unwrapped
 
 if TYPE_CHECKING:
     from rsft_hf.generative.resampler import CandidateResampler

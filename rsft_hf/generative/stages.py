@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from rsft_hf.engines.base import Engine, GenerationRequest
+from rsft_hf.engines.random_streams import candidate_seed
 from rsft_hf.generative.candidates import Candidate, Prompt
 from rsft_hf.generative.encoding import Encoder, Row
-from rsft_hf.generative.engines.engine import Engine, GenerationRequest
 from rsft_hf.generative.filters import Deduplicate, Filter
 from rsft_hf.generative.likelihood import completion_log_probabilities
-from rsft_hf.generative.streams import candidate_seed
 from rsft_hf.isolation import forked_rng, in_evaluation_mode
 from rsft_hf.rewards.functions import RewardFunctions, Scores
 

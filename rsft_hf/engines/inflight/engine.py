@@ -15,16 +15,14 @@ import torch
 from transformers import StoppingCriteriaList
 from transformers.utils import logging
 
-from rsft_hf.generative.engines.chains import Chains
-from rsft_hf.generative.engines.engine import Engine, GeneratedSequence, GenerationRequest, check_request
-from rsft_hf.generative.engines.flight import Flight
-from rsft_hf.generative.engines.generate import GenerateEngine
-from rsft_hf.generative.engines.preparation import Prepared, prepare
-from rsft_hf.generative.engines.probe import probe_request, probe_verdict
-from rsft_hf.generative.engines.readers import CausalReader, EncoderDecoderReader
-from rsft_hf.generative.engines.refusal import reason_against, without_wrappers
-from rsft_hf.generative.engines.rows import Rows
-from rsft_hf.generative.settings import context_length
+from rsft_hf.engines.base import Engine, GeneratedSequence, GenerationRequest, check_request
+from rsft_hf.engines.generate import GenerateEngine
+from rsft_hf.engines.generation_config import context_length
+from rsft_hf.engines.inflight.compatibility import probe_request, probe_verdict, reason_against
+from rsft_hf.engines.inflight.model_runner import CausalReader, EncoderDecoderReader
+from rsft_hf.engines.inflight.scheduler import Flight, Rows
+from rsft_hf.engines.model_access import without_wrappers
+from rsft_hf.engines.sampling import Chains, Prepared, prepare
 
 logger = logging.get_logger(__name__)
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from rsft_hf.generative.engines.engine import GeneratedSequence, GenerationRequest
-from rsft_hf.generative.engines.generate import GenerateEngine
-from rsft_hf.generative.engines.scoring import token_log_probabilities
+from rsft_hf.engines.base import GeneratedSequence, GenerationRequest
+from rsft_hf.engines.generate import GenerateEngine
+from rsft_hf.engines.log_probs import token_log_probabilities
 
 logger = logging.get_logger(__name__)
 

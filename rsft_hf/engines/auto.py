@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers.utils import logging
 
-from rsft_hf.generative.engines.continuous import ContinuousEngine
-from rsft_hf.generative.engines.engine import Engine
-from rsft_hf.generative.engines.generate import GenerateEngine
-from rsft_hf.generative.engines.inflight import InFlightEngine
+from rsft_hf.engines.base import Engine
+from rsft_hf.engines.continuous import ContinuousEngine
+from rsft_hf.engines.generate import GenerateEngine
+from rsft_hf.engines.inflight.engine import InFlightEngine
 
 logger = logging.get_logger(__name__)
 
@@ -19,6 +19,7 @@ _BY_NAME: dict[str, Callable[[], Engine]] = {
     "generate": GenerateEngine,
     "continuous": ContinuousEngine,
 }
+
 NAMES = tuple(_BY_NAME)
 
 

@@ -13,10 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from transformers.utils import is_peft_available
-
-from rsft_hf.generative.engines.endpoint_terms import check_url
 
 WeightsHandOver = Callable[[Any], None]
 
@@ -223,3 +222,17 @@ def _active_adapter(model: Any) -> str | None:
             "them active, by model.set_adapter(name)."
         )
     return str(model.active_adapters[0])
+
+
+def check_url(name: str, url: Any) -> None:
+    """Raises if an address cannot be asked for anything.
+
+    Raises:
+        TypeError: If it is no text.
+        ValueError: If it lacks http:// or https://, or a host.
+    """
+    if not isinstance(url, str):
+        raise TypeError(f"`{name}`={url!r} must be text such as 'http://localhost:8000/v1'.")
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"`{name}`={url!r} is no address of a server. Write it as 'http://localhost:8000/v1'.")

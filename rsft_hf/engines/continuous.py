@@ -19,17 +19,18 @@ import transformers
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.utils import logging
 
-from rsft_hf.generative.engines.allowed import refuse_settings
-from rsft_hf.generative.engines.completing import complete, prompts_in_order, whole_sequence, with_log_p
-from rsft_hf.generative.engines.engine import GeneratedSequence, GenerationRequest, check_request
-from rsft_hf.generative.settings import context_length
+from rsft_hf.engines.base import GeneratedSequence, GenerationRequest, check_request
+from rsft_hf.engines.completion import complete, prompts_in_order, whole_sequence, with_log_p
+from rsft_hf.engines.generation_config import context_length, refuse_settings
 from rsft_hf.isolation import forked_rng, in_evaluation_mode
 
 logger = logging.get_logger(__name__)
 
 # Older versions generate forked candidates and leave them out of what they return (seen in 5.17, right in 5.23).
 _FORKS = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 23)
+
 _PAGE = 256  # tokens of a page of the cache; the library's default
+
 _SHARE_TO_FILL = 0.8  # it admits nothing while less than 15 % of the pages is free
 
 

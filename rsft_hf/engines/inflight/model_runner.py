@@ -1,10 +1,15 @@
 """How a model reads prompts and takes a step for the candidates in flight: decoder-only, and encoder-decoder.
 
 Prompts as token ids enter; scores of the next token leave, and keys and values that a slot cache can hold.
+
+Positions of rows of different ages in decoders that take them from the length of the cache, the same for all rows.
+
+The decoders of BART, Marian, M2M100 and their kin have a module `embed_positions`, and no argument for positions.
 """
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +17,8 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from rsft_hf.generative.engines.positions import row_positions
-from rsft_hf.generative.engines.slots import CrossSlotCache, SlotCache
+from rsft_hf.engines.inflight.kv_cache import CrossSlotCache, SlotCache
+from rsft_hf.engines.sampling import pad_prompts
 
 States = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -198,23 +203,6 @@ class EncoderDecoderReader:
         return outputs.logits[:, -1]
 
 
-def pad_prompts(
-    prompts: Sequence[Sequence[int]], pad_token_id: int, device: Any, is_left: bool
-) -> dict[str, torch.Tensor]:
-    """Returns `input_ids` and `attention_mask`, shape (prompts, longest), int64.
-
-    Decoder-only models continue from the right end, so they are padded on the left; encoders on the right.
-    """
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        place = slice(width - len(prompt), width) if is_left else slice(0, len(prompt))
-        ids[row, place] = torch.tensor(list(prompt), dtype=torch.long)
-        mask[row, place] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
 def _mask(lengths: torch.Tensor, width: int) -> torch.Tensor:
     """1 for the columns of each row, which end together, shape (rows, width), int64."""
     return (torch.arange(width, device=lengths.device) >= width - lengths[:, None]).long()
@@ -222,3 +210,55 @@ def _mask(lengths: torch.Tensor, width: int) -> torch.Tensor:
 
 def _states(cache: Any) -> States:
     return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+@contextlib.contextmanager
+def row_positions(model: Any, positions: torch.Tensor) -> Iterator[None]:
+    """Gives each row its own position while the block runs; decoders with relative positions are left as they are.
+
+    Args:
+        model: Encoder-decoder.
+        positions: Of each row's token, shape (rows,), int64.
+    """
+    embedding = dict(model.get_decoder().named_children()).get("embed_positions")
+    names = [] if embedding is None else list(inspect.signature(embedding.forward).parameters)
+    with contextlib.ExitStack() as hooks:
+        if embedding is not None and "position_ids" in names:
+            hooks.enter_context(_as_one_sequence(embedding, positions))
+        elif embedding is not None and "past_key_values_length" in names:
+            hooks.enter_context(_one_by_one(embedding, positions))
+        yield
+
+
+@contextlib.contextmanager
+def _as_one_sequence(embedding: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
+    """Embeds the positions of the rows as those of one sequence would be, then gives each row its own."""
+    signature = inspect.signature(embedding.forward)
+
+    def replace(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments["position_ids"] = positions
+        return bound.args, bound.kwargs
+
+    def separate(_: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.reshape(len(positions), 1, -1)
+
+    with embedding.register_forward_pre_hook(replace, with_kwargs=True), embedding.register_forward_hook(separate):
+        yield
+
+
+@contextlib.contextmanager
+def _one_by_one(embedding: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
+    """Embeds as often as there are different positions, each time as if the cache were that long."""
+    signature = inspect.signature(embedding.forward)
+
+    def embed(_: Any, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+        bound, rows = signature.bind(*args, **kwargs), output.expand(len(positions), 1, -1).clone()
+        for position in positions.unique().tolist():
+            bound.arguments["past_key_values_length"] = position
+            here = positions == position
+            rows[here] = embedding.forward(*bound.args, **bound.kwargs).expand_as(rows)[here]
+        return rows
+
+    with embedding.register_forward_hook(embed, with_kwargs=True):
+        yield

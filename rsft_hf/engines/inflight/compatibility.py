@@ -11,12 +11,17 @@ from typing import Any
 
 import torch
 
-from rsft_hf.generative.engines.engine import GeneratedSequence, GenerationRequest
-from rsft_hf.generative.engines.flight import Flight
-from rsft_hf.generative.settings import context_length
+from rsft_hf.engines.base import GeneratedSequence, GenerationRequest
+from rsft_hf.engines.generate import _CRITERIA, reason_to_go_alone, reason_to_stay
+from rsft_hf.engines.generation_config import context_length
+from rsft_hf.engines.inflight.scheduler import Flight
+from rsft_hf.engines.model_access import _is_peft
+from rsft_hf.engines.sampling import Prepared
 
 _PROMPT_LENGTHS, _LIMITS = (3, 12, 1, 7, 5), (6, 2, 7, 3, 5)  # rows of many ages; the last ones enter among others
+
 _MOST_TOKENS, _SLOTS = max(_LIMITS), 3
+
 # Nats: float32 in another batch shape is off by 1e-5. Where it is multiplied as TF32, and in half precision, by up to a
 # tenth, on average by a hundredth: there the bound is three times what rows alone in slots are off by.
 _EXACT, _MOST, _LEAST_MEAN, _TIMES = 1e-3, 0.5, 5e-3, 3.0
@@ -120,3 +125,32 @@ def _difference(
         logits = model(input_ids=whole, attention_mask=torch.ones_like(whole)).logits[0, len(prompt) - 1 : -1]
     values = logits.float().log_softmax(-1).gather(1, answer[:, None]).squeeze(1)
     return values.cpu() - torch.as_tensor(one.log_p)
+
+
+def reason_against(model: Any, request: GenerationRequest, prepared: Prepared | None = None) -> str | None:
+    """Returns why the request cannot be generated in slots, None if it can.
+
+    Args:
+        model: May carry adapters.
+        request: What is asked for.
+        prepared: What `generate` made of it; without it only what the configuration says is looked at.
+    """
+    config = request.generation_config
+    if (config.num_beams or 1) > 1:
+        return f"num_beams={config.num_beams} searches beams"
+    if config.token_healing:
+        return "token_healing changes the prompts"
+    if _learns_prompts(model):
+        return "its adapter puts learned tokens before the prompt"
+    if reason := reason_to_go_alone(model, request):
+        return reason
+    if prepared is None:
+        return None
+    for criterion in prepared.criteria:
+        if type(criterion) not in _CRITERIA:
+            return f"{type(criterion).__name__} looks at more than one candidate"
+    return reason_to_stay(prepared.processors, prepared.model_kwargs)
+
+
+def _learns_prompts(model: Any) -> bool:
+    return _is_peft(model) and bool(model.active_peft_config.is_prompt_learning)

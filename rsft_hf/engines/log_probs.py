@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, generation
 
-from rsft_hf.generative.engines.chains import counts_tokens
-from rsft_hf.generative.engines.preparation import Prepared, prepare_inputs
-from rsft_hf.generative.engines.readers import pad_prompts
+from rsft_hf.engines.sampling import Prepared, counts_tokens, pad_prompts, prepare_inputs
 
 LogProbabilities = tuple[torch.Tensor | None, torch.Tensor]
 

@@ -1,0 +1,1 @@
+"""In-flight (continuous) batching over a slot KV cache."""
