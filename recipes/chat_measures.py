@@ -13,9 +13,10 @@ from transformers import GenerationConfig, TrainerCallback
 
 from rsft_hf.engines.generate import GenerateEngine
 from rsft_hf.engines.generation_config import sampling_config
+from rsft_hf.generative.candidates import PromptSet
 from rsft_hf.generative.encoding import Encoder
-from rsft_hf.generative.stages import Generator, PromptSet, Sampling
-from rsft_hf.generative.statistics import distinct_n
+from rsft_hf.generative.generation import Generator, Sampling
+from rsft_hf.generative.metrics import distinct_n
 from rsft_hf.rewards.functions import RewardFunctions
 from rsft_hf.rewards.reference_rewards import ChrfReward
 

@@ -22,7 +22,6 @@ from rsft_hf.engines.endpoint.weight_sync import SaveAndReload
 from rsft_hf.engines.generate import GenerateEngine
 from rsft_hf.engines.inflight.engine import InFlightEngine
 from rsft_hf.engines.vllm import VLLMEngine
-from rsft_hf.generative.again import accept_again, score_again
 from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.exports import export_dpo, export_kto, export_sft, load_candidates
 from rsft_hf.generative.filters import (
@@ -35,6 +34,7 @@ from rsft_hf.generative.filters import (
     Satisfies,
 )
 from rsft_hf.generative.resampler import CandidateResampler
+from rsft_hf.generative.rescoring import accept_again, score_again
 from rsft_hf.rejection import (
     accept_once,
     acceptance_probabilities,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rsft_hf.acceptance import CandidateBatch, TopKPerPrompt
-from rsft_hf.generative.statistics import candidate_metrics, correlation, distinct_n, frac_reward_zero_std, pass_at_k
+from rsft_hf.generative.metrics import candidate_metrics, correlation, distinct_n, frac_reward_zero_std, pass_at_k
 from rsft_hf.rejection import effective_sample_size, effective_sample_size_from_logs
 
 NAN = math.nan

@@ -10,7 +10,7 @@ from generative_runs import resampler, round_dir, stored, trained, trainer
 from rsft_hf.engines.endpoint.engine import EndpointEngine
 from rsft_hf.engines.endpoint.weight_sync import SaveAndReload
 from rsft_hf.engines.vllm import VLLMEngine
-from rsft_hf.generative.likelihood import completion_log_probabilities
+from rsft_hf.generative.generation import completion_log_probabilities
 
 pytest.importorskip("openai", reason="the extra `endpoint` is not installed")
 

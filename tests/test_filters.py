@@ -5,7 +5,6 @@ import time
 import pytest
 
 from rsft_hf.generative.candidates import Candidate
-from rsft_hf.generative.equations import solution_equations
 from rsft_hf.generative.filters import (
     Deduplicate,
     LengthRange,
@@ -14,6 +13,7 @@ from rsft_hf.generative.filters import (
     RejectRepetition,
     RejectTruncated,
     Satisfies,
+    solution_equations,
 )
 
 

@@ -10,7 +10,7 @@ import transformers as hf
 from rsft_hf.engines.auto import choose_engine
 from rsft_hf.engines.generate import GenerateEngine
 from rsft_hf.generative.encoding import Encoder
-from rsft_hf.generative.likelihood import completion_log_probabilities
+from rsft_hf.generative.generation import completion_log_probabilities
 
 NUM_PROMPTS, NUM_CANDIDATES = 5, 3
 

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.encoding import IGNORED, Encoder, RowCollator
-from rsft_hf.generative.stages import encode_candidates
+from rsft_hf.generative.training_rows import encode_candidates
 
 A, B, C = g.A, g.A + 1, g.A + 2
 USER, ASSISTANT, THINK = (g.WORDS.index(word) for word in ("user", "assistant", "think"))

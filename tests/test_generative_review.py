@@ -16,11 +16,11 @@ from generative_runs import NUM_PROMPTS, CountingEngine, logged, resampler, stor
 from rsft_hf import RandomLike, RejectionSamplingSeq2SeqTrainer, Threshold
 from rsft_hf.generative.candidates import Candidate, CandidateStore
 from rsft_hf.generative.encoding import Encoder
-from rsft_hf.generative.likelihood import completion_log_probabilities
-from rsft_hf.generative.pool import CandidatePool, draw_rows
-from rsft_hf.generative.refusals import refuse_arguments
-from rsft_hf.generative.round_metrics import round_metrics
+from rsft_hf.generative.generation import completion_log_probabilities
+from rsft_hf.generative.metrics import round_metrics
 from rsft_hf.generative.selection import COLUMNS, RoundTable
+from rsft_hf.generative.training_rows import CandidatePool, draw_rows
+from rsft_hf.generative.validation import refuse_arguments
 
 NAMED = "{% for m in messages %}{{ '<|im_start|> ' + m['name'] + ' ' + m['content'] + ' <|im_end|> ' }}{% endfor %}"
 

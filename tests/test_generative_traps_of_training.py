@@ -7,7 +7,7 @@ import transformers as hf
 from rsft_hf.acceptance import Threshold, TopKPerPrompt
 from rsft_hf.engines.generate import GenerateEngine
 from rsft_hf.generative.encoding import Encoder, RowCollator
-from rsft_hf.generative.likelihood import completion_log_probabilities
+from rsft_hf.generative.generation import completion_log_probabilities
 from rsft_hf.rewards import BleuReward, MetricReward
 
 

@@ -14,7 +14,7 @@ from generative_runs import CountingEngine, resampler, trained, trainer
 from sharded_runs import with_adapter
 
 from rsft_hf.engines.base import Engine, EngineWithWeights
-from rsft_hf.generative.facts import model_fingerprint
+from rsft_hf.generative.round_cache import model_fingerprint
 
 
 class Server(CountingEngine):

@@ -11,7 +11,7 @@ from test_generate_engine import check_log_probs, cut
 from rsft_hf.engines.generate import GenerateEngine
 from rsft_hf.engines.inflight.engine import InFlightEngine
 from rsft_hf.generative.encoding import Encoder
-from rsft_hf.generative.likelihood import completion_log_probabilities
+from rsft_hf.generative.generation import completion_log_probabilities
 
 NUM_CANDIDATES = 3
 

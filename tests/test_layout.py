@@ -82,6 +82,10 @@ def own_imports(file: str) -> set[str]:
     return {found for module in modules if module.split(".")[0] == "rsft_hf" and (found := module_file(module))}
 
 
+def test_every_file_and_folder_of_the_package_has_a_layer():
+    assert {file.split("/")[0] for file in PACKAGE_FILES} == set(LAYER_OF), "give each new file or folder its layer"
+
+
 @pytest.mark.parametrize("file", PACKAGE_FILES)
 def test_imports_go_down_the_layers(file):
     above = {other for other in own_imports(file) if layer_of(other) > layer_of(file)}

@@ -23,7 +23,7 @@ from generative_runs import (
 
 from rsft_hf import Threshold, TopKPerPrompt, load_candidates
 from rsft_hf.generative.candidates import Candidate, CandidateStore
-from rsft_hf.generative.facts import code_digest
+from rsft_hf.generative.round_cache import code_digest
 
 # A user's file: a set in the code, and a function inside the function.
 REWARD = """

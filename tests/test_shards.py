@@ -4,7 +4,7 @@ import generators as g
 import pytest
 
 from rsft_hf.engines.generate import GenerateEngine
-from rsft_hf.generative.shards import mean_lengths, own_shards
+from rsft_hf.generative.rounds import mean_lengths, own_shards
 
 
 def shares(num_prompts: int, num_processes: int, lengths: dict, prompt_ids=None) -> list[list[tuple[int, list[int]]]]:

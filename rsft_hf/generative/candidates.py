@@ -18,7 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 STAGES = ("generated", "scored", "judged")
+
 MANIFEST = "manifest.json"
+
 _STAGE_KEY = b"rsft_hf.stage"
 
 Prompt = str | list[dict[str, str]]
@@ -85,6 +87,7 @@ class Candidate:
 
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
 _PLAIN_COLUMNS = {
     "prompt_id": pa.int64(),
     "attempt": pa.int32(),
@@ -205,3 +208,24 @@ def _from_row(row: Mapping[str, Any], reward_names: Sequence[str]) -> Candidate:
         extras=json.loads(row["extras"]) if row["extras"] else {},
         rewards={name: row.get(f"rewards/{name}") for name in reward_names},
     )
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of a data set, and its other columns, by row.
+
+    Attributes:
+        dataset: Rows that are mappings, with a length and random access.
+        column: Name of the column with the prompts.
+    """
+
+    dataset: Any
+    column: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def row(self, prompt_id: int) -> tuple[Prompt, dict[str, Any]]:
+        """Returns a prompt and the other columns of its row."""
+        row = dict(self.dataset[prompt_id])
+        return row.pop(self.column), row

@@ -7,22 +7,30 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import EvalPrediction
+from transformers.utils import logging
 
 from rsft_hf.distributed import FailTogether, gather_lists
+from rsft_hf.engines.base import check_engine
 from rsft_hf.engines.generation_config import held_out_config
-from rsft_hf.generative.candidates import Candidate
-from rsft_hf.generative.stages import Generator, PromptSet, Sampling, score_candidates
-from rsft_hf.generative.statistics import distinct_n
+from rsft_hf.generative.candidates import Candidate, PromptSet
+from rsft_hf.generative.generation import Generator, Sampling
+from rsft_hf.generative.metrics import distinct_n
+from rsft_hf.generative.selection import score_candidates
+from rsft_hf.generative.validation import column_names, prompt_set, refuse_long_prompts
 from rsft_hf.rewards.functions import RewardFunctions
 
 if TYPE_CHECKING:
     from rsft_hf.generative.resampler import CandidateResampler
 
+logger = logging.get_logger(__name__)
+
 _ROUND = -1  # names streams that no round draws from: every evaluation draws the same numbers
+
 _PROMPTS_AT_ONCE = 64
 
 
@@ -92,3 +100,30 @@ def _plain(value: Any) -> Any:
 def _mean(values: Sequence[float | None]) -> float:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else math.nan
+
+
+def look_at_evaluation(options: "CandidateResampler", evaluation: Any, prompts: PromptSet, policy: Generator) -> None:
+    """Checks what held-out prompts are to be generated with, and warns if one of them is trained on.
+
+    Raises:
+        TypeError: If `eval_generation_config` is no GenerationConfig.
+        ValueError: If a column is missing, the model cannot read a prompt, or the engine cannot generate so.
+    """
+    named = evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
+    known = {repr(prompts.row(row)[0]) for row in range(len(prompts))}
+    config = held_out_config(options, policy.model, policy.encoder.tokenizer)
+    for name, dataset in named.items():
+        is_readable = not isinstance(dataset, (torch.utils.data.IterableDataset, datasets.IterableDataset))
+        if is_readable and len(dataset) and options.prompt_column not in column_names(dataset):
+            continue  # encoded rows, for the trainer's own evaluation
+        held_out = prompt_set(dataset, options, name, is_trained_on=False)
+        if options.eval_functions is not None:
+            options.eval_functions.check([column for column in column_names(dataset) if column != held_out.column])
+        refuse_long_prompts(held_out, policy.encoder, policy.model, config.max_new_tokens)
+        check_engine(policy.engine, policy.model, config)
+        shared = [row for row in range(len(held_out)) if repr(held_out.row(row)[0]) in known]
+        if shared:
+            logger.warning(
+                f"`{name}` holds {len(shared)} prompts that are trained on too (the first in row {shared[0]}): its "
+                "figures are not held out. Take them out of one of the two."
+            )

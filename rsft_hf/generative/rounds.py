@@ -4,34 +4,72 @@
     -> the main process judges the whole round -> prompts in need of another attempt? once more -> verdicts written
 
 Every shard is the work of one process, and holds the same candidates whichever process that is.
+
+The weights that a round's training starts from: a snapshot of those the run began with.
+
+A model enters; its trainable parameters are written once, and put back whenever a round starts from the base.
+
+What a run needs before its first round: parts taken from the trainer, and refusals while nothing is lost.
+
+A trainer and the resampler's options enter, the prompts, the generators and the runner leave.
+
+Which process generates what: shards of prompts, shared out by the tokens they are expected to take.
+
+Prompts and the lengths of earlier candidates enter, the shards of one process leave. The shards themselves depend on
+the prompts alone, so that any number of processes can go on with them.
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
+import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.utils import logging
 
 from rsft_hf.distributed import FailTogether, object_from_main
-from rsft_hf.generative.candidates import CandidateStore
-from rsft_hf.generative.effort import Effort
-from rsft_hf.generative.emptiness import explain_empty_round
-from rsft_hf.generative.facts import stable_repr
-from rsft_hf.generative.reopening import open_round
-from rsft_hf.generative.round_metrics import round_metrics
-from rsft_hf.generative.selection import ACCEPTED, COLUMNS, RoundTable, SelectionRules, judge, prompts_in_need
-from rsft_hf.generative.shards import mean_lengths, own_shards
-from rsft_hf.generative.stages import (
+from rsft_hf.engines.auto import choose_engine
+from rsft_hf.engines.base import check_engine
+from rsft_hf.engines.generation_config import in_force, sampling_config
+from rsft_hf.engines.model_access import refuse_unmergeable, unwrapped
+from rsft_hf.generative.candidates import CandidateStore, PromptSet
+from rsft_hf.generative.encoding import Encoder, Row
+from rsft_hf.generative.evaluation import evaluate_prompts, look_at_evaluation
+from rsft_hf.generative.generation import (
     Generator,
-    PromptSet,
     Sampling,
+    evaluation_engine,
+    hand_over,
+    log_probs_of_engine,
+    ready,
+    reference_opener,
+)
+from rsft_hf.generative.metrics import Effort, explain_empty_round, round_metrics
+from rsft_hf.generative.round_cache import keeps_answers, model_fingerprint, open_round, round_facts
+from rsft_hf.generative.selection import (
+    ACCEPTED,
+    COLUMNS,
+    RoundTable,
+    SelectionRules,
     filter_candidates,
-    reference_candidate,
+    judge,
+    prompts_in_need,
     score_candidates,
+    stable_repr,
+)
+from rsft_hf.generative.training_rows import _supervised_rows, reference_candidate
+from rsft_hf.generative.validation import (
+    prompt_set,
+    refuse_arguments,
+    refuse_long_prompts,
+    refuse_model,
+    refuse_other_vocabulary,
 )
 
 if TYPE_CHECKING:
@@ -227,3 +265,185 @@ class RoundRunner:
                     candidate.rule = reasons.get(verdict, candidate.rule)
                 store.write(path, candidates, "judged")
             start += size
+
+
+def save_base(model: torch.nn.Module, path: Path) -> None:
+    """Writes the trainable parameters: of a PEFT model its adapter."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".incomplete")
+    save_file({name: values.detach().cpu().contiguous().clone() for name, values in _trainable(model).items()}, draft)
+    draft.replace(path)
+
+
+def restore_base(model: torch.nn.Module, path: Path) -> None:
+    """Puts the trainable parameters back to what `save_base` wrote.
+
+    Raises:
+        RuntimeError: If the file is absent, or belongs to other parameters.
+    """
+    if not path.is_file():
+        raise RuntimeError(f'round_start="base" finds no {path}, which the first round writes. Begin the run anew.')
+    saved, parameters = load_file(path), _trainable(model)
+    if saved.keys() != parameters.keys():
+        raise RuntimeError(f"{path} holds other parameters than the model. Begin the run anew, in another folder.")
+    with torch.no_grad():
+        for name, values in parameters.items():
+            values.copy_(saved[name])
+
+
+def _trainable(model: torch.nn.Module) -> dict[str, Any]:
+    return {name: values for name, values in model.named_parameters() if values.requires_grad}
+
+
+@dataclass
+class Setup:
+    """The parts of one training run.
+
+    Attributes:
+        trainer: Whose run it is.
+        prompts: The prompts to train on.
+        policy: Generates with the model that is trained.
+        runner: Runs the rounds.
+        supervised: Encoded rows of the supervised data set.
+    """
+
+    trainer: Trainer
+    prompts: PromptSet
+    policy: Generator
+    runner: RoundRunner
+    supervised: list[Row]
+
+    def use_seed(self, run_seed: int) -> None:
+        """Draws candidates from another seed from here on: that of the run which a checkpoint goes on."""
+        self.runner.sampling = replace(self.runner.sampling, run_seed=run_seed)
+
+    def run_round(self, number: int, prompts_digest: str, may_be_empty: bool) -> dict[str, float]:
+        """Runs a round with the weights of this moment, and returns its figures. Collective.
+
+        Args:
+            number: Round, from 0.
+            prompts_digest: Names the prompts among the round's facts.
+            may_be_empty: Whether there is anything else to train on.
+        """
+        runner, accelerator = self.runner, self.trainer.accelerator
+        with ready(runner.options, accelerator, runner.generator, self.policy.model, hands_over=False) as generator:
+            digest = object_from_main(accelerator, model_fingerprint(generator.model))
+            facts = round_facts(runner.options, runner, prompts_digest, digest)
+            if self._has_to_generate(number, facts):
+                hand_over(accelerator, generator.engine, generator.model)
+            return replace(runner, generator=generator).run(number, facts, self.trainer.state, may_be_empty)
+
+    def _has_to_generate(self, number: int, facts: Mapping[str, Any]) -> bool:
+        """Whether candidates of a round are missing, or may come to be, as the main process has it. Collective."""
+        runner, accelerator, is_whole = self.runner, self.trainer.accelerator, False
+        with FailTogether(accelerator, f"looking for the candidates of round {number}"):
+            # A second attempt is decided on by what the first one's candidates are worth.
+            if accelerator.is_main_process and runner.options.max_attempts == 1:
+                store, count = runner.store(number), len(self.prompts)
+                stages = [store.stage(store.path(0, shard)) for shard, _ in own_shards(range(count), count, {}, 1, 0)]
+                is_whole = keeps_answers(store, facts) and None not in stages
+        return not object_from_main(accelerator, is_whole)
+
+    def evaluate(self, prompts: PromptSet) -> dict[str, float]:
+        """Returns the figures of held-out prompts, from the weights of this moment. Collective."""
+        options, accelerator = self.runner.options, self.trainer.accelerator
+        with ready(options, accelerator, self.policy, self.policy.model) as policy:
+            return evaluate_prompts(options, policy, prompts, accelerator, self.trainer)
+
+
+def set_up(options: "CandidateResampler", trainer: Trainer, run_seed: int) -> Setup:
+    """Returns the parts of a run, after having checked that they fit.
+
+    Raises:
+        ValueError: If the model, the prompts, the rewards, the engine or the trainer's arguments do not allow it.
+    """
+    refuse_arguments(options, trainer)
+    tokenizer, model = _tokenizer(trainer), unwrapped(trainer.model)
+    refuse_model(model)
+    if options.merge_adapter:
+        refuse_unmergeable(model)
+    encoder = Encoder(tokenizer, bool(model.config.is_encoder_decoder), dict(options.chat_template_kwargs or {}))
+    prompts = prompt_set(trainer.train_dataset, options, "train_dataset")
+    proposal = model if options.proposal_model is None else options.proposal_model
+    refuse_model(proposal)
+    if proposal is not model:
+        proposal.to(trainer.args.device)
+        refuse_other_vocabulary(proposal, model)
+    if options.on_nothing_accepted == "reference":
+        reference_candidate(prompts, 0, options.reference_column, encoder)  # a template it does not fit fails here
+    config = sampling_config(options.generation_config, proposal, tokenizer)
+    logger.info(f"Candidates are sampled with {in_force(config)}.")
+    refuse_long_prompts(prompts, encoder, proposal, config.max_new_tokens)
+    engine, surroundings = choose_engine(options.engine, model), trainer.accelerator.autocast
+    check_engine(engine, proposal, config, log_probs_of_engine(options))
+    for functions in (options.functions, options.eval_functions):
+        if functions is not None:
+            functions.to(trainer.args.device)
+    policy = Generator(model, encoder, evaluation_engine(engine, model, proposal is not model), surroundings)
+    if trainer.eval_dataset is not None:
+        look_at_evaluation(options, trainer.eval_dataset, prompts, policy)
+    reference = reference_opener(options.reference_model, model, trainer.args.device)
+    generator = Generator(proposal, encoder, engine, surroundings, reference)
+    sampling = Sampling(config, options.num_candidates, run_seed, with_log_probs=options.with_log_probs)
+    is_conversational = not isinstance(prompts.row(0)[0], str)
+    directory = Path(trainer.args.output_dir) / "candidates"
+    runner = RoundRunner(options, trainer.accelerator, generator, prompts, sampling, directory, is_conversational)
+    return Setup(trainer, prompts, policy, runner, _supervised_rows(options, encoder))
+
+
+def _tokenizer(trainer: Trainer) -> PreTrainedTokenizerBase:
+    tokenizer = trainer.processing_class
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"`processing_class` is {type(tokenizer).__name__}; generating needs the model's tokenizer. Pass "
+            "processing_class=AutoTokenizer.from_pretrained(...)."
+        )
+    return tokenizer
+
+
+_MOST_PROMPTS_PER_SHARD, _FEWEST_SHARDS = 64, 4
+
+
+def mean_lengths(store: CandidateStore) -> dict[int, float]:
+    """Returns the mean number of tokens of each prompt's candidates in a round, by prompt; empty if there is none."""
+    columns = store.columns(("prompt_id", "num_tokens"))
+    lengths = defaultdict(list)
+    for prompt_id, num_tokens in zip(*columns.values(), strict=True):
+        lengths[prompt_id].append(num_tokens)
+    return {prompt_id: sum(values) / len(values) for prompt_id, values in lengths.items()}
+
+
+def own_shards(
+    prompt_ids: Sequence[int],
+    num_prompts: int,
+    expected_lengths: Mapping[int, float],
+    num_processes: int,
+    process_index: int,
+) -> list[tuple[int, Sequence[int]]]:
+    """Returns number and prompts of each shard that is this process's work, in order of number.
+
+    The shard with the most expected tokens goes to the process that has the fewest so far, and so on.
+
+    Args:
+        prompt_ids: Prompts to generate for, in order.
+        num_prompts: Prompts of the data set, which decide how large a shard is.
+        expected_lengths: Tokens of a candidate of each prompt, where they are known; equal on all processes.
+        num_processes: Processes of the run.
+        process_index: This process.
+
+    Example:
+        >>> lengths = {prompt: 9.0 if prompt < 2 else 1.0 for prompt in range(8)}
+        >>> [[number for number, _ in own_shards(range(8), 8, lengths, 2, process)] for process in range(2)]
+        [[0], [1, 2, 3]]
+    """
+    size = max(1, min(_MOST_PROMPTS_PER_SHARD, num_prompts // _FEWEST_SHARDS))
+    shards = [prompt_ids[start : start + size] for start in range(0, len(prompt_ids), size)]
+    usual = sum(expected_lengths.values()) / len(expected_lengths) if expected_lengths else 1.0
+    tokens = [sum(expected_lengths.get(prompt, usual) for prompt in shard) for shard in shards]
+    shares, own = [0.0] * num_processes, list[int]()
+    for number in sorted(range(len(shards)), key=lambda number: (-tokens[number], number)):
+        process = shares.index(min(shares))
+        shares[process] += tokens[number]
+        if process == process_index:
+            own.append(number)
+    return [(number, shards[number]) for number in sorted(own)]

@@ -5,7 +5,9 @@ rules draw from seeded generators, so one process decides and the others are tol
 """
 
 import functools
+import hashlib
 import math
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +17,20 @@ import torch
 from rsft_hf.acceptance import Acceptance, CandidateBatch, RandomLike, RandomPerPrompt
 from rsft_hf.acceptance import Sequence as RuleSequence
 from rsft_hf.engines.random_streams import candidate_seed, verdict_uniforms
+from rsft_hf.generative.candidates import Candidate
+from rsft_hf.generative.filters import Deduplicate, Filter
+from rsft_hf.isolation import forked_rng
+from rsft_hf.rewards.functions import RewardFunctions, Scores
 
 COLUMNS = (
     "prompt_id", "attempt", "candidate", "reward", "log_q", "log_p", "num_tokens", "seed", "verdict", "duplicate_key",
     "finish_reason",
 )  # fmt: skip
+
 VERDICTS = ("accepted", "rejected", "filtered", "duplicate", "unjudged", "fallback")
+
 ACCEPTED = ("accepted", "fallback")
+
 _NO_PROMPT = -1  # names the stream of the rules, which belong to no prompt
 
 
@@ -189,3 +198,52 @@ def _is_random(rule: Acceptance) -> bool:
     if isinstance(rule, RuleSequence):
         return any(_is_random(one) for one in rule.rules)
     return isinstance(rule, (RandomPerPrompt, RandomLike))
+
+
+def filter_candidates(candidates: Sequence[Candidate], filters: Sequence[Filter], dedup: Deduplicate | None) -> None:
+    """Marks the candidates that a filter refuses, and gives the others the key by which duplicates are told."""
+    for candidate in candidates:
+        refusing = next((rule for rule in filters if not rule(candidate)), None)
+        if refusing is not None:
+            candidate.verdict, candidate.rule, candidate.is_accepted = "filtered", repr(refusing), False
+        elif dedup is not None:
+            key = dedup.key_of(candidate)
+            candidate.duplicate_key = None if key is None else hashlib.blake2b(repr(key).encode()).hexdigest()[:32]
+
+
+def score_candidates(
+    candidates: Sequence[Candidate], functions: RewardFunctions, trainer_state: Any = None, seed: int = 0
+) -> Scores:
+    """Scores the candidates that no filter refused, in place, and returns what the functions said.
+
+    Args:
+        candidates: With the other columns of their prompts in `row`.
+        functions: The reward functions.
+        trainer_state: Handed to them.
+        seed: Of the global generators while they run; those of training stay as they were.
+    """
+    kept = [candidate for candidate in candidates if candidate.verdict != "filtered"]
+    names = list(kept[0].row) if kept else []
+    columns = {name: [candidate.row[name] for candidate in kept] for name in names}
+    with forked_rng(seed):
+        scores = functions(
+            [candidate.prompt for candidate in kept],
+            [candidate.completion for candidate in kept],
+            [candidate.token_ids for candidate in kept],
+            columns,
+            trainer_state,
+        ) if kept else Scores(torch.zeros(0, dtype=torch.float64), {})  # fmt: skip
+    for row, candidate in enumerate(kept):
+        candidate.reward = _number(scores.rewards[row])
+        candidate.rewards = {name: _number(values[row]) for name, values in scores.by_function.items()}
+        candidate.extras = {name: values[row] for name, values in scores.extras.items()}
+    return scores
+
+
+def _number(value: torch.Tensor) -> float | None:
+    return None if bool(value.isnan()) else float(value)
+
+
+def stable_repr(rule: Any) -> str:
+    """Returns the repr of a rule without the addresses of functions in it, which differ from run to run."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(rule))

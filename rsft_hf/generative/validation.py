@@ -11,15 +11,13 @@ from accelerate.utils import DistributedType
 from transformers import DataCollatorForLanguageModeling, Trainer
 from transformers.utils import logging
 
-from rsft_hf.engines.base import check_engine
-from rsft_hf.engines.generation_config import context_length, held_out_config
+from rsft_hf.engines.generation_config import context_length
 from rsft_hf.engines.model_access import is_sharded
+from rsft_hf.generative.candidates import PromptSet
 from rsft_hf.generative.encoding import Encoder
-from rsft_hf.generative.stages import Generator, PromptSet
 
 if TYPE_CHECKING:
-    from rsft_hf.generative.by_hand import StagesByHand
-    from rsft_hf.generative.resampler import CandidateResampler
+    from rsft_hf.generative.resampler import CandidateResampler, StagesByHand
 
 logger = logging.get_logger(__name__)
 
@@ -180,31 +178,4 @@ def refuse_long_prompts(prompts: PromptSet, encoder: Encoder, model: Any, max_ne
                 + (f", which with `max_new_tokens`={reserved} is more" if reserved else ", more")
                 + f" than the model's {limit} positions. Shorten or drop such prompts"
                 + (", or lower `max_new_tokens`." if reserved else ".")
-            )
-
-
-def look_at_evaluation(options: "CandidateResampler", evaluation: Any, prompts: PromptSet, policy: Generator) -> None:
-    """Checks what held-out prompts are to be generated with, and warns if one of them is trained on.
-
-    Raises:
-        TypeError: If `eval_generation_config` is no GenerationConfig.
-        ValueError: If a column is missing, the model cannot read a prompt, or the engine cannot generate so.
-    """
-    named = evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
-    known = {repr(prompts.row(row)[0]) for row in range(len(prompts))}
-    config = held_out_config(options, policy.model, policy.encoder.tokenizer)
-    for name, dataset in named.items():
-        is_readable = not isinstance(dataset, (torch.utils.data.IterableDataset, datasets.IterableDataset))
-        if is_readable and len(dataset) and options.prompt_column not in column_names(dataset):
-            continue  # encoded rows, for the trainer's own evaluation
-        held_out = prompt_set(dataset, options, name, is_trained_on=False)
-        if options.eval_functions is not None:
-            options.eval_functions.check([column for column in column_names(dataset) if column != held_out.column])
-        refuse_long_prompts(held_out, policy.encoder, policy.model, config.max_new_tokens)
-        check_engine(policy.engine, policy.model, config)
-        shared = [row for row in range(len(held_out)) if repr(held_out.row(row)[0]) in known]
-        if shared:
-            logger.warning(
-                f"`{name}` holds {len(shared)} prompts that are trained on too (the first in row {shared[0]}): its "
-                "figures are not held out. Take them out of one of the two."
             )

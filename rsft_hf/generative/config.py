@@ -13,6 +13,7 @@ _CHOICES = {
     "on_nothing_accepted": ("raise", "skip", "best", "reference"),
     "round_start": ("last", "base", "best"),
 }
+
 _AT_LEAST = {
     "num_candidates": 1,
     "max_attempts": 1,

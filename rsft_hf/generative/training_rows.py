@@ -3,13 +3,19 @@
 Training rows enter, rows by index leave. It takes the place of the prompts in Trainer's loader.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils import logging
 
-from rsft_hf.generative.encoding import IGNORED, Row
+from rsft_hf.generative.candidates import Candidate, PromptSet
+from rsft_hf.generative.encoding import IGNORED, Encoder, Row
 from rsft_hf.rejection import rejection_sample
+
+if TYPE_CHECKING:
+    from rsft_hf.generative.resampler import CandidateResampler
 
 logger = logging.get_logger(__name__)
 
@@ -89,3 +95,65 @@ def draw_rows(
             f"{num_draws} draws. Accept more of the candidates, or lower `num_draws`."
         )
     return indices
+
+
+def encode_candidates(candidates: Iterable[Candidate], encoder: Encoder, prompts: PromptSet | None = None) -> list[Row]:
+    """Returns the training rows of the accepted among the candidates, in their order.
+
+    Args:
+        candidates: Judged.
+        encoder: Knows the model's tokens.
+        prompts: Where the prompts come from; a stored one may lack fields of its messages. None takes the candidates'.
+    """
+    prompt_ids: dict[int, list[int]] = {}
+    rows = []
+    for candidate in candidates:
+        if candidate.is_accepted:
+            if candidate.prompt_id not in prompt_ids:
+                prompt = candidate.prompt if prompts is None else prompts.row(candidate.prompt_id)[0]
+                prompt_ids[candidate.prompt_id] = encoder.prompt_ids(prompt)
+            rows.append(encoder.training_row(prompt_ids[candidate.prompt_id], candidate.token_ids))
+    return rows
+
+
+def reference_candidate(prompts: PromptSet, prompt_id: int, column: str, encoder: Encoder) -> Candidate:
+    """Returns the reference answer of a prompt as an accepted candidate, marked as what it is."""
+    prompt, row = prompts.row(prompt_id)
+    reference = row[column]
+    if not reference:
+        raise ValueError(f"Row {prompt_id} has no reference in the column {column!r}. Give one, or drop the row.")
+    if isinstance(reference, list) and isinstance(reference[0], str):
+        reference = reference[0]  # several references: the first
+    ids = encoder.completion_ids(prompt, reference)
+    text = reference if isinstance(reference, str) else encoder.text(ids)
+    return dataclasses.replace(
+        Candidate(prompt_id, prompt, ids, text, "reference", attempt=-1, index=-1),
+        is_accepted=True,
+        verdict="fallback",
+        rule='on_nothing_accepted="reference"',
+    )
+
+
+def _supervised_rows(options: "CandidateResampler", encoder: Encoder) -> list[Row]:
+    rows = []
+    for number in range(0 if options.supervised_dataset is None else len(options.supervised_dataset)):
+        row = options.supervised_dataset[number]
+        if "input_ids" in row and "labels" in row:
+            rows.append(
+                {
+                    "input_ids": list(row["input_ids"]),
+                    "attention_mask": list(row.get("attention_mask", [1] * len(row["input_ids"]))),
+                    "labels": list(row["labels"]),
+                }
+            )
+        elif options.prompt_column in row and "completion" in row:
+            prompt = row[options.prompt_column]
+            rows.append(
+                encoder.training_row(encoder.prompt_ids(prompt), encoder.completion_ids(prompt, row["completion"]))
+            )
+        else:
+            raise ValueError(
+                f"Row {number} of `supervised_dataset` has the columns {list(row)}. It needs {options.prompt_column!r} "
+                "and 'completion', or 'input_ids' and 'labels'."
+            )
+    return rows

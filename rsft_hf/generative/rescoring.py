@@ -10,12 +10,19 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from rsft_hf.acceptance import Acceptance, check_acceptance
-from rsft_hf.generative.candidates import CandidateStore
-from rsft_hf.generative.facts import stable_repr
+from rsft_hf.generative.candidates import CandidateStore, PromptSet
 from rsft_hf.generative.filters import Deduplicate, Filter
-from rsft_hf.generative.refusals import column_names
-from rsft_hf.generative.selection import ACCEPTED, COLUMNS, RoundTable, SelectionRules, judge
-from rsft_hf.generative.stages import PromptSet, filter_candidates, score_candidates
+from rsft_hf.generative.selection import (
+    ACCEPTED,
+    COLUMNS,
+    RoundTable,
+    SelectionRules,
+    filter_candidates,
+    judge,
+    score_candidates,
+    stable_repr,
+)
+from rsft_hf.generative.validation import column_names
 from rsft_hf.rewards.functions import RewardFunctions
 
 

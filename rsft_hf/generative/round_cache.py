@@ -1,24 +1,34 @@
 """What the candidates of a round depend on, as values that can be written down and compared.
 
 A model and the options enter, JSON values leave. Candidates of one set of facts are never mixed with those of another.
+
+What of an earlier run's round can be used: all of it, its answers without their scores, or nothing.
+
+The store of a round and its facts enter; the store is left ready to go on. Whatever is not used is put aside.
 """
 
 import functools
 import hashlib
-import re
+import shutil
 import types
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.utils import logging
 
 from rsft_hf.engines.base import engine_facts
 from rsft_hf.engines.generation_config import in_force
+from rsft_hf.generative.candidates import CandidateStore
+from rsft_hf.generative.selection import stable_repr
 
 if TYPE_CHECKING:
     from rsft_hf.generative.resampler import CandidateResampler
     from rsft_hf.generative.rounds import RoundRunner
 
 _NUM_ENCODED = 16
+
 _FIXED = (str, bytes, bool, int, float, tuple, frozenset, types.FunctionType)
 
 
@@ -120,10 +130,73 @@ def _constant(value: Any) -> str:
     return stable_repr(value)
 
 
-def stable_repr(rule: Any) -> str:
-    """Returns the repr of a rule without the addresses of functions in it, which differ from run to run."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(rule))
-
-
 def _plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str, list)) else str(value)
+
+
+logger = logging.get_logger(__name__)
+
+# What answers are scored and accepted by; all other facts are what they are generated from.
+_JUDGING = {
+    "reward_functions", "scoring", "reward_weights", "acceptance", "filters", "dedup", "attempts",
+}  # fmt: skip
+
+
+def open_round(store: CandidateStore, facts: Mapping[str, Any]) -> None:
+    """Makes the folder of a round ready: what was made from the same facts stays, all else is put aside.
+
+    Where only rewards and rules have changed, the answers of the first attempt stay, and are scored and judged anew;
+    later attempts hang on what was accepted. A round that begins anew takes the rounds after it with it.
+    """
+    earlier = store.manifest().get("facts")
+    changed = [name for name in facts if earlier is None or earlier.get(name) != facts[name]]
+    if not changed:
+        logger.info(f"Going on with the {len(store.shards())} shards in {store.directory}.")
+        return
+    if earlier is not None and set(changed) <= _JUDGING:
+        _score_anew(store, changed)
+    else:
+        _begin_anew(store, changed)
+    store.directory.mkdir(parents=True, exist_ok=True)
+    store.write_manifest({"facts": dict(facts), "reward_names": list(store.reward_names)})
+
+
+def keeps_answers(store: CandidateStore, facts: Mapping[str, Any]) -> bool:
+    """Returns whether `open_round` would leave the answers of the first attempt where they are."""
+    earlier = store.manifest().get("facts")
+    return earlier is not None and {name for name in facts if earlier.get(name) != facts[name]} <= _JUDGING
+
+
+def _score_anew(store: CandidateStore, changed: list[str]) -> None:
+    aside = _place_aside(store.directory)
+    shutil.copytree(store.directory, aside)
+    for path in store.shards():
+        if not path.name.startswith("attempt-00"):
+            path.unlink()
+            continue
+        answers = store.read(path)
+        for answer in answers:
+            answer.forget_scores()
+        store.write(path, answers, "generated")
+    logger.warning(
+        f"{store.directory} held candidates of another run (it differs in {', '.join(changed)}): the answers are "
+        f"scored and judged anew. As they were, they are in {aside}."
+    )
+
+
+def _begin_anew(store: CandidateStore, changed: list[str]) -> None:
+    stale = [folder for folder in store.directory.parent.glob("round-*") if folder.name >= store.directory.name]
+    for folder in sorted(stale):
+        aside = _place_aside(folder)
+        folder.rename(aside)
+        logger.warning(
+            f"{folder} held candidates of another run ({store.directory.name} differs in {', '.join(changed)}); they "
+            f"are in {aside.parent} now, and the round begins anew."
+        )
+
+
+def _place_aside(folder: Path) -> Path:
+    """A path that is free, for what is put aside of a round."""
+    aside = folder.parent / "replaced"
+    aside.mkdir(exist_ok=True)
+    return aside / f"{folder.name}-{sum(1 for _ in aside.glob(f'{folder.name}-*'))}"

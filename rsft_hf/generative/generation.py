@@ -1,0 +1,295 @@
+"""The stages of a round, each a function over a list of candidates: generate, filter, score, encode.
+
+They know no process group and no disk: `rounds.py` runs them shard by shard, a notebook may run them by hand.
+
+Log probabilities of given answers under a model that did not generate them: one pass, teacher-forced.
+
+Token ids enter, sums of log probabilities in nats leave.
+
+What generates a round, made ready for it: a whole model, the reference beside it, an engine that has the weights.
+
+A generator with the model as it is trained enters; for the time of a block one that can be called leaves.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from transformers import GenerationConfig
+from transformers.utils import logging
+
+from rsft_hf.distributed import FailTogether
+from rsft_hf.engines.auto import choose_engine
+from rsft_hf.engines.base import Engine, EngineOfAnyWeights, EngineWithWeights, GenerationRequest
+from rsft_hf.engines.model_access import whole_model
+from rsft_hf.engines.random_streams import candidate_seed
+from rsft_hf.generative.candidates import Candidate, PromptSet
+from rsft_hf.generative.encoding import IGNORED, Encoder, RowCollator
+from rsft_hf.generative.validation import refuse_model, refuse_other_vocabulary
+from rsft_hf.isolation import in_evaluation_mode
+
+if TYPE_CHECKING:
+    from rsft_hf.generative.resampler import StagesByHand
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the candidates of a round are drawn.
+
+    Attributes:
+        generation_config: Complete: see `settings.sampling_config`.
+        num_candidates: Candidates per prompt and attempt.
+        run_seed: Seed of the run.
+        round_number: Round, from 0.
+        attempt: Attempt within the round, from 0.
+        with_log_probs: Whether log q and log p are wanted.
+        expected_lengths: Tokens of a candidate of each prompt, by its row, where they are known; for the order of work,
+            which changes nothing of what is drawn.
+    """
+
+    generation_config: GenerationConfig
+    num_candidates: int
+    run_seed: int = 0
+    round_number: int = 0
+    attempt: int = 0
+    with_log_probs: bool = False
+    expected_lengths: Mapping[int, float] = field(default_factory=dict)
+
+    def seeds(self, prompt_id: int) -> list[int]:
+        """Returns the seeds of a prompt's candidates."""
+        names = (self.run_seed, self.round_number, prompt_id, self.attempt)
+        return [candidate_seed(*names, index) for index in range(self.num_candidates)]
+
+
+@dataclass(frozen=True)
+class Generator:
+    """What turns prompts into candidates.
+
+    Attributes:
+        model: Unwrapped, on its device.
+        encoder: Knows the model's tokens.
+        engine: Runs the model.
+        surroundings: Opens the context that the model is run in, such as `accelerator.autocast`.
+        reference: Opens a context that gives the model of `DensityRatio`'s target; None takes the model's own log p.
+    """
+
+    model: Any
+    encoder: Encoder
+    engine: Engine
+    surroundings: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    reference: Callable[[], contextlib.AbstractContextManager[Any]] | None = None
+
+    def __call__(self, prompts: PromptSet, prompt_ids: Sequence[int], sampling: Sampling) -> list[Candidate]:
+        """Returns the candidates of some prompts, in order of prompt and candidate, neither filtered nor scored."""
+        rows = [prompts.row(prompt_id) for prompt_id in prompt_ids]
+        token_ids = [self.encoder.prompt_ids(prompt) for prompt, _ in rows]
+        seeds = [sampling.seeds(prompt_id) for prompt_id in prompt_ids]
+        request = GenerationRequest(
+            token_ids,
+            seeds,
+            sampling.generation_config,
+            sampling.with_log_probs,
+            self.encoder.tokenizer,
+            expected_lengths=[sampling.expected_lengths.get(prompt_id, 0.0) for prompt_id in prompt_ids],
+        )
+        with self._ready(self.model):
+            sequences = sorted(self.engine(self.model, request), key=lambda one: (one.prompt, one.index))
+        if [(one.prompt, one.index) for one in sequences] != [
+            (prompt, index) for prompt in range(len(rows)) for index in range(sampling.num_candidates)
+        ]:
+            raise RuntimeError(
+                f"{type(self.engine).__name__} returned {len(sequences)} sequences for {len(rows)} prompts of "
+                f"{sampling.num_candidates} candidates: an engine must yield each of them once."
+            )
+        candidates = [
+            Candidate(
+                prompt_id=prompt_ids[one.prompt],
+                prompt=rows[one.prompt][0],
+                token_ids=one.token_ids,
+                text=self.encoder.text(one.token_ids),
+                finish_reason=one.finish_reason,
+                attempt=sampling.attempt,
+                index=one.index,
+                seed=seeds[one.prompt][one.index],
+                log_q=None if one.log_q is None else float(one.log_q.double().sum()),
+                log_p=None if one.log_p is None else float(one.log_p.double().sum()),
+                row=rows[one.prompt][1],
+            )
+            for one in sequences
+        ]
+        if self.reference is not None and sampling.with_log_probs:
+            self._take_reference(candidates, [token_ids[one.prompt] for one in sequences])
+        if sampling.with_log_probs and any(None in (one.log_q, one.log_p) for one in candidates):
+            raise ValueError(
+                f"{type(self.engine).__name__} gave candidates without the log probabilities that are wanted. Name the "
+                "model that log p is wanted of as `reference_model`, or use an engine that gives log q and log p."
+            )
+        return candidates
+
+    def _take_reference(self, candidates: Sequence[Candidate], prompts: Sequence[Sequence[int]]) -> None:
+        reference: Callable[[], contextlib.AbstractContextManager[Any]] = self.reference or contextlib.nullcontext
+        with reference() as model, self._ready(model):
+            answers = [candidate.token_ids for candidate in candidates]
+            values = completion_log_probabilities(model, self.encoder, prompts, answers)
+        for candidate, value in zip(candidates, values.tolist(), strict=True):
+            candidate.log_p = value
+
+    @contextlib.contextmanager
+    def _ready(self, model: Any) -> Iterator[None]:
+        # In training mode dropout would change the candidates, and gradient checkpointing drop the cache.
+        with torch.no_grad(), in_evaluation_mode(model), self.surroundings():
+            yield
+
+
+@torch.no_grad()
+def completion_log_probabilities(
+    model: Any,
+    encoder: Encoder,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    batch_size: int = 16,
+) -> torch.Tensor:
+    """Returns log p(completion | prompt), end token included, shape (len(completions),), float64, nats.
+
+    Args:
+        model: In evaluation mode.
+        encoder: Knows where prompt and answer go.
+        prompts: Token ids of each prompt.
+        completions: Token ids of each answer, as sampled.
+        batch_size: Rows per forward pass, sorted by length; halved when memory runs out.
+    """
+    rows = [encoder.training_row(prompt, answer) for prompt, answer in zip(prompts, completions, strict=True)]
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]["input_ids"]))
+    collate = RowCollator(pad_token_id=encoder.tokenizer.pad_token_id or 0)
+    sums = torch.zeros(len(rows), dtype=torch.float64)
+    while order:
+        chosen = order[:batch_size]
+        try:
+            sums[chosen] = _batch_sums(model, encoder, collate([rows[row] for row in chosen]))
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            batch_size //= 2
+            continue
+        del order[:batch_size]
+    return sums
+
+
+def _batch_sums(model: Any, encoder: Encoder, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+    batch = {name: value.to(model.device) for name, value in rows.items()}
+    labels = batch["labels"] if encoder.is_encoder_decoder else batch.pop("labels")
+    logits = model(**batch).logits.float()
+    if not encoder.is_encoder_decoder:  # position t predicts token t + 1
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    picked = logits.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1) - logits.logsumexp(-1)
+    return torch.where(labels == IGNORED, 0.0, picked.double()).sum(-1).cpu()
+
+
+logger = logging.get_logger(__name__)
+
+
+@contextlib.contextmanager
+def ready(
+    options: "StagesByHand",
+    accelerator: Accelerator | None,
+    generator: Generator,
+    policy: Any,
+    hands_over: bool = True,
+) -> Iterator[Generator]:
+    """Gives a generator that every process may call as often as it likes. Collective.
+
+    Args:
+        options: The resampler, for its reference model and whether to merge.
+        accelerator: Knows the processes; None where there is one process, without a trainer.
+        generator: With the trained model, or another one, which is taken as it is.
+        policy: The trained model.
+        hands_over: Whether an engine with weights of its own gets them here; else whoever calls hands them over.
+    """
+    with contextlib.ExitStack() as stack:
+        model, reference = generator.model, generator.reference
+        if model is policy or (reference is not None and options.reference_model == "base"):
+            whole = stack.enter_context(whole_model(accelerator, policy, options.merge_adapter))
+            model = whole if model is policy else model
+            if reference is not None:
+                reference = reference_opener(options.reference_model, whole, whole.device)
+        if hands_over:
+            hand_over(accelerator, generator.engine, model)
+        yield replace(generator, model=model, reference=reference)
+
+
+def hand_over(accelerator: Accelerator | None, engine: Engine, model: Any) -> None:
+    """Brings an engine with weights of its own up to date; any other is as it was. Collective.
+
+    Args:
+        accelerator: As in `ready`.
+        engine: Any.
+        model: What generates, whole.
+    """
+    if not isinstance(engine, EngineWithWeights):
+        return
+    with torch.no_grad(), in_evaluation_mode(model):
+        if accelerator is None:
+            engine.hand_over(model, True)
+            return
+        with FailTogether(accelerator, f"handing the weights to {type(engine).__name__}"):
+            engine.hand_over(model, accelerator.is_main_process)
+        accelerator.wait_for_everyone()  # a server that the main process feeds answers all of them
+
+
+def evaluation_engine(engine: Engine, model: Any, has_proposal: bool) -> Engine:
+    """Returns what generates from the trained model when it is evaluated: the engine of the rounds where that can.
+
+    One with weights of its own may hold a teacher's, or those of a proposal, in which the trained model's may not fit:
+    then it is an engine in this process.
+
+    Args:
+        engine: Of the rounds.
+        model: The trained one.
+        has_proposal: Whether another model generates in the rounds.
+    """
+    is_fixed = isinstance(engine, EngineOfAnyWeights) and engine.is_fixed
+    if not isinstance(engine, EngineWithWeights) or not (is_fixed or has_proposal):
+        return engine
+    logger.info(
+        f"{type(engine).__name__} holds the weights of another model than the trained one, which is evaluated by an "
+        "engine in this process."
+    )
+    return choose_engine("auto", model)
+
+
+def log_probs_of_engine(options: "StagesByHand") -> tuple[str, ...]:
+    """Returns which log probabilities the engine has to give: log p comes from the reference where there is one."""
+    if not options.with_log_probs:
+        return ()
+    return ("log_q", "log_p") if options.reference_model is None else ("log_q",)
+
+
+def reference_opener(
+    reference: Any, model: Any, device: Any
+) -> Callable[[], contextlib.AbstractContextManager[Any]] | None:
+    """Returns what gives the reference model while it is needed, None where there is none."""
+    if reference is None:
+        return None
+    if isinstance(reference, str):
+        if reference != "base":
+            raise ValueError(f'`reference_model`={reference!r} must be a model, "base" or None.')
+        from peft import PeftModel  # an extra: whoever has an adapter has it
+
+        if not isinstance(model, PeftModel):
+            raise ValueError(
+                'reference_model="base" is the model with its adapter off, and this model has none. Pass a model.'
+            )
+
+        @contextlib.contextmanager
+        def without_adapter() -> Iterator[Any]:
+            with model.disable_adapter():
+                yield model
+
+        return without_adapter
+    refuse_model(reference)
+    refuse_other_vocabulary(reference, model)
+    reference.to(device)
+    return lambda: contextlib.nullcontext(reference)
