@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 import transformers as hf
 
+import runs
 from rsft_hf import measure_losses
 
 
@@ -18,7 +18,7 @@ from rsft_hf import measure_losses
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], Path]:
     """What each of two gloo processes saw, from one launch."""
     output_dir = tmp_path_factory.mktemp("two_processes")
-    script = Path(__file__).parent / "distributed_runs.py"
+    script = Path(__file__).parent / "helpers" / "distributed_runs.py"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, script, output_dir], capture_output=True, text=True, env=environment, timeout=280)

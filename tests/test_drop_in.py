@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 import transformers as hf
 from peft import LoraConfig, TaskType, get_peft_model
 
+import runs
 import zoo
 from rsft_hf import LossResampler, RejectionSamplingSeq2SeqTrainer, RejectionSamplingTrainer, Tempered
 

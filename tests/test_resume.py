@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pandas
 import pytest
-import runs
 import torch
 import transformers as hf
 from safetensors.torch import load_file
 
+import runs
 from rsft_hf import Chain, Clipped, Entropy, Floored, LossResampler, RejectionSamplingTrainer
 
 STEPS_PER_EPOCH = 7  # 26 rows in batches of 4

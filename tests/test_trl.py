@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 import transformers as hf
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import runs
 from rsft_hf import LossResampler, RejectionSamplingMixin, Tempered, measure_losses
 
 trl = pytest.importorskip("trl", reason="the extra `trl` is not installed")

@@ -1,0 +1,145 @@
+"""What `DensityRatio` accepts follows the target on the support of q, in any order and however often it is judged.
+
+Frequencies on a toy model of sequences are held against closed forms by chi-square from fixed seeds, and a wrong
+formula must fail the same check. `RSO` has its own file.
+"""
+
+import dataclasses
+import logging
+import math
+
+import pytest
+import torch
+
+from rsft_hf.acceptance import CandidateBatch, DensityRatio
+from toy_sequences import (
+    BETA,
+    LOG_P,
+    LOG_Q,
+    REWARDS,
+    STRINGS,
+    batch_of,
+    log_probabilities,
+    normalised,
+    on_support,
+    p_value,
+    sample,
+    seeded,
+)
+
+
+def test_the_toy_model_is_what_it_says():
+    assert len(STRINGS) == 15
+    assert float(LOG_P.exp().sum()) == pytest.approx(1)
+    assert float(LOG_Q.exp().sum()) == pytest.approx(1)
+    assert float(LOG_P[STRINGS.index("a")].exp()) == pytest.approx(0.55 * 0.25)
+    # x^(1/.7): start .4257 .2701 .0139, E falls; after a .0665 .4820 .1380, a falls; after b .3715 .0271 .2896, b falls
+    reachable = [string for string, log_q in zip(STRINGS, LOG_Q.tolist()) if log_q > -math.inf]
+    assert reachable == ["a", "b", "ab", "ba", "aba", "bab"]
+    expected = 0.4257 / (0.4257 + 0.2701) * 0.1380 / (0.4820 + 0.1380)
+    assert float(LOG_Q[STRINGS.index("a")].exp()) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("per_prompt", [False, True])
+@pytest.mark.parametrize("beta", [None, BETA])
+def test_the_density_ratio_gives_the_target_on_the_support_of_q(beta, per_prompt):
+    log_target = LOG_P if beta is None else LOG_P + REWARDS / beta
+    strings = sample(40, 5_000)
+    accepted = DensityRatio(beta=beta, per_prompt=per_prompt)(batch_of(strings), seeded())
+    assert p_value(strings[accepted], on_support(log_target)) > 0.001
+    assert p_value(strings.reshape(-1), on_support(log_target)) < 1e-9
+    # The rate is sum q w / M = sum of the target on the support / M.
+    is_reachable = LOG_Q > -math.inf
+    rate = float((log_target[is_reachable].logsumexp(0) - (log_target - LOG_Q)[is_reachable].max()).exp())
+    assert abs(float(accepted.double().mean()) - rate) < 4 * math.sqrt(rate * (1 - rate) / strings.numel())
+
+
+@pytest.mark.parametrize("mutant", ["reversed", "raw_log_q", "no_reward"])
+def test_a_wrong_density_ratio_fails_the_same_check(mutant):
+    log_q, log_p, beta = {
+        "reversed": (LOG_P, LOG_Q, None),
+        "raw_log_q": (LOG_P, LOG_P, None),  # log q taken before temperature and top-p
+        "no_reward": (LOG_Q, LOG_P, None),
+    }[mutant]
+    target = on_support(LOG_P + REWARDS / BETA if mutant == "no_reward" else LOG_P)
+    strings = sample(40, 5_000)
+    accepted = DensityRatio(beta=beta)(batch_of(strings, log_q, log_p), seeded())
+    assert p_value(strings[accepted], target) < 1e-9
+
+
+def test_pure_top_p_at_temperature_one_has_the_envelope_one():
+    log_q = log_probabilities(top_p=0.9)
+    strings = sample(40, 5_000, log_q)
+    accepted = DensityRatio(log_envelope=0.0)(batch_of(strings, log_q), seeded())
+    assert p_value(strings[accepted], on_support(LOG_P, log_q)) > 0.001
+    rate = float(LOG_P[log_q > -math.inf].exp().sum())  # M = 1: the rate is the share of p that q can make
+    assert 0.5 < rate < 0.95
+    assert abs(float(accepted.double().mean()) - rate) < 4 * math.sqrt(rate * (1 - rate) / strings.numel())
+
+
+def test_a_known_envelope_that_is_none_is_refused_with_its_numbers():
+    strings = sample(4, 50)
+    largest = float((LOG_P - LOG_Q)[strings].max())
+    with pytest.raises(ValueError, match=f"`log_envelope`=0.0 is no envelope.*reaches {largest:.6g}"):
+        DensityRatio(log_envelope=0.0)(batch_of(strings), seeded())
+    assert bool(DensityRatio(log_envelope=largest - 9e-7)(batch_of(strings), seeded()).any())
+    with pytest.raises(ValueError, match="is no envelope"):
+        DensityRatio(log_envelope=largest - 2e-6)(batch_of(strings), seeded())
+    # Rounding grows with the tokens summed: 1e-5 of a nat for each.
+    longer = dataclasses.replace(batch_of(strings), lengths=torch.full((4, 50), 100))
+    assert bool(DensityRatio(log_envelope=largest - 9e-4)(longer, seeded()).any())
+
+
+def test_a_quantile_accepts_with_the_smaller_of_one_and_w_over_m():
+    strings = sample(40, 5_000)
+    batch, log_weights = batch_of(strings), LOG_P - LOG_Q
+    log_envelope = log_weights[strings].reshape(-1).sort().values[strings.numel() // 2]  # the upper half reaches it
+    law = normalised(LOG_Q + (log_weights - log_envelope).nan_to_num(-math.inf, posinf=-math.inf).clamp(max=0))
+    accepted = DensityRatio(quantile=0.5)(batch, seeded())
+    assert p_value(strings[accepted], law) > 0.001
+    assert p_value(strings[accepted], on_support(LOG_P)) < 1e-9
+    assert int(accepted.sum()) > int(DensityRatio()(batch, seeded()).sum())
+
+
+@pytest.mark.parametrize("per_prompt", [False, True])
+def test_judging_again_gives_the_verdicts_of_the_last_envelope(per_prompt):
+    generator, rule = seeded(3), DensityRatio(per_prompt=per_prompt)
+    log_q, log_p = -5 * torch.rand(2, 30, 8, dtype=torch.float64, generator=generator)
+    uniforms = torch.rand(30, 8, dtype=torch.float64, generator=generator)
+    batch = lambda *cells: CandidateBatch(  # noqa: E731
+        torch.zeros(30, 8)[cells], log_q=log_q[cells], log_p=log_p[cells], uniforms=uniforms[cells]
+    )
+    final = rule(batch(...), seeded(4))
+    every, half = slice(None), slice(0, 4)
+    before = rule(batch(every, half), seeded(5))
+    assert bool((before & ~final[:, half]).any()), "the envelope has grown, and takes some back"
+    assert not bool((final[:, half] & ~before).any())
+    if not per_prompt:
+        log_envelope = float((log_p - log_q).max())
+        known = DensityRatio(log_envelope=log_envelope)
+        assert torch.equal(known(batch(every, half), seeded(6)), final[:, half])
+    order = torch.randperm(8, generator=generator)
+    assert torch.equal(rule(batch(every, order), seeded(7)), final[:, order])
+
+
+def test_an_envelope_per_prompt_does_not_feel_the_other_prompts():
+    # Ratios 1 and 1/2 in the first prompt, 8 and 4 in the second; u = 0.4 of all.
+    log_p = torch.tensor([[1.0, 0.5], [8.0, 4.0]]).log()
+    fours = torch.full((2, 2), 0.4)
+    batch = CandidateBatch(torch.zeros(2, 2), log_q=torch.zeros(2, 2), log_p=log_p, uniforms=fours)
+    assert DensityRatio()(batch, seeded()).tolist() == [[False, False], [True, True]]  # w / 8: 1/8 1/16, 1 1/2
+    assert bool(DensityRatio(per_prompt=True)(batch, seeded()).all())  # 1 1/2, 1 1/2
+
+
+def test_a_poor_proposal_is_said(caplog):
+    log_q = torch.zeros(5, 8, dtype=torch.float64)
+    log_p = log_q.clone().index_put_((torch.tensor(0), torch.tensor(0)), torch.tensor(20.0, dtype=torch.float64))
+    batch = CandidateBatch(torch.zeros(5, 8), log_q=log_q, log_p=log_p)
+    with caplog.at_level(logging.WARNING):
+        DensityRatio()(batch, seeded())
+    assert "density ratios of 40 candidates are worth 1.0 equally weighted" in caplog.text
+    assert DensityRatio().effective_sample_size(batch) == pytest.approx(1, abs=1e-5)
+    assert DensityRatio(per_prompt=True).effective_sample_size(batch) == pytest.approx(1 + 4 * 8)  # four even prompts
+    caplog.clear()
+    DensityRatio()(dataclasses.replace(batch, log_p=log_q), seeded())
+    assert not caplog.text

@@ -1,0 +1,129 @@
+"""Who enters when, who leaves when, and what is computed: the schedule of candidates in flight, and their cache."""
+
+import pytest
+import torch
+
+import architectures
+import generators as g
+from architectures import request_for, run, texts
+from rsft_hf.engines.generate import GenerateEngine
+from rsft_hf.engines.inflight.engine import InFlightEngine
+from rsft_hf.engines.inflight.kv_cache import SlotCache
+from rsft_hf.engines.inflight.scheduler import Flight
+
+ENGINES = [InFlightEngine(4), GenerateEngine(4)]
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: type(engine).__name__)
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_the_candidates_of_a_satisfied_prompt_are_not_generated_further(engine, name):
+    model = architectures.model_of(name)
+    ids, done = architectures.prompts_for(model), []
+    everything = {(one.prompt, one.index): one for one in run(engine, model, request_for(model, ids, 6))}
+    asked = request_for(model, ids, 6, is_satisfied=lambda prompt: sum(one.prompt == prompt for one in done) >= 2)
+    with torch.no_grad():
+        for one in engine(model, asked):
+            done.append(one)
+    counts = [sum(one.prompt == prompt for one in done) for prompt in range(len(ids))]
+    assert min(counts) >= 2
+    assert len(done) < 6 * len(ids)
+    for one in done:  # the rest is as it would have been
+        assert one.token_ids == everything[one.prompt, one.index].token_ids
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_order_of_entering(device):
+    model = architectures.model_of("llama")
+    ids = [[g.A] * 3, [g.A] * 9, [g.A] * 3, [g.A] * 5]
+    asked = request_for(model, ids, 1, expected_lengths=[2.0, 7.0, 6.0, 7.0])
+
+    class Rows:
+        max_rows = 4
+
+    Rows.device = torch.device(device)
+    flight = Flight(None, Rows, asked, {(prompt, 0) for prompt in range(4)}, 100)
+    # On a CPU narrow rows first, of equal ones the long answer; elsewhere long answers first, of equal ones the narrow.
+    assert [one.prompt for one in flight.waiting] == ([2, 0, 3, 1] if device == "cpu" else [3, 1, 2, 0])
+
+
+def test_each_candidate_leaves_as_it_ends():
+    model, steps = architectures.model_of("llama"), []
+    engine, asked = InFlightEngine(4), request_for(model, [[g.A]] * 4, 1, limits=[[1], [8], [2], [8]])
+    run(engine, model, asked)
+    model.register_forward_pre_hook(lambda *_: steps.append(0))
+    with torch.no_grad():
+        seen = [(one.prompt, len(steps)) for one in engine(model, asked)]
+    limits = dict(enumerate([1, 8, 2, 8]))
+    ended = dict(seen)
+    assert ended[0] == 1  # with the pass that read the prompts
+    assert ended[2] <= 2
+    assert all(after <= limits[prompt] for prompt, after in seen)
+    assert max(ended.values()) == len(steps)  # and none after that
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_no_row_is_computed_for_nothing_and_a_prompt_is_read_once(name):
+    model, engine = architectures.model_of(name), InFlightEngine(5)
+    ids, rows, read = architectures.prompts_for(model), [], []
+
+    def note(_, args, keywords):
+        tokens = keywords["decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"]
+        is_step = keywords["past_key_values"].get_seq_length() > 0
+        (rows if is_step else read).append(len(tokens))
+
+    run(engine, model, request_for(model, ids))
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    found = run(engine, model, request_for(model, ids, 4))
+    handle.remove()
+    assert sum(read) == len(ids)
+    assert sum(rows) == sum(len(one.token_ids) - 1 for one in found)  # the first comes with the prompt
+
+
+def test_more_candidates_than_slots_share_one_reading():
+    model, engine, read = architectures.model_of("llama"), InFlightEngine(3), []
+    ids = architectures.prompts_for(model, 2)
+    expected = texts(run(GenerateEngine(1), model, request_for(model, ids, 8)))
+    run(engine, model, request_for(model, ids, 1))
+    model.register_forward_pre_hook(
+        lambda _, args, kw: read.append(kw["past_key_values"].get_seq_length() == 0), with_kwargs=True
+    )
+    assert texts(run(engine, model, request_for(model, ids, 8))) == expected
+    assert sum(read) == 2
+
+
+def test_the_cache_grows_moves_and_stays_right():
+    cache, generator = SlotCache(max_rows=3), torch.Generator().manual_seed(0)
+    written: list[list[torch.Tensor]] = []  # what each row holds, by hand
+
+    def enter(width: int, copies: int) -> None:
+        keys = torch.randn(1, 2, width, 4, generator=generator)
+        cache.make_room(width)
+        cache.admit([(keys, -keys)], [0] * copies)
+        written.extend([keys[0, :, column] for column in range(width)] for _ in range(copies))
+
+    def step() -> None:
+        cache.make_room(0)
+        width = max(len(row) for row in written)
+        cache.columns.start = cache.columns.write + 1 - width - 1
+        keys = torch.randn(len(written), 2, 1, 4, generator=generator)
+        seen, values = cache.update(keys, -keys, 0)
+        cache.columns.write += 1
+        for row, one in zip(written, keys, strict=True):
+            row.append(one[:, 0])
+        for row, states in enumerate(seen):
+            assert torch.equal(states[:, -len(written[row]) :], torch.stack(written[row], dim=1))
+            assert torch.equal(values[row], -states)
+        assert torch.isfinite(seen).all()
+
+    enter(4, 2)
+    for _ in range(45):
+        step()
+    enter(70, 1)  # wider than all that has been
+    for number in range(60):
+        step()
+        if number == 5:  # the first row leaves, the last takes its place
+            cache.keep_only(2, [2], [0])
+            written[0] = written.pop()
+        if number == 20:
+            enter(3, 1)
+    assert cache.columns.capacity < 250

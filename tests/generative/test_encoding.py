@@ -1,0 +1,141 @@
+"""From prompts to ids and from ids to training rows: what is masked, what is learnt, what is padded."""
+
+import pytest
+import torch
+import transformers as hf
+from tokenizers import Tokenizer, decoders, models
+
+import generators as g
+from rsft_hf.generative.candidates import Candidate
+from rsft_hf.generative.encoding import IGNORED, Encoder, RowCollator
+from rsft_hf.generative.training_rows import encode_candidates
+
+A, B, C = g.A, g.A + 1, g.A + 2
+USER, ASSISTANT, THINK = (g.WORDS.index(word) for word in ("user", "assistant", "think"))
+
+
+def encoder(is_encoder_decoder: bool = False, **keywords) -> Encoder:
+    return Encoder(g.tokenizer(closes_text=is_encoder_decoder), is_encoder_decoder, **keywords)
+
+
+def test_the_prompt_is_masked_and_every_end_token_is_learnt():
+    row = encoder().training_row([A, B], [C, g.END, g.EOS])
+    assert row == {
+        "input_ids": [A, B, C, g.END, g.EOS],
+        "attention_mask": [1, 1, 1, 1, 1],
+        "labels": [-100, -100, C, g.END, g.EOS],
+    }
+
+
+def test_an_encoder_decoder_reads_the_prompt_apart():
+    row = encoder(is_encoder_decoder=True).training_row([A, B, g.EOS], [C, g.EOS])
+    assert row == {"input_ids": [A, B, g.EOS], "attention_mask": [1, 1, 1], "labels": [C, g.EOS]}
+
+
+@pytest.mark.parametrize("pad", [g.PAD, g.EOS], ids=["pad", "pad_is_eos"])
+def test_rows_are_padded_on_the_right_and_real_end_tokens_stay(pad):
+    rows = [encoder().training_row([A], [B, g.EOS]), encoder().training_row([A, B, C], [C, g.EOS])]
+    batch = RowCollator(pad)(rows)
+    assert batch["input_ids"].tolist() == [[A, B, g.EOS, pad, pad], [A, B, C, C, g.EOS]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert batch["labels"].tolist() == [[-100, B, g.EOS, -100, -100], [-100, -100, -100, C, g.EOS]]
+    assert {values.dtype for values in batch.values()} == {torch.int64}
+
+
+def test_inputs_and_labels_of_an_encoder_decoder_are_padded_each_to_its_own_width():
+    rows = [encoder(True).training_row([A, g.EOS], [B, C, g.EOS]), encoder(True).training_row([A, B, g.EOS], [g.EOS])]
+    batch = RowCollator(g.PAD)(rows)
+    assert batch["input_ids"].tolist() == [[A, g.EOS, g.PAD], [A, B, g.EOS]]
+    assert batch["labels"].tolist() == [[B, C, g.EOS], [g.EOS, IGNORED, IGNORED]]
+
+
+def test_text_is_encoded_as_the_tokenizer_does_and_never_continued_after_its_end():
+    assert encoder().prompt_ids("a b") == [A, B]
+    assert encoder(is_encoder_decoder=True).prompt_ids("a b") == [A, B, g.EOS]  # an encoder wants the end
+    closing = Encoder(g.tokenizer(closes_text=True), is_encoder_decoder=False)
+    assert closing.prompt_ids("a b") == [A, B]
+    with pytest.raises(ValueError, match=r"The prompt '' has no tokens"):
+        encoder().prompt_ids("")
+
+
+def turn(role: int, *words: int) -> list[int]:
+    return [g.START, role, *words, g.END]
+
+
+def test_messages_go_through_the_chat_template_turn_by_turn():
+    question = [{"role": "user", "content": "a b"}]
+    opening = [g.START, ASSISTANT]
+    assert encoder().prompt_ids(question) == [*turn(USER, A, B), *opening]
+    thinking = encoder(chat_template_kwargs={"enable_thinking": True})
+    assert thinking.prompt_ids(question) == [*turn(USER, A, B), *opening, THINK]
+    talk = [*question, {"role": "assistant", "content": "c"}, {"role": "user", "content": "b"}]
+    assert encoder().prompt_ids(talk) == [*turn(USER, A, B), *turn(ASSISTANT, C), *turn(USER, B), *opening]
+
+
+def test_messages_without_a_template_are_refused():
+    tokenizer = g.tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=r"no chat template. Set `tokenizer.chat_template`"):
+        Encoder(tokenizer, False).prompt_ids([{"role": "user", "content": "a"}])
+
+
+def test_written_answers_are_closed_once():
+    assert encoder().completion_ids("a", "b c") == [B, C, g.EOS]
+    assert encoder().completion_ids("a", "b c <eos>") == [B, C, g.EOS]
+    assert encoder(is_encoder_decoder=True).completion_ids("a", "b") == [B, g.EOS]
+    closing = Encoder(g.tokenizer(closes_text=True), is_encoder_decoder=False)
+    assert closing.completion_ids("a", "b") == [B, g.EOS]
+
+
+def ended_by_turns() -> hf.PreTrainedTokenizerFast:
+    """A chat model's tokenizer: the end of a turn is the end token."""
+    tokenizer = g.tokenizer()
+    tokenizer.eos_token = "<|im_end|>"
+    return tokenizer
+
+
+@pytest.mark.parametrize("answer", ["c", [{"role": "assistant", "content": "c"}]], ids=["text", "messages"])
+def test_a_written_answer_of_a_conversation_continues_its_prompt(answer):
+    question = [{"role": "user", "content": "a"}]
+    chat = Encoder(ended_by_turns(), is_encoder_decoder=False)
+    assert chat.completion_ids(question, answer) == [C, g.END]
+    row = chat.training_row(chat.prompt_ids(question), chat.completion_ids(question, answer))
+    whole = chat.tokenizer.apply_chat_template(
+        [*question, {"role": "assistant", "content": "c"}], tokenize=True, return_dict=True
+    )["input_ids"]
+    assert row["input_ids"] == whole
+    assert row["labels"] == [-100] * 6 + [C, g.END]  # start user a end start assistant
+
+
+def test_what_a_template_writes_after_the_end_token_is_not_learnt():
+    tokenizer = ended_by_turns()
+    tokenizer.chat_template = g.TEMPLATE.replace("<|im_end|> '", "<|im_end|> think '")  # as others write a line break
+    ids = Encoder(tokenizer, False).completion_ids([{"role": "user", "content": "a"}], "b")
+    assert ids == [B, g.END]
+
+
+def test_a_template_that_does_not_continue_its_prompt_is_refused():
+    chat = encoder(chat_template_kwargs={"enable_thinking": True})  # opens by "think", which no stored turn has
+    with pytest.raises(ValueError, match="does not begin a conversation with its own generation prompt"):
+        chat.completion_ids([{"role": "user", "content": "a"}], "b")
+
+
+def merging_tokenizer() -> hf.PreTrainedTokenizerFast:
+    """Bytes-of-pairs that write "a" "b" as one token "ab"."""
+    pairs = Tokenizer(models.BPE({"<eos>": 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")]))
+    pairs.decoder = decoders.Fuse()
+    return hf.PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token="<eos>", pad_token="<eos>")
+
+
+@pytest.mark.parametrize("is_encoder_decoder", [False, True])
+def test_the_sampled_tokens_are_the_ones_that_are_learnt(is_encoder_decoder):
+    # The model chose "a" then "b"; its text, encoded again, is the one token "ab", which it did not choose.
+    made, sampled = Encoder(merging_tokenizer(), is_encoder_decoder), [1, 2, 0]
+    text = made.text(sampled)
+    assert text == "ab"
+    assert made.completion_ids("b", text) == [3, 0]
+    candidate = Candidate(0, "b", sampled, text, "stop", is_accepted=True)
+    refused = Candidate(1, "b", [2, 0], "b", "stop", is_accepted=False)
+    prompt = [] if is_encoder_decoder else [IGNORED]
+    rows = encode_candidates([candidate, refused], made)
+    assert [row["labels"] for row in rows] == [[*prompt, 1, 2, 0]]

@@ -1,0 +1,61 @@
+"""What two gloo processes train, for `test_distributed.py`: started by torchrun, writes what each run ended with.
+
+torchrun --nproc_per_node 2 tests/helpers/distributed_runs.py OUTPUT_DIR
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+import transformers as hf
+
+import runs
+from rsft_hf import LossResampler, RejectionSamplingTrainer, Tempered, measure_losses
+
+ARGS = {"use_cpu": True, "per_device_train_batch_size": 2}
+
+
+def train(name: str, output_dir: Path, trainer_class: type = RejectionSamplingTrainer, **keywords) -> dict:
+    """Returns what one run ended with, as this process sees it."""
+    torch.manual_seed(99)
+    keywords["args"] = {**ARGS, **keywords.get("args", {})}
+    trainer = runs.trained(trainer_class, output_dir / name, **keywords)
+    result = {
+        "losses": runs.losses(trainer),
+        "parameters": [float(value.double().sum()) for value in trainer.model.state_dict().values()],
+    }
+    if trainer_class is RejectionSamplingTrainer:
+        result["indices"] = trainer._clock.indices.tolist()
+        result["table"] = trainer.resampler.table().to_pandas().fillna(-1).to_dict("list")
+    return result
+
+
+def resumed(output_dir: Path, source: str) -> dict:
+    """Returns what a run ended with that goes on from its second-but-last checkpoint."""
+    args = {"save_strategy": "steps", "save_steps": 5}
+    folder = output_dir / f"weighted_{source}" / "checkpoint-10"
+    return train(f"resumed_{source}", output_dir, args=args, resampler=LossResampler(losses=source), resume=str(folder))
+
+
+def main() -> None:
+    """Trains plainly, with equal weights, with loss weights, and on from a checkpoint."""
+    output_dir = Path(sys.argv[1])
+    results = {"plain": train("plain", output_dir, hf.Trainer)}
+    for source in ("forward", "training"):
+        equal, weighted = LossResampler(Tempered(0.0), losses=source), LossResampler(losses=source)
+        results[f"equal_{source}"] = train(f"equal_{source}", output_dir, resampler=equal)
+        args = {"save_strategy": "steps", "save_steps": 5}
+        results[f"weighted_{source}"] = train(f"weighted_{source}", output_dir, args=args, resampler=weighted)
+        results[f"resumed_{source}"] = resumed(output_dir, source)
+    trainer = hf.Trainer(runs.bert(), runs.arguments(output_dir, **ARGS), runs.collate, runs.rows())
+    results["measured"] = measure_losses(trainer, batch_size=4).losses.tolist()
+    rank = trainer.args.process_index
+    (output_dir / f"rank_{rank}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

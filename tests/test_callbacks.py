@@ -1,0 +1,97 @@
+"""A few candidates of every round, on the terminal and in the trackers that take tables."""
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import generators
+from generative_runs import resampler, stored, trainer
+from rsft_hf import CandidateTableCallback, RejectTruncated
+
+
+class Table:
+    def __init__(self, dataframe) -> None:
+        self.dataframe = dataframe
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """What a tracker of the name is told."""
+    told: list[dict] = []
+    module = types.ModuleType("wandb")
+    module.Table, module.log = Table, told.append
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setenv("COLUMNS", "200")
+    return told
+
+
+def shown(tmp_path: Path, report_to: list[str], num_candidates: int = 6, **keywords):
+    made = keywords.pop("made", None) or resampler()
+    ours = trainer(tmp_path, made, callbacks=[CandidateTableCallback(made, num_candidates)], **keywords)
+    ours.args.report_to = report_to
+    ours.train()
+    return ours
+
+
+def test_every_round_is_printed_once(tmp_path: Path, capsys, wandb) -> None:
+    shown(tmp_path, [], args={"num_train_epochs": 2})
+    printed = capsys.readouterr().out
+    assert [printed.count(f"Round {number}") for number in (0, 1, 2)] == [1, 1, 0]
+    for word in ("prompt", "candidate", "reward", "verdict", "accepted", "rejected"):
+        assert word in printed
+    for number in (0, 1):
+        for row in stored(tmp_path, number)[:6]:
+            assert f"{row['reward']:.3f}" in printed
+    assert wandb == []
+
+
+def test_the_tracker_gets_the_stored_candidates(tmp_path: Path, wandb) -> None:
+    shown(tmp_path, ["wandb"], args={"num_train_epochs": 2})
+    assert [list(told) for told in wandb] == [["candidates/round_0"], ["candidates/round_1"]]
+    for number in (0, 1):
+        frame = wandb[number][f"candidates/round_{number}"].dataframe
+        rows = stored(tmp_path, number)[:6]
+        assert frame["prompt"].tolist() == [row["prompt"] for row in rows]
+        assert frame["candidate"].tolist() == [row["text"] for row in rows]
+        assert frame["reward"].tolist() == [f"{row['reward']:.3f}" for row in rows]
+        assert frame["verdict"].tolist() == [row["verdict"] for row in rows]
+
+
+def test_more_than_there_are_are_all(tmp_path: Path, wandb) -> None:
+    shown(tmp_path, ["wandb"], 1000)
+    assert len(wandb[0]["candidates/round_0"].dataframe) == len(stored(tmp_path)) == 36
+
+
+def test_what_is_filtered_unjudged_or_a_message_is_shown_as_such(tmp_path: Path, wandb, capsys) -> None:
+    def sometimes(completions, **_):
+        return [None if not answer[0]["content"] else 1.0 for answer in completions]
+
+    made = resampler(sometimes, filters=(RejectTruncated(),))
+    rows = generators.prompts(9, conversational=True)
+    shown(tmp_path, ["wandb"], 36, made=made, train_dataset=rows)
+    frame = wandb[0]["candidates/round_0"].dataframe
+    assert frame["prompt"].tolist()[::4] == [prompt[-1]["content"] for prompt in rows["prompt"]]
+    verdicts = dict(zip(frame["verdict"], frame["reward"], strict=True))
+    assert verdicts == {
+        "filtered: RejectTruncated()": "-",
+        "unjudged": "-",
+        "accepted": "1.000",
+        "rejected": "1.000",
+    }
+
+
+def test_brackets_are_text_and_not_style(tmp_path: Path, capsys, wandb) -> None:
+    from rsft_hf.callbacks import show_table
+    from rsft_hf.generative.candidates import Candidate
+
+    show_table([Candidate(0, "[bold]a[/bold]", [1], "[/]", "stop", reward=1.0, verdict="accepted")], "Round [0]")
+    printed = capsys.readouterr().out
+    assert "[bold]a[/bold]" in printed
+    assert "[/]" in printed
+
+
+def test_no_candidate_to_show_is_refused() -> None:
+    with pytest.raises(ValueError, match="`num_candidates`=0 must be at least 1"):
+        CandidateTableCallback(resampler(), 0)

@@ -1,0 +1,227 @@
+"""Per-example losses against the slow oracle, a batch of one through plain Trainer, for every model of the zoo."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+
+import runs
+import zoo
+from rsft_hf import (
+    LossResampler,
+    NotPerExampleError,
+    RejectionSamplingMixin,
+    RejectionSamplingTrainer,
+    Tempered,
+    measure_losses,
+)
+
+CASES = {case.name: case for case in zoo.CASES}
+READABLE = [name for name, case in CASES.items() if not case.is_in_batch]
+# Batches of one, and why; every other model is read from its batches.
+SLOW = {"mixtral_router_loss": "a term", "bert_question_answering": "the padding"}
+
+
+def test_the_zoo_is_whole() -> None:
+    assert len(CASES) == len(zoo.CASES) == 26
+    assert len(READABLE) == 25
+    assert set(SLOW) <= set(READABLE)
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_measured_losses_are_batch_of_one_losses(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    case = CASES[name]
+    expected = torch.tensor(case.batch_of_one_losses(tmp_path / "oracle"), dtype=torch.float64)
+    expected[list(case.unlabelled)] = float("nan")
+    assert len(set(expected.tolist())) > 3  # equal losses would hide a wrong order
+    measured = measure_losses(case.trainer(tmp_path), batch_size=3).losses
+    torch.testing.assert_close(measured, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    reasons = [record.message for record in caplog.records if "batch of its own" in record.message]
+    assert [SLOW[name] in reason for reason in reasons] == ([True] if name in SLOW else [])
+
+
+@pytest.mark.parametrize("name", [name for name in READABLE if name != "mixtral_router_loss"])
+def test_a_training_step_fills_the_ledger_with_the_same_losses(tmp_path: Path, name: str) -> None:
+    """At learning rate 0 and without dropout the ledger is the oracle; three steps of 3, 3 and 1 rows."""
+    case = CASES[name]
+    expected = torch.tensor(case.batch_of_one_losses(tmp_path / "oracle"), dtype=torch.float64)
+    expected[list(case.unlabelled)] = float("nan")
+    trainer = case.trainer(
+        tmp_path,
+        RejectionSamplingTrainer,
+        {"learning_rate": 0.0, "num_train_epochs": 1},
+        resampler=LossResampler(losses="training"),
+    )
+    trainer.train()
+    trainer.resampler.source.ledger.merge(trainer.accelerator)
+    losses = trainer.resampler.source.ledger.losses
+    if name == "bert_question_answering":  # what the row cost in its batch, whose padding was in the softmax
+        assert (losses > 0).all()
+        assert not torch.allclose(losses, expected, rtol=1e-3)
+    else:
+        torch.testing.assert_close(losses, expected, rtol=2e-5, atol=1e-5, equal_nan=True)
+    assert torch.equal(losses.isnan(), trainer.resampler.source.ledger.is_unlabelled)
+
+
+def test_a_contrastive_loss_is_refused(tmp_path: Path) -> None:
+    case = next(case for case in zoo.CASES if case.is_in_batch)
+    with pytest.raises(NotPerExampleError, match="compares the examples of a batch with each other"):
+        measure_losses(case.trainer(tmp_path))
+
+
+def test_a_loss_with_a_term_of_the_batch_is_refused_by_the_ledger(tmp_path: Path) -> None:
+    resampler = LossResampler(losses="training")
+    trainer = CASES["mixtral_router_loss"].trainer(tmp_path, RejectionSamplingTrainer, resampler=resampler)
+    with pytest.raises(ValueError, match=r'losses="training" needs losses that can be read from the training step'):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_unlabelled_rows_are_excluded_and_counted(tmp_path: Path) -> None:
+    case = CASES["bert_without_labels"]
+    assert case.unlabelled
+    trainer = case.trainer(tmp_path, RejectionSamplingTrainer, {"num_train_epochs": 2, "logging_steps": 1})
+    trainer.train()
+    table = trainer.resampler.table().to_pandas()
+    assert table[table["row"].isin(case.unlabelled)]["count"].sum() == 0
+    line = next(line for line in trainer.state.log_history if "resampling/excluded_rows" in line)
+    assert line["resampling/excluded_rows"] == len(case.unlabelled)
+
+
+class Silent(torch.nn.Module):
+    """Computes its loss by hand, so that no criterion is seen and the batch cannot be split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = torch.nn.Embedding(50, 2)
+
+    def forward(self, input_ids, attention_mask, labels):
+        logits = (self.words(input_ids) * attention_mask.unsqueeze(-1)).sum(1)
+        log_p = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1))
+        return {"loss": -log_p.mean(), "logits": logits}
+
+
+def by_hand(outputs, labels) -> torch.Tensor:
+    return F.cross_entropy(outputs["logits"], labels, reduction="none")
+
+
+@pytest.mark.parametrize("source", ["forward", "training"])
+def test_per_example_loss_serves_what_cannot_be_read(tmp_path: Path, source: str) -> None:
+    resampler = LossResampler(losses=source, per_example_loss=by_hand)
+    trainer = runs.trained(RejectionSamplingTrainer, tmp_path, model=Silent(), resampler=resampler)
+    last = trainer.resampler.history.table().to_pandas().query("epoch == 2")["loss"]
+    assert last.between(0, 20).all()
+    assert last.nunique() > 10
+
+
+def test_a_loss_computed_by_hand_is_scored_in_batches_of_one(tmp_path: Path) -> None:
+    trainer = runs.trained(RejectionSamplingTrainer, tmp_path, model=Silent())
+    assert trainer.resampler.source._reading.kind == "single"
+    with pytest.raises(ValueError, match='losses="training" needs losses that can be read'):
+        runs.trained(RejectionSamplingTrainer, tmp_path, model=Silent(), resampler=LossResampler(losses="training"))
+
+
+def test_per_example_loss_of_the_wrong_shape_is_named(tmp_path: Path) -> None:
+    resampler = LossResampler(per_example_loss=lambda outputs, labels: by_hand(outputs, labels).mean())
+    with pytest.raises(ValueError, match=r"`per_example_loss` returned shape \(\) for \d+ examples"):
+        runs.trained(RejectionSamplingTrainer, tmp_path, resampler=resampler)
+
+
+def test_a_ledger_that_captures_nothing_raises(tmp_path: Path) -> None:
+    """The probe sees a criterion, the training step none, as with a model compiled in between."""
+
+    class Changes(Silent):
+        def forward(self, input_ids, attention_mask, labels):
+            outputs = super().forward(input_ids, attention_mask, labels)
+            if not self.training:
+                outputs["loss"] = F.cross_entropy(outputs["logits"], labels)
+            return outputs
+
+    with pytest.raises(RuntimeError, match="captured nothing in a step of 4 rows"):
+        runs.trained(RejectionSamplingTrainer, tmp_path, model=Changes(), resampler=LossResampler(losses="training"))
+
+
+def test_a_nan_loss_names_its_row(tmp_path: Path) -> None:
+    data = [{**row, "labels": float(row["labels"])} for row in runs.rows()]
+    data[11]["attention_mask"] = [float("inf")] * len(data[11]["input_ids"])
+    with pytest.raises(ValueError, match="Row 11 of the training set has loss nan"):
+        runs.trained(
+            RejectionSamplingTrainer,
+            tmp_path,
+            model=Silent(),
+            train_dataset=[{**row, "labels": int(row["labels"])} for row in data],
+            resampler=LossResampler(per_example_loss=by_hand),
+        )
+
+
+def test_out_of_memory_halves_the_batch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Small(hf.BertForSequenceClassification):
+        def forward(self, input_ids, attention_mask, labels):
+            if len(input_ids) > 4:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+    model = Small(runs.bert().config)
+    plain = runs.bert()
+    model.load_state_dict(plain.state_dict())
+
+    def measure(model) -> torch.Tensor:
+        trainer = hf.Trainer(model, runs.arguments(tmp_path), runs.collate, runs.rows())
+        return measure_losses(trainer, batch_size=16).losses
+
+    torch.testing.assert_close(measure(model), measure(plain), rtol=1e-6, atol=1e-6)
+    assert [record.message for record in caplog.records if "Out of memory" in record.message] == [
+        "Out of memory while scoring 16 rows at a time; going on with 8.",
+        "Out of memory while scoring 8 rows at a time; going on with 4.",
+    ]
+
+
+def test_full_correction_leaves_equal_weights_alone(tmp_path: Path) -> None:
+    """Equal weights give c_i = 1: the corrected run is the uncorrected one, up to the order of a sum."""
+    one = runs.trained(
+        RejectionSamplingTrainer,
+        tmp_path,
+        resampler=LossResampler(Tempered(0.0), importance_correction=1.0),
+    )
+    other = runs.trained(hf.Trainer, tmp_path)
+    assert runs.largest_difference(one, other) < 1e-4
+
+
+def test_correction_refuses_a_loss_divided_by_tokens_elsewhere(tmp_path: Path) -> None:
+    trainer = CASES["llama_lm"].trainer(
+        tmp_path, RejectionSamplingTrainer, resampler=LossResampler(importance_correction=1.0)
+    )
+    with pytest.raises(RuntimeError, match="divided by their number elsewhere"):
+        trainer.train()
+
+
+def test_a_training_step_that_hides_its_loss_is_named(tmp_path: Path) -> None:
+    class Old(hf.Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss.backward()
+            return loss.detach()
+
+    class New(RejectionSamplingMixin, Old):
+        pass
+
+    with pytest.raises(RuntimeError, match="saw it 0 times"):
+        runs.trained(New, tmp_path, resampler=LossResampler(losses="training"))
+
+
+def test_a_term_that_appears_later_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A penalty on the distance from the start is zero before the first step, and a term of the batch after it."""
+
+    class Anchored(hf.BertForSequenceClassification):
+        def forward(self, input_ids, attention_mask, labels):
+            outputs = super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+            outputs["loss"] = outputs["loss"] + 10 * (self.classifier.weight - self.start).pow(2).sum()
+            return outputs
+
+    model = Anchored(runs.bert().config)
+    model.start = model.classifier.weight.detach().clone()
+    trainer = runs.trained(RejectionSamplingTrainer, tmp_path, model=model)
+    assert trainer.resampler.source._reading.kind == "single"
+    assert sum("a term of the loss appeared" in record.message for record in caplog.records) == 1
