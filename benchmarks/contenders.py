@@ -15,7 +15,8 @@ import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor
 
-from rsft_hf import ExampleStatistics, LossResampler, RejectionSamplingTrainer
+from rsft_hf import LossResampler, RejectionSamplingTrainer
+from rsft_hf.weighted import ExampleStatistics
 
 IGNORED = -100
 NUM_EPOCHS = 3

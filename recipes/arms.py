@@ -11,6 +11,7 @@ import torch
 
 import rsft_hf
 from recipes.common import RecipeError, check_arms_and_seeds, option, weighting_from_name
+from rsft_hf.weighted import Weighting
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class RandomAssignment:
         [1.0, 2.0, 3.0]
     """
 
-    weighting: rsft_hf.Weighting
+    weighting: Weighting
     seed: int
 
     @property
@@ -38,7 +39,9 @@ class RandomAssignment:
         """The statistics that the rule needs."""
         return self.weighting.requires
 
-    def __call__(self, scores: torch.Tensor, statistics: rsft_hf.ExampleStatistics | None = None) -> torch.Tensor:
+    def __call__(
+        self, scores: torch.Tensor, statistics: rsft_hf.weighted.ExampleStatistics | None = None
+    ) -> torch.Tensor:
         """Returns the weights in an order that depends only on the seed and on their number."""
         weights = self.weighting(scores, statistics)
         # Away from the run's own seed, whose permutation already orders the proposals.

@@ -19,17 +19,17 @@ import rsft_hf
 
 METRICS_FOLDER = Path(__file__).resolve().parent / "metrics"
 # name -> the rule and the meaning of the number after the colon, None where the rule takes none
-WEIGHTINGS: dict[str, tuple[Callable[..., rsft_hf.Weighting], str | None]] = {
+WEIGHTINGS: dict[str, tuple[Callable[..., rsft_hf.weighted.Weighting], str | None]] = {
     "proportional": (rsft_hf.Proportional, None),
     "tempered": (rsft_hf.Tempered, "alpha"),
-    "softmax": (rsft_hf.Softmax, "temperature"),
+    "softmax": (rsft_hf.weighted.Softmax, "temperature"),
     "clipped": (rsft_hf.Clipped, "quantile"),
     "drop_top": (rsft_hf.DropTop, "fraction"),
     "floored": (rsft_hf.Floored, "fraction"),
     "class_balanced": (rsft_hf.ClassBalanced, None),
-    "entropy": (rsft_hf.Entropy, None),
-    "margin": (rsft_hf.Margin, None),
-    "least_confidence": (rsft_hf.LeastConfidence, None),
+    "entropy": (rsft_hf.weighted.Entropy, None),
+    "margin": (rsft_hf.weighted.Margin, None),
+    "least_confidence": (rsft_hf.weighted.LeastConfidence, None),
 }
 
 
@@ -137,7 +137,7 @@ def check_arms_and_seeds(arms: Sequence[str], seeds: Sequence[int], known: Seque
             raise RecipeError(f"`--{name}` {values} must name at least one, and each once.")
 
 
-def weighting_from_name(name: str) -> rsft_hf.Weighting:
+def weighting_from_name(name: str) -> rsft_hf.weighted.Weighting:
     """Returns the rule that a name stands for; `:` gives its parameter, `+` chains rules from left to right.
 
     Args:
@@ -154,7 +154,7 @@ def weighting_from_name(name: str) -> rsft_hf.Weighting:
     return rules[0] if len(rules) == 1 else rsft_hf.Chain(*rules)
 
 
-def _one_weighting(part: str) -> rsft_hf.Weighting:
+def _one_weighting(part: str) -> rsft_hf.weighted.Weighting:
     name, colon, value = part.partition(":")
     if name not in WEIGHTINGS:
         raise RecipeError(

@@ -19,17 +19,8 @@ from transformers import GenerationConfig, TrainingArguments
 
 from recipes.common import RecipeError, check_arms_and_seeds, option
 from recipes.runs import RunFolder, training_configuration
-from rsft_hf import (
-    RSO,
-    CandidateResampler,
-    PerPromptCap,
-    RandomLike,
-    RandomPerPrompt,
-    Sequence,
-    Threshold,
-    TopKOverall,
-    TopKPerPrompt,
-)
+from rsft_hf import RSO, CandidateResampler, Threshold, TopKOverall, TopKPerPrompt
+from rsft_hf.acceptance import PerPromptCap, RandomLike, RandomPerPrompt, Sequence
 
 ARMS = ("base", "supervised", "rejection", "control")
 GENERATING_ARMS = ("rejection", "control")

@@ -14,16 +14,8 @@ import pytest
 import torch
 import transformers as hf
 
-from rsft_hf import (
-    ClassBalanced,
-    Entropy,
-    ExampleStatistics,
-    Learnability,
-    LossResampler,
-    NotPerExampleError,
-    Proportional,
-    RejectionSamplingTrainer,
-)
+from rsft_hf import ClassBalanced, LossResampler, Proportional, RejectionSamplingTrainer
+from rsft_hf.weighted import Entropy, ExampleStatistics, Learnability, NotPerExampleError
 from zoo import CASES
 
 CASE = {case.name: case for case in CASES}

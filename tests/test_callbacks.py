@@ -8,7 +8,8 @@ import pytest
 
 import generators
 from generative_runs import resampler, stored, trainer
-from rsft_hf import CandidateTableCallback, RejectTruncated
+from rsft_hf import CandidateTableCallback
+from rsft_hf.generative import RejectTruncated
 
 
 class Table:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import transformers as hf
 
-from rsft_hf import Entropy, LossResampler, RejectionSamplingTrainer
+from rsft_hf import LossResampler, RejectionSamplingTrainer
+from rsft_hf.weighted import Entropy
 from zoo import CASES
 from zoo_examples import Example
 

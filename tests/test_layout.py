@@ -1,6 +1,7 @@
 """The shape of the repository: layers, sizes and docstrings, read from the source without importing it."""
 
 import ast
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -16,13 +17,15 @@ MAX_LINES_PER_FUNCTION = 50
 MAX_PARAMETERS = 8
 
 PURE_IMPORTS = sys.stdlib_module_names | {"__future__", "torch", "numpy", "rsft_hf"}
-PURE_FILES = ("rejection.py", "acceptance/", "weighted/weightings.py", "engines/random_streams.py")
+PURE_FILES = ("checks.py", "rejection.py", "acceptance/", "weighted/weightings.py", "engines/random_streams.py")
 KNOWS_TRAINER = ("trainer.py", "callbacks.py", "checkpointing.py", "training_set.py")
 HALVES = ("weighted", "generative")
+PUBLIC = ("rsft_hf", *(f"rsft_hf.{name}" for name in ("acceptance", "engines", "generative", "rewards", "weighted")))
 
 # Files and folders of the package from the lowest to the highest: imports go to the same line or to one above it.
 LAYERS = (
-    ("rejection.py", "distributed.py", "isolation.py"),
+    ("checks.py",),
+    ("rejection.py", "distributed.py", "isolation.py", "memory.py"),
     ("training_set.py", "checkpointing.py"),
     ("resampler.py",),
     ("acceptance", "rewards", "engines"),
@@ -160,12 +163,17 @@ def test_no_drawer_for_leftovers():
     assert not [name_of(path) for path in SOURCES if path.stem in {"utils", "helpers", "misc"}]
 
 
-def test_every_public_name_says_what_it_is():
-    assert rsft_hf.__all__, "the package publishes nothing"
-    silent = [name for name in rsft_hf.__all__ if not (getattr(rsft_hf, name).__doc__ or "").strip()]
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_says_what_it_is(module):
+    package = importlib.import_module(module)
+    assert package.__all__, f"{module} publishes nothing"
+    docstrings = {name: (getattr(package, name).__doc__ or "").strip() for name in package.__all__}
     # A dataclass without a docstring is given its own signature as one.
-    generated = [name for name in rsft_hf.__all__ if (getattr(rsft_hf, name).__doc__ or "").startswith(f"{name}(")]
-    assert not silent + generated, "published without a docstring"
+    assert not [name for name, text in docstrings.items() if not text or text.startswith(f"{name}(")]
+
+
+def test_the_top_level_offers_what_most_scripts_need():
+    assert len(rsft_hf.__all__) == 30, "about 30 names; the others are imported from their packages"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

@@ -11,7 +11,8 @@ import transformers as hf
 from safetensors.torch import load_file
 
 import runs
-from rsft_hf import Chain, Clipped, Entropy, Floored, LossResampler, RejectionSamplingTrainer
+from rsft_hf import Chain, Clipped, Floored, LossResampler, RejectionSamplingTrainer
+from rsft_hf.weighted import Entropy
 
 STEPS_PER_EPOCH = 7  # 26 rows in batches of 4
 

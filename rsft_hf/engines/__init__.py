@@ -1,1 +1,22 @@
-"""Engines: what turns prompts into sampled token ids."""
+"""Engines that generate candidates."""
+
+from rsft_hf.engines.base import Engine, EngineWithWeights, GeneratedSequence, GenerationRequest
+from rsft_hf.engines.continuous import ContinuousEngine
+from rsft_hf.engines.endpoint.engine import EndpointEngine
+from rsft_hf.engines.endpoint.weight_sync import SaveAndReload
+from rsft_hf.engines.generate import GenerateEngine
+from rsft_hf.engines.inflight.engine import InFlightEngine
+from rsft_hf.engines.vllm import VLLMEngine
+
+__all__ = [
+    "ContinuousEngine",
+    "EndpointEngine",
+    "Engine",
+    "EngineWithWeights",
+    "GenerateEngine",
+    "GeneratedSequence",
+    "GenerationRequest",
+    "InFlightEngine",
+    "SaveAndReload",
+    "VLLMEngine",
+]

@@ -1,1 +1,33 @@
-"""The generative half: candidates are generated, scored, accepted and trained on, round by round."""
+"""Generative half: rounds of generating, scoring, accepting and training."""
+
+from rsft_hf.generative.candidates import Candidate
+from rsft_hf.generative.exports import export_dpo, export_kto, export_sft, load_candidates
+from rsft_hf.generative.filters import (
+    Deduplicate,
+    LengthRange,
+    MatchesPattern,
+    RejectEmpty,
+    RejectRepetition,
+    RejectTruncated,
+    Satisfies,
+)
+from rsft_hf.generative.resampler import CandidateResampler
+from rsft_hf.generative.rescoring import accept_again, score_again
+
+__all__ = [
+    "Candidate",
+    "CandidateResampler",
+    "Deduplicate",
+    "LengthRange",
+    "MatchesPattern",
+    "RejectEmpty",
+    "RejectRepetition",
+    "RejectTruncated",
+    "Satisfies",
+    "accept_again",
+    "export_dpo",
+    "export_kto",
+    "export_sft",
+    "load_candidates",
+    "score_again",
+]

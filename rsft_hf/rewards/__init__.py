@@ -1,5 +1,6 @@
 """Ready-made reward functions, each a few lines over a library that is kept up."""
 
+from rsft_hf.rewards.functions import RewardFunctions, Scores
 from rsft_hf.rewards.judge import JudgeReward
 from rsft_hf.rewards.model_rewards import ModelReward, RoundTripReward, SimilarityReward
 from rsft_hf.rewards.reference_rewards import (
@@ -26,8 +27,10 @@ __all__ = [
     "ModelReward",
     "ReferenceReward",
     "RepetitionPenalty",
+    "RewardFunctions",
     "RougeReward",
     "RoundTripReward",
+    "Scores",
     "SimilarityReward",
     "TokenF1",
 ]

@@ -1,1 +1,41 @@
-"""The weighted half: examples -> losses -> weights -> indices."""
+"""Weighted half: rows resampled by loss-derived weights."""
+
+from rsft_hf.weighted.measurement import Measurement, NotPerExampleError, measure_losses
+from rsft_hf.weighted.resampler import LossResampler
+from rsft_hf.weighted.weightings import (
+    Chain,
+    ClassBalanced,
+    Clipped,
+    DropTop,
+    Entropy,
+    ExampleStatistics,
+    Floored,
+    Learnability,
+    LeastConfidence,
+    Margin,
+    Proportional,
+    Softmax,
+    Tempered,
+    Weighting,
+)
+
+__all__ = [
+    "Chain",
+    "ClassBalanced",
+    "Clipped",
+    "DropTop",
+    "Entropy",
+    "ExampleStatistics",
+    "Floored",
+    "Learnability",
+    "LeastConfidence",
+    "LossResampler",
+    "Margin",
+    "Measurement",
+    "NotPerExampleError",
+    "Proportional",
+    "Softmax",
+    "Tempered",
+    "Weighting",
+    "measure_losses",
+]

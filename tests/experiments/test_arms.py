@@ -20,17 +20,8 @@ from recipes.generative_arms import (
     supervised_schedule,
 )
 from recipes.generative_report import GenerativeReport, paired_table, write_report
-from rsft_hf import (
-    RSO,
-    CandidateBatch,
-    PerPromptCap,
-    RandomLike,
-    RandomPerPrompt,
-    Sequence,
-    Threshold,
-    TopKOverall,
-    TopKPerPrompt,
-)
+from rsft_hf import RSO, Threshold, TopKOverall, TopKPerPrompt
+from rsft_hf.acceptance import CandidateBatch, PerPromptCap, RandomLike, RandomPerPrompt, Sequence
 
 EXPECTED = {
     "topk:2": TopKPerPrompt(2),

@@ -171,14 +171,14 @@ def test_every_weighting_has_a_name():
     names = {
         "proportional": rsft_hf.Proportional(),
         "tempered:0.25": rsft_hf.Tempered(0.25),
-        "softmax:2": rsft_hf.Softmax(2.0),
+        "softmax:2": rsft_hf.weighted.Softmax(2.0),
         "clipped:0.9": rsft_hf.Clipped(0.9),
         "drop_top:0.1": rsft_hf.DropTop(0.1),
         "floored:0.3": rsft_hf.Floored(0.3),
         "class_balanced": rsft_hf.ClassBalanced(),
-        "entropy": rsft_hf.Entropy(),
-        "margin": rsft_hf.Margin(),
-        "least_confidence": rsft_hf.LeastConfidence(),
+        "entropy": rsft_hf.weighted.Entropy(),
+        "margin": rsft_hf.weighted.Margin(),
+        "least_confidence": rsft_hf.weighted.LeastConfidence(),
     }
     assert {name.partition(":")[0] for name in names} == set(WEIGHTINGS)
     for name, rule in names.items():
@@ -210,7 +210,7 @@ def test_the_control_keeps_the_weights_and_forgets_the_rows():
     assert abs(torch.corrcoef(torch.stack([weights, losses.double()]))[0, 1]) < 0.13
     assert torch.equal(weights, RandomAssignment(rsft_hf.Proportional(), seed=1)(losses))
     assert not torch.equal(weights, RandomAssignment(rsft_hf.Proportional(), seed=2)(losses))
-    assert RandomAssignment(rsft_hf.Margin(), seed=1).requires == {"margins"}
+    assert RandomAssignment(rsft_hf.weighted.Margin(), seed=1).requires == {"margins"}
 
 
 def test_an_arm_gets_its_resampler():

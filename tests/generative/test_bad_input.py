@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 
 import generators
 from generative_runs import CountingEngine, resampler, stored, trained, trainer
-from rsft_hf import CandidateResampler, Deduplicate, RejectTruncated, TopKPerPrompt
+from rsft_hf import CandidateResampler, Deduplicate, TopKPerPrompt
+from rsft_hf.generative import RejectTruncated
 
 PROMPTS = generators.prompts(5)
 

@@ -20,7 +20,8 @@ from generative_runs import (
     stored,
     trained,
 )
-from rsft_hf import Candidate, Deduplicate, RejectTruncated, Threshold, load_candidates
+from rsft_hf import Deduplicate, Threshold, load_candidates
+from rsft_hf.generative import Candidate, RejectTruncated
 from rsft_hf.generative.candidates import STAGES, CandidateStore
 
 COLUMNS = {

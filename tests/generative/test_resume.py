@@ -23,7 +23,8 @@ from generative_runs import (
     stored,
     trained,
 )
-from rsft_hf import Deduplicate, DensityRatio, RandomPerPrompt, Threshold
+from rsft_hf import Deduplicate, DensityRatio, Threshold
+from rsft_hf.acceptance import RandomPerPrompt
 
 STEPS = 5  # of an epoch: 9 rows in batches of two
 SAVED = {"num_train_epochs": 3, "save_strategy": "epoch"}

@@ -13,7 +13,8 @@ from accelerate.utils import DistributedType
 
 import generators
 from generative_runs import NUM_PROMPTS, CountingEngine, logged, resampler, stored, trained, trainer
-from rsft_hf import RandomLike, RejectionSamplingSeq2SeqTrainer, Threshold
+from rsft_hf import RejectionSamplingSeq2SeqTrainer, Threshold
+from rsft_hf.acceptance import RandomLike
 from rsft_hf.generative.candidates import Candidate, CandidateStore
 from rsft_hf.generative.encoding import Encoder
 from rsft_hf.generative.generation import completion_log_probabilities

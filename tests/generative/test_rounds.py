@@ -7,8 +7,9 @@ import pytest
 import generative_runs
 import generators
 from generative_runs import NUM_PROMPTS, CountingEngine, resampler, round_dir, stored, trained
-from rsft_hf import Deduplicate, RejectTruncated, Threshold, TopKPerPrompt
+from rsft_hf import Deduplicate, Threshold, TopKPerPrompt
 from rsft_hf.engines.random_streams import candidate_seed
+from rsft_hf.generative import RejectTruncated
 from rsft_hf.generative.selection import ACCEPTED
 
 PROMPTS = generators.prompts(NUM_PROMPTS)["prompt"]

@@ -13,16 +13,14 @@ from rsft_hf import (
     CandidateResampler,
     Deduplicate,
     RejectionSamplingMixin,
-    RejectTruncated,
     Threshold,
     TopKPerPrompt,
-    accept_again,
     export_dpo,
     export_kto,
     export_sft,
     load_candidates,
-    score_again,
 )
+from rsft_hf.generative import RejectTruncated, accept_again, score_again
 
 trl = pytest.importorskip("trl", reason="the extra `trl` is not installed")
 

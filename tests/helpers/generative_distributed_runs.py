@@ -16,7 +16,8 @@ import torch
 
 import generative_runs
 import generators
-from rsft_hf import Deduplicate, DensityRatio, RejectTruncated, Threshold
+from rsft_hf import Deduplicate, DensityRatio, Threshold
+from rsft_hf.generative import RejectTruncated
 
 
 def first_letter(text: str) -> str:

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import transformers as hf
 
 import generators
-from rsft_hf import CandidateResampler, GenerateEngine, RejectionSamplingTrainer
+from rsft_hf import CandidateResampler, RejectionSamplingTrainer
+from rsft_hf.engines import GenerateEngine
 
 NUM_PROMPTS = 9  # shards of 2 prompts: neither a multiple of the shard nor of two processes
 SHARDS = 5

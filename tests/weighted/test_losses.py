@@ -9,14 +9,8 @@ import transformers as hf
 
 import runs
 import zoo
-from rsft_hf import (
-    LossResampler,
-    NotPerExampleError,
-    RejectionSamplingMixin,
-    RejectionSamplingTrainer,
-    Tempered,
-    measure_losses,
-)
+from rsft_hf import LossResampler, RejectionSamplingMixin, RejectionSamplingTrainer, Tempered, measure_losses
+from rsft_hf.weighted import NotPerExampleError
 
 CASES = {case.name: case for case in zoo.CASES}
 READABLE = [name for name, case in CASES.items() if not case.is_in_batch]

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from rsft_hf import Chain, Entropy, LossResampler, Margin, Proportional, Tempered
+from rsft_hf import Chain, LossResampler, Proportional, Tempered
+from rsft_hf.weighted import Entropy, Margin
 
 
 class Silent:

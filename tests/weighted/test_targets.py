@@ -10,16 +10,8 @@ import datasets
 import pytest
 import torch
 
-from rsft_hf import (
-    ClassBalanced,
-    Clipped,
-    Entropy,
-    ExampleStatistics,
-    Learnability,
-    Proportional,
-    Softmax,
-    rejection_sample,
-)
+from rsft_hf import ClassBalanced, Clipped, Proportional, rejection_sample
+from rsft_hf.weighted import Entropy, ExampleStatistics, Learnability, Softmax
 from rsft_hf.weighted.targets import class_labels, correction_factors, draw_metrics, target_weights
 
 NAN = math.nan

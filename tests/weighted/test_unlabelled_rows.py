@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from rsft_hf import Learnability, LossResampler, Proportional, RejectionSamplingTrainer, measure_losses
+from rsft_hf import LossResampler, Proportional, RejectionSamplingTrainer, measure_losses
+from rsft_hf.weighted import Learnability
 from zoo import CASES
 
 CASE = {case.name: case for case in CASES}

@@ -9,23 +9,9 @@ import math
 import pytest
 import torch
 
-import rsft_hf
-from rsft_hf import (
-    Chain,
-    ClassBalanced,
-    Clipped,
-    DropTop,
-    Entropy,
-    ExampleStatistics,
-    Floored,
-    Learnability,
-    LeastConfidence,
-    Margin,
-    Proportional,
-    Softmax,
-    Tempered,
-    Weighting,
-)
+import rsft_hf.weighted
+from rsft_hf import Chain, ClassBalanced, Clipped, DropTop, Floored, Proportional, Tempered
+from rsft_hf.weighted import Entropy, ExampleStatistics, Learnability, LeastConfidence, Margin, Softmax, Weighting
 
 LOSSES = torch.tensor([4.0, 1.0, 0.0, 9.0, 2.0])
 STATISTICS = ExampleStatistics(
@@ -58,7 +44,7 @@ OF_LOSSES_ONLY = tuple(rule for rule in CANONICAL if not rule.requires)
 
 
 def weightings() -> set[type]:
-    exported = {getattr(rsft_hf, name) for name in rsft_hf.__all__}
+    exported = {getattr(rsft_hf.weighted, name) for name in rsft_hf.weighted.__all__}
     weighted = {item for item in exported if isinstance(item, type) and item.__module__.startswith("rsft_hf.weighted")}
     return {item for item in weighted if hasattr(item, "requires")} - {Weighting}
 

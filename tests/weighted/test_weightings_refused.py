@@ -5,21 +5,8 @@ import math
 import pytest
 import torch
 
-from rsft_hf import (
-    Chain,
-    ClassBalanced,
-    Clipped,
-    DropTop,
-    Entropy,
-    ExampleStatistics,
-    Floored,
-    Learnability,
-    LeastConfidence,
-    Margin,
-    Proportional,
-    Softmax,
-    Tempered,
-)
+from rsft_hf import Chain, ClassBalanced, Clipped, DropTop, Floored, Proportional, Tempered
+from rsft_hf.weighted import Entropy, ExampleStatistics, Learnability, LeastConfidence, Margin, Softmax
 
 STATISTICS = ExampleStatistics(labels=torch.tensor([0, 0, 1]), rows=torch.arange(3))
 NON_NEGATIVE = {
