@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers as hf
 
+import runs
 from rsft_hf import LossResampler, RejectionSamplingTrainer
 from rsft_hf.weighted import Entropy
 from zoo import CASES
@@ -16,14 +16,6 @@ from zoo_examples import Example
 
 (CASE,) = [case for case in CASES if case.name == "bert_single_label"]
 LAST = "checkpoint-2"
-
-
-class StepCounter(hf.TrainerCallback):
-    def __init__(self):
-        self.num_steps = 0
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.num_steps += 1
 
 
 def train(
@@ -39,7 +31,7 @@ def train(
     """
     parts = CASE.build()
     parts = parts if rows is None else replace(parts, dataset=rows)
-    counter = StepCounter()
+    counter = runs.StepCounter()
     trainer = replace(CASE, build=lambda: parts).trainer(
         output_dir,
         RejectionSamplingTrainer,

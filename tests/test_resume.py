@@ -21,15 +21,6 @@ class Killed(Exception):
     """Stands for a killed process: nothing of the trainer is used again."""
 
 
-class CountSteps(hf.TrainerCallback):
-    """Counts the steps that a run makes itself."""
-
-    num_steps = 0
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.num_steps += 1
-
-
 class KillAfter(hf.TrainerCallback):
     """Raises after a step, when that step's checkpoint has been saved."""
 
@@ -138,7 +129,7 @@ def test_resume_true_passes_over_a_checkpoint_cut_off_in_saving(tmp_path: Path, 
         shutil.rmtree(newest / damage)
     else:
         (newest / damage).write_text('{"best_global_step": nu')  # the disk was full, or the power went
-    counter = CountSteps()
+    counter = runs.StepCounter()
     again = runs.trained(RejectionSamplingTrainer, tmp_path, resume=True, args=args, callbacks=[counter])
     assert counter.num_steps == 1  # from checkpoint-20
     assert runs.largest_difference(whole, again) == 0.0

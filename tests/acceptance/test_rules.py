@@ -1,7 +1,4 @@
-"""Every rule of acceptance: masks worked out by hand, and what holds whatever the rewards.
-
-The laws of the random rules stand in `test_acceptance_laws.py`.
-"""
+"""Acceptance rules: masks worked out by hand, invariances, validation of arguments; `test_density.py` has the laws."""
 
 import dataclasses
 import math

@@ -81,6 +81,16 @@ def trained(trainer_class: type, output_dir: Path, resume: str | None = None, **
     return trainer
 
 
+class StepCounter(hf.TrainerCallback):
+    """Counts the optimizer steps that a run begins."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.num_steps += 1
+
+
 def losses(trainer: hf.Trainer) -> list[float]:
     """Returns the logged training losses, in order."""
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]

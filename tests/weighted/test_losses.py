@@ -1,6 +1,7 @@
-"""Per-example losses against the slow oracle, a batch of one through plain Trainer, for every model of the zoo."""
+"""Per-example losses against a slow oracle (a batch of one through plain Trainer) for every model of the zoo."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,16 @@ import transformers as hf
 
 import runs
 import zoo
-from rsft_hf import LossResampler, RejectionSamplingMixin, RejectionSamplingTrainer, Tempered, measure_losses
-from rsft_hf.weighted import NotPerExampleError
+from rsft_hf import (
+    LossResampler,
+    Proportional,
+    RejectionSamplingMixin,
+    RejectionSamplingTrainer,
+    Tempered,
+    measure_losses,
+)
+from rsft_hf.weighted import Learnability, NotPerExampleError
+from rsft_hf.weighted.losses import CriterionCapture
 
 CASES = {case.name: case for case in zoo.CASES}
 READABLE = [name for name, case in CASES.items() if not case.is_in_batch]
@@ -219,3 +228,86 @@ def test_a_term_that_appears_later_is_noticed(tmp_path: Path, caplog: pytest.Log
     trainer = runs.trained(RejectionSamplingTrainer, tmp_path, model=model)
     assert trainer.resampler.source._reading.kind == "single"
     assert sum("a term of the loss appeared" in record.message for record in caplog.records) == 1
+
+
+def test_importance_correction_makes_the_gradient_unbiased() -> None:
+    """Rows that count alike: the mean of c_i L_i: worked by hand on two rows with c = (2, 2/3)."""
+    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    labels = torch.tensor([0, 0])
+    single = F.cross_entropy(logits, labels, reduction="none")  # (ln(1 + 1/e), ln(1 + e)) = (.3133, 1.3133)
+    with CriterionCapture(2, torch.tensor([2.0, 2.0 / 3.0])):
+        loss = F.cross_entropy(logits, labels)
+    assert loss.item() == pytest.approx((2 * 0.3132617 + 2 / 3 * 1.3132617) / 2)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    expected = torch.autograd.grad((single * torch.tensor([2.0, 2.0 / 3.0])).mean(), logits)[0]
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_a_question_that_is_ignored_has_no_margin_and_no_harm() -> None:
+    """Question-answering heads ignore the index one beyond the last position."""
+    logits, labels = torch.randn(3, 8), torch.tensor([1, 8, 2])
+    with CriterionCapture(3) as capture:
+        loss = F.cross_entropy(logits, labels, weight=torch.ones(8), ignore_index=8)
+    assert torch.equal(loss, F.cross_entropy(logits[[0, 2]], labels[[0, 2]]))
+    assert capture.calls[0].normalisers.tolist() == [1, 0, 1]
+
+
+def test_corrected_means_weigh_their_denominator_too() -> None:
+    """Two rows of class weights 1 and 9 with factors 2 and 2/3: sum c w l / sum c w = (2 l0 + 6 l1) / 8."""
+    logits, labels, weight = torch.tensor([[1.0, 0.0], [0.5, 0.0]]), torch.tensor([0, 1]), torch.tensor([1.0, 9.0])
+    single = F.cross_entropy(logits, labels, reduction="none")
+    with CriterionCapture(2, torch.tensor([2.0, 2.0 / 3.0])):
+        loss = F.cross_entropy(logits, labels, weight=weight)
+    assert loss.item() == pytest.approx(((2 * single[0] + 6 * single[1]) / 8).item())
+
+
+UNLABELLED = [2, 5]
+
+
+def weights_of_epoch(resampler: LossResampler, epoch: int) -> list[float]:
+    return [line["weight"] for line in resampler.table() if line["epoch"] == epoch]
+
+
+def test_rows_without_a_label_are_never_drawn(tmp_path):
+    resampler = LossResampler(Proportional(), num_draws=40)
+    CASES["bert_without_labels"].trainer(
+        tmp_path, RejectionSamplingTrainer, {"num_train_epochs": 1}, resampler=resampler
+    ).train()
+    counts = resampler.table()["count"][:]
+    assert sum(counts) == 40
+    assert [row for row, count in enumerate(counts) if count == 0] == UNLABELLED
+    assert [row for row, weight in enumerate(weights_of_epoch(resampler, 0)) if weight == 0] == UNLABELLED
+    assert resampler.metrics()["resampling/excluded_rows"] == 2
+
+
+def test_learnability_takes_a_measured_reference_that_is_nan_where_there_is_no_label(tmp_path):
+    case = CASES["bert_without_labels"]
+    reference = measure_losses(case.trainer(tmp_path)).losses
+    assert reference.isnan().nonzero().flatten().tolist() == UNLABELLED
+    resampler = LossResampler(Learnability(reference - 1))
+    case.trainer(tmp_path, RejectionSamplingTrainer, {"num_train_epochs": 1}, resampler=resampler).train()
+    # The model is the reference: every loss is 1 above, so the five rows with a label share the weight.
+    expected = [0.0 if row in UNLABELLED else 0.2 for row in range(7)]
+    assert torch.allclose(torch.tensor(weights_of_epoch(resampler, 0)), torch.tensor(expected), atol=1e-4)
+
+
+class Hiding:
+    """A collator that hides each label with probability .4, as one that masks words at random may do to short rows."""
+
+    def __init__(self, collate: Any) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return self.collate([{**row, "labels": -100} if torch.rand(()) < 0.4 else row for row in rows])
+
+
+def test_a_row_whose_label_was_hidden_once_is_drawn_again(tmp_path):
+    resampler = LossResampler(losses="training", num_draws=14)
+    trainer = CASES["bert_single_label"].trainer(
+        tmp_path, RejectionSamplingTrainer, {"num_train_epochs": 4}, resampler=resampler
+    )
+    trainer.data_collator = Hiding(trainer.data_collator)
+    trainer.train()
+    assert bool(resampler.source.ledger.is_unlabelled.any())  # some label was hidden
+    for epoch in range(4):
+        assert min(weights_of_epoch(resampler, epoch)) > 0
