@@ -6,6 +6,7 @@ from typing import Any
 import pandas
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rsft_hf.checks import check_integer
 from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.resampler import CandidateResampler
 
@@ -27,8 +28,7 @@ class CandidateTableCallback(TrainerCallback):
     TABLE_TRACKERS = ("wandb", "trackio")
 
     def __init__(self, resampler: CandidateResampler, num_candidates: int = 8) -> None:
-        if num_candidates < 1:
-            raise ValueError(f"`num_candidates`={num_candidates} must be at least 1.")
+        check_integer("num_candidates", num_candidates, minimum=1)
         self._resampler, self._num_candidates = resampler, num_candidates
         self._shown: int | None = None
 

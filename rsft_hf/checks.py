@@ -1,4 +1,4 @@
-"""Checks of argument values, with one wording of their errors."""
+"""Validation of argument values, with one wording of the errors."""
 
 from typing import Any
 
@@ -34,7 +34,29 @@ def check_integer(name: str, value: Any, minimum: int, maximum: int | None = Non
         raise ValueError(message)
 
 
-def check_fraction(name: str, value: Any) -> None:
+def check_interval(name: str, value: float, interval: str, remedy: str = "") -> None:
+    """Raises ValueError unless an argument lies in an interval; NaN lies in none.
+
+    Args:
+        name: Name of the argument, as the user wrote it.
+        value: Its value.
+        interval: The interval as written in mathematics, such as "[0, 1)" or "(0, inf]".
+        remedy: Sentence appended to the message.
+
+    Example:
+        >>> check_interval("ema_decay", 0.5, "[0, 1)")
+        >>> check_interval("ema_decay", 1, "[0, 1)")
+        Traceback (most recent call last):
+        ...
+        ValueError: `ema_decay`=1 must lie in [0, 1).
+    """
+    low, high = map(float, interval[1:-1].split(","))
+    is_above = value >= low if interval[0] == "[" else value > low
+    is_below = value <= high if interval[-1] == "]" else value < high
+    if not (is_above and is_below):
+        raise ValueError(f"`{name}`={value} must lie in {interval}." + (f" {remedy}" if remedy else ""))
+
+
+def check_fraction(name: str, value: float) -> None:
     """Raises ValueError unless an argument lies in [0, 1]."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"`{name}`={value} must lie in [0, 1].")
+    check_interval(name, value, "[0, 1]")

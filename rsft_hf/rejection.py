@@ -10,14 +10,15 @@ Checked weights and generators enter, indices leave.
 
 import math
 
-import numpy as np
 import torch
+
+from rsft_hf.checks import check_integer
 
 # Above this expected number of passes per epoch's worth of draws, permuting the data set pass after pass costs more
 # than drawing the same law from its counts.
 _MAX_LOOPED_ENVELOPE = 4.0
 
-_MAX_DRAWS = 2**31
+MAX_DRAWS = 2**31
 
 
 def envelope_constant(weights: torch.Tensor, proposal: torch.Tensor | None = None) -> float:
@@ -125,7 +126,7 @@ def rejection_sample(
         >>> rejection_sample(torch.tensor([0.0, 3.0]), 4, torch.Generator().manual_seed(0)).tolist()
         [1, 1, 1, 1]
     """
-    check_num_draws(num_draws)
+    check_integer("num_draws", num_draws, minimum=1, maximum=MAX_DRAWS)
     weights, proposal = _check(weights, proposal)
     if proposal is not None:
         return draw_independently(weights, num_draws, generator)
@@ -153,22 +154,6 @@ def effective_sample_size(weights: torch.Tensor) -> float:
     """
     weights, _ = _check(weights, None)
     return float(weights.sum() ** 2 / (weights**2).sum())
-
-
-def check_num_draws(num_draws: int | np.integer) -> None:
-    """Raises if `num_draws` is not a number of draws: an integer in [1, 2**31].
-
-    Raises:
-        TypeError: If it is not an integer.
-        ValueError: If it is out of range.
-    """
-    if type(num_draws) is bool or (type(num_draws) is not int and not isinstance(num_draws, np.integer)):
-        raise TypeError(f"`num_draws` must be an integer number of rows, got {num_draws!r}.")
-    if not 1 <= num_draws <= _MAX_DRAWS:
-        raise ValueError(
-            f"`num_draws`={num_draws} must lie between 1 and 2**31 = {_MAX_DRAWS}. Give the number of rows that one "
-            "epoch should read, or None for the size of the data set."
-        )
 
 
 def _loop_over_passes(probabilities: torch.Tensor, num_draws: int, generator: torch.Generator) -> torch.Tensor:

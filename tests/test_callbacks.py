@@ -94,5 +94,5 @@ def test_brackets_are_text_and_not_style(tmp_path: Path, capsys, wandb) -> None:
 
 
 def test_no_candidate_to_show_is_refused() -> None:
-    with pytest.raises(ValueError, match="`num_candidates`=0 must be at least 1"):
+    with pytest.raises(ValueError, match="`num_candidates`=0 must be an integer of at least 1"):
         CandidateTableCallback(resampler(), 0)

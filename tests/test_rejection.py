@@ -357,13 +357,13 @@ def test_wrong_proposals_are_named(use, proposal, message):
 @pytest.mark.parametrize(
     ("num_draws", "error", "message"),
     [
-        (0, ValueError, r"`num_draws`=0 must lie between 1 and 2\*\*31"),
-        (-3, ValueError, r"`num_draws`=-3 must lie between 1 and 2\*\*31"),
-        (2**31 + 1, ValueError, r"`num_draws`=2147483649 must lie between 1 and 2\*\*31"),
-        (3.0, TypeError, r"`num_draws` must be an integer number of rows, got 3\.0"),
-        (True, TypeError, r"`num_draws` must be an integer number of rows, got True"),
-        (None, TypeError, r"`num_draws` must be an integer number of rows, got None"),
-        ("3", TypeError, r"`num_draws` must be an integer number of rows, got '3'"),
+        (0, ValueError, r"`num_draws`=0 must be an integer between 1 and 2147483648"),
+        (-3, ValueError, r"`num_draws`=-3 must be an integer between 1 and 2147483648"),
+        (2**31 + 1, ValueError, r"`num_draws`=2147483649 must be an integer between 1 and 2147483648"),
+        (3.0, TypeError, r"`num_draws`=3\.0 must be an integer between"),
+        (True, TypeError, r"`num_draws`=True must be an integer between"),
+        (None, TypeError, r"`num_draws`=None must be an integer between"),
+        ("3", TypeError, r"`num_draws`='3' must be an integer between"),
     ],
 )
 def test_wrong_numbers_of_draws_are_named(num_draws, error, message):

@@ -137,20 +137,6 @@ def check_acceptance(rule: Any, name: str) -> None:
         )
 
 
-def check_count(name: str, value: int) -> None:
-    """Raises unless the value is an integer >= 1 (TypeError for the kind, ValueError for the value)."""
-    if type(value) is not int:
-        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"`{name}`={value} must be at least 1.")
-
-
-def check_share(name: str, value: float) -> None:
-    """Raises ValueError unless the value lies in [0, 1]."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"`{name}`={value} must lie in [0, 1].")
-
-
 def read_column(batch: CandidateBatch, name: str, rule: str) -> torch.Tensor:
     """Returns the batch's tensor of that name, shape (P, n); raises ValueError naming `rule` if it is absent."""
     values = vars(batch)[name]

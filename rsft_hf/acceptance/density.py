@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rsft_hf.acceptance.batch import Acceptance, CandidateBatch, check_count, read_column, row_quantiles
+from rsft_hf.acceptance.batch import Acceptance, CandidateBatch, read_column, row_quantiles
+from rsft_hf.checks import check_integer, check_interval
 from rsft_hf.rejection import effective_sample_size_from_logs
 
 logger = logging.getLogger(__name__)
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 _LOG_TOLERANCE = 1e-6  # by which a known envelope may be passed where no lengths say how many terms were summed
 
 _LOG_TOLERANCE_PER_TOKEN = 1e-5  # each token's log-probabilities are rounded in single precision
+
+_BETA_UNIT = "It is a temperature in units of reward."
 
 _MIN_EFFECTIVE_SHARE, _MIN_JUDGED = 0.05, 20
 
@@ -45,8 +48,8 @@ class RSO(Acceptance):
     k: int = 1
 
     def __post_init__(self) -> None:
-        _check_beta(self.beta)
-        check_count("k", self.k)
+        check_interval("beta", self.beta, "(0, inf]", _BETA_UNIT)
+        check_integer("k", self.k, minimum=1)
 
     def __call__(self, batch: CandidateBatch, generator: torch.Generator) -> torch.Tensor:
         """Returns the accepted candidates, shape (P, n), bool: min(k, candidates) in each row.
@@ -105,9 +108,9 @@ class DensityRatio(Acceptance):
 
     def __post_init__(self) -> None:
         if self.beta is not None:
-            _check_beta(self.beta)
-        if self.quantile is not None and not 0 < self.quantile <= 1:
-            raise ValueError(f"`quantile`={self.quantile} must lie in (0, 1]; 1 is the maximum of the ratios.")
+            check_interval("beta", self.beta, "(0, inf]", _BETA_UNIT)
+        if self.quantile is not None:
+            check_interval("quantile", self.quantile, "(0, 1]", "1 is the maximum of the ratios.")
         if self.log_envelope is None:
             return
         if not math.isfinite(self.log_envelope):
@@ -180,11 +183,6 @@ class DensityRatio(Acceptance):
                 num_candidates,
                 effective,
             )
-
-
-def _check_beta(beta: float) -> None:
-    if not beta > 0:
-        raise ValueError(f"`beta`={beta} must be > 0, in units of reward.")
 
 
 def _refuse_exceeded(log_envelope: float, batch: CandidateBatch, log_weights: torch.Tensor) -> None:

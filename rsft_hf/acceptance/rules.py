@@ -20,12 +20,11 @@ from rsft_hf.acceptance.batch import (
     Acceptance,
     CandidateBatch,
     check_acceptance,
-    check_count,
-    check_share,
     choose_first,
     read_column,
     row_quantiles,
 )
+from rsft_hf.checks import check_fraction, check_integer
 
 TieBreak = Literal["random", "shortest"]
 
@@ -72,7 +71,7 @@ class Threshold(Acceptance):
                 raise ValueError(f"A threshold of {minimum} must be finite, in units of reward.")
         for name in ("quantile", "prompt_quantile"):
             if name in given:
-                check_share(name, given[name])
+                check_fraction(name, given[name])
 
     def for_round(self, round_number: int) -> "Threshold":
         """Returns the threshold of that round, counted from 0; itself without a schedule.
@@ -124,7 +123,7 @@ class TopKPerPrompt(Acceptance):
     tie_break: TieBreak = "random"
 
     def __post_init__(self) -> None:
-        check_count("k", self.k)
+        check_integer("k", self.k, minimum=1)
         _check_tie_break(self.tie_break)
 
     def __call__(self, batch: CandidateBatch, generator: torch.Generator) -> torch.Tensor:
@@ -158,7 +157,7 @@ class TopKOverall(Acceptance):
     tie_break: TieBreak = "random"
 
     def __post_init__(self) -> None:
-        check_count("k", self.k)
+        check_integer("k", self.k, minimum=1)
         _check_tie_break(self.tie_break)
 
     def __call__(self, batch: CandidateBatch, generator: torch.Generator) -> torch.Tensor:
@@ -205,7 +204,7 @@ class RandomPerPrompt(Acceptance):
     k: int
 
     def __post_init__(self) -> None:
-        check_count("k", self.k)
+        check_integer("k", self.k, minimum=1)
 
     def __call__(self, batch: CandidateBatch, generator: torch.Generator) -> torch.Tensor:
         """Returns the accepted candidates, shape (P, n), bool: min(k, candidates) in each row.
@@ -264,7 +263,7 @@ class PerPromptCap(Acceptance):
     keep: Keep = "random"
 
     def __post_init__(self) -> None:
-        check_count("k", self.k)
+        check_integer("k", self.k, minimum=1)
         if self.keep not in get_args(Keep):
             raise ValueError(f"`keep`={self.keep!r} must be 'random' or 'best'.")
 

@@ -7,6 +7,8 @@ import datasets
 import numpy as np
 import torch
 
+from rsft_hf.checks import check_integer
+
 _TABLE_COLUMNS = ("loss", "margin", "weight", "count")
 
 
@@ -75,8 +77,7 @@ class EpochHistory:
             RuntimeError: If no epoch has been measured.
             ValueError: If `num_suspects` is below 1.
         """
-        if num_suspects < 1:
-            raise ValueError(f"`num_suspects`={num_suspects} must be at least 1.")
+        check_integer("num_suspects", num_suspects, minimum=1)
         fresh = [
             torch.where(is_fresh, losses, float("nan"))
             for losses, is_fresh in zip(self._columns["loss"], self._columns["is_fresh"], strict=True)

@@ -19,9 +19,10 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from rsft_hf.checkpointing import load_state, save_state
+from rsft_hf.checks import check_integer, check_interval
 from rsft_hf.distributed import broadcast_from_main, run_seed
 from rsft_hf.isolation import forked_rng
-from rsft_hf.rejection import check_num_draws, check_proposal, rejection_sample
+from rsft_hf.rejection import MAX_DRAWS, check_proposal, rejection_sample
 from rsft_hf.resampler import Resampler
 from rsft_hf.weighted.history import EpochHistory
 from rsft_hf.weighted.loss_source import LossSource
@@ -230,29 +231,20 @@ def check_options(resampler: "LossResampler") -> None:
     if resampler.losses not in ("forward", "training"):
         raise ValueError(f'`losses`={resampler.losses!r} must be "forward" or "training".')
     if resampler.num_draws is not None:
-        check_num_draws(resampler.num_draws)
+        check_integer("num_draws", resampler.num_draws, minimum=1, maximum=MAX_DRAWS)
     if resampler.proposal is not None:
         check_proposal(resampler.proposal)
-    for name, lowest in (("warmup_epochs", 0), ("uniform_final_epochs", 0), ("every_n_epochs", 1), ("batch_size", 1)):
-        _check_count(name, vars(resampler)[name], lowest)
-    if not 0.0 <= resampler.importance_correction <= 1.0:
-        raise ValueError(
-            f"`importance_correction`={resampler.importance_correction} must lie in [0, 1]: 0 is none, 1 is unbiased."
-        )
-    if not 0.0 <= resampler.ema_decay < 1.0:
-        raise ValueError(f"`ema_decay`={resampler.ema_decay} must lie in [0, 1): at 1 no new loss would count.")
+    check_integer("warmup_epochs", resampler.warmup_epochs, minimum=0)
+    check_integer("uniform_final_epochs", resampler.uniform_final_epochs, minimum=0)
+    if resampler.every_n_epochs is not None:
+        check_integer("every_n_epochs", resampler.every_n_epochs, minimum=1)
+    if resampler.batch_size is not None:
+        check_integer("batch_size", resampler.batch_size, minimum=1)
+    check_interval("importance_correction", resampler.importance_correction, "[0, 1]", "0 is none, 1 is unbiased.")
+    check_interval("ema_decay", resampler.ema_decay, "[0, 1)", "At 1 no new loss would count.")
     needs = sorted(resampler.weighting.requires & set(PREDICTION_STATISTICS))
     if needs and (resampler.losses == "training" or resampler.per_example_loss is not None):
         raise ValueError(
             f'{resampler.weighting!r} reads {needs}, which only a scoring pass measures. Use losses="forward" '
             "without `per_example_loss`."
         )
-
-
-def _check_count(name: str, value: int | None, lowest: int) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
-    if value < lowest:
-        raise ValueError(f"`{name}`={value} must be at least {lowest}.")

@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from rsft_hf.checks import check_fraction, check_interval
+
 
 @dataclass(frozen=True)
 class ExampleStatistics:
@@ -215,7 +217,7 @@ class Tempered:
     requires: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
-        _in_range("alpha", self.alpha, 0.0, float("inf"), open_high=True)
+        check_interval("alpha", self.alpha, "[0, inf)")
 
     def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
         """Returns the scores, >= 0, to the power `alpha`, relative to the largest.
@@ -241,7 +243,7 @@ class Softmax:
     requires: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
-        _in_range("temperature", self.temperature, 0.0, float("inf"), open_low=True, open_high=True)
+        check_interval("temperature", self.temperature, "(0, inf)")
 
     def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
         """Returns softmax(scores / temperature).
@@ -266,7 +268,7 @@ class Clipped:
     requires: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
-        _in_range("quantile", self.quantile, 0.0, 1.0)
+        check_fraction("quantile", self.quantile)
 
     def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
         """Returns the scores, >= 0, capped at their quantile (the next lower order statistic).
@@ -291,7 +293,7 @@ class DropTop:
     requires: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
-        _in_range("fraction", self.fraction, 0.0, 1.0, open_high=True)
+        check_interval("fraction", self.fraction, "[0, 1)")
 
     def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
         """Returns the scores, >= 0, with the top floor(fraction N) at 0; rows that tie with a kept one are kept.
@@ -318,7 +320,7 @@ class Floored:
     requires: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
-        _in_range("fraction", self.fraction, 0.0, 1.0)
+        check_fraction("fraction", self.fraction)
 
     def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
         """Returns the mixture of the normalised scores, >= 0, and the uniform distribution; it sums to 1.
@@ -396,12 +398,3 @@ def _floor(product: float) -> int:
 
 def _order_statistic(scores: torch.Tensor, position: int) -> torch.Tensor:
     return scores.kthvalue(position + 1).values  # torch.quantile stops at 2^24 elements
-
-
-def _in_range(
-    name: str, value: float, low: float, high: float, open_low: bool = False, open_high: bool = False
-) -> None:
-    is_inside = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
-    if not is_inside:
-        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-        raise ValueError(f"`{name}`={value} must lie in {interval}.")

@@ -75,5 +75,5 @@ def test_a_history_without_epochs_says_so():
     for history in (EpochHistory(), history_of([[NAN, NAN]])):
         with pytest.raises(RuntimeError, match=r"No epoch has been measured yet"):
             history.suspects(5)
-    with pytest.raises(ValueError, match=r"`num_suspects`=0 must be at least 1"):
+    with pytest.raises(ValueError, match=r"`num_suspects`=0 must be an integer of at least 1"):
         history_of([[1.0]]).suspects(0)
