@@ -97,23 +97,19 @@ def accept_once(
     return torch.rand(len(probabilities), dtype=torch.float64, generator=generator) < probabilities
 
 
-def rejection_sample(
-    weights: torch.Tensor, num_draws: int, generator: torch.Generator, proposal: torch.Tensor | None = None
-) -> torch.Tensor:
+def rejection_sample(weights: torch.Tensor, num_draws: int, generator: torch.Generator) -> torch.Tensor:
     """Returns `num_draws` accepted indices, in the order of acceptance.
 
-    The uniform proposal visits the rows in random permutations, pass after pass: T passes accept row i
+    The proposal is uniform and visits the rows in random permutations, pass after pass: T passes accept row i
     Binomial(T, w_i / max w) times. Equal weights therefore give one permutation, which is an ordinary epoch, and an
     expected count is proportional to the weight (exactly over whole passes, to O(1/N) over the cut last one). For a
-    heavy tail the same law is drawn from its counts instead of by looping over the passes. A given proposal is
-    sampled with replacement; what is accepted then follows p independently whatever q is, so q changes the cost of a
-    draw and not the draws.
+    heavy tail the same law is drawn from its counts instead of by looping over the passes. Another proposal would
+    change the cost of a draw and not the law of the draws.
 
     Args:
         weights: As in `envelope_constant`.
         num_draws: Number of indices to return, in [1, 2**31].
         generator: CPU generator; it alone is moved.
-        proposal: As in `envelope_constant`.
 
     Returns:
         Indices, shape (num_draws,), int64, in [0, N).
@@ -127,11 +123,8 @@ def rejection_sample(
         [1, 1, 1, 1]
     """
     check_integer("num_draws", num_draws, minimum=1, maximum=MAX_DRAWS)
-    weights, proposal = _check(weights, proposal)
-    if proposal is not None:
-        return draw_independently(weights, num_draws, generator)
-    probabilities = weights  # relative to the largest: w / max w
-    if len(weights) <= _MAX_LOOPED_ENVELOPE * probabilities.sum():  # M = N max p = N / sum of probabilities
+    probabilities, _ = _check(weights, None)  # relative to the largest: w / max w
+    if len(probabilities) <= _MAX_LOOPED_ENVELOPE * probabilities.sum():  # M = N max p = N / sum of probabilities
         return _loop_over_passes(probabilities, num_draws, generator)
     return draw_passes_at_once(probabilities, num_draws, generator)
 
@@ -167,8 +160,12 @@ def _loop_over_passes(probabilities: torch.Tensor, num_draws: int, generator: to
     return torch.cat(accepted)[:num_draws]
 
 
-def check_proposal(proposal: torch.Tensor) -> torch.Tensor:
-    """Returns a proposal relative to its largest entry, float64; raises ValueError if one is not > 0 and finite."""
+def _check(weights: torch.Tensor, proposal: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    weights = _relative("weights", weights)
+    if not weights.any():
+        raise ValueError("`weights` are all zero, so nothing could be accepted. Give at least one positive weight.")
+    if proposal is None:
+        return weights, None
     proposal = _relative("proposal", proposal)
     if not bool((proposal > 0).all()):
         row = int((proposal <= 0).nonzero()[0])
@@ -176,16 +173,6 @@ def check_proposal(proposal: torch.Tensor) -> torch.Tensor:
             f"`proposal` is 0 at index {row}, a row that could never be proposed (or its entry is too small beside the "
             "largest). Every entry must be > 0; to leave a row out, give it weight 0."
         )
-    return proposal
-
-
-def _check(weights: torch.Tensor, proposal: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    weights = _relative("weights", weights)
-    if not weights.any():
-        raise ValueError("`weights` are all zero, so nothing could be accepted. Give at least one positive weight.")
-    if proposal is None:
-        return weights, None
-    proposal = check_proposal(proposal)
     if proposal.shape != weights.shape:
         raise ValueError(
             f"`proposal` has {len(proposal)} entries for {len(weights)} weights. Give one probability per row."
@@ -246,12 +233,6 @@ def _accept_in_block(probabilities: torch.Tensor, num_passes: int, generator: to
     shuffle = torch.randint(2**31, (len(pairs),), generator=generator)
     order = (torch.div(pairs, num_rows, rounding_mode="floor") * 2**31 + shuffle).argsort()
     return pairs[order] % num_rows
-
-
-def draw_independently(weights: torch.Tensor, num_draws: int, generator: torch.Generator) -> torch.Tensor:
-    """Returns independent indices in proportion to `weights`, shape (N,), in random order."""
-    indices = _inverse_cdf(weights, num_draws, generator)
-    return indices[torch.randperm(num_draws, generator=generator)]
 
 
 def _inverse_cdf(weights: torch.Tensor, num_draws: int, generator: torch.Generator) -> torch.Tensor:

@@ -22,7 +22,7 @@ from rsft_hf.checkpointing import load_state, save_state
 from rsft_hf.checks import check_integer, check_interval
 from rsft_hf.distributed import broadcast_from_main, run_seed
 from rsft_hf.isolation import forked_rng
-from rsft_hf.rejection import MAX_DRAWS, check_proposal, rejection_sample
+from rsft_hf.rejection import MAX_DRAWS, rejection_sample
 from rsft_hf.resampler import Resampler
 from rsft_hf.weighted.history import EpochHistory
 from rsft_hf.weighted.loss_source import LossSource
@@ -42,8 +42,6 @@ class LossResampler(Resampler):
             `rsft_hf/weighted/README.md`.
         losses: "forward" measures every row in a pass of its own before the epoch; "training" uses the losses that
             the training steps compute anyway, so that a row's loss is as old as its last draw.
-        proposal: Proposal q over the rows, shape (N,), > 0; uniform where None. It changes the acceptance rate, not
-            the law of the draws.
         num_draws: Rows per epoch, in [1, 2**31]; the size of the data set where None. Fewer saves compute.
         every_n_epochs: Epochs from one measuring pass to the next. None is 1 for "forward" and never for "training",
             where a number re-measures all rows so often.
@@ -67,7 +65,6 @@ class LossResampler(Resampler):
         weighting: Weighting | None = None,
         *,
         losses: Literal["forward", "training"] = "forward",
-        proposal: torch.Tensor | None = None,
         num_draws: int | None = None,
         every_n_epochs: int | None = None,
         warmup_epochs: int = 0,
@@ -78,7 +75,7 @@ class LossResampler(Resampler):
         batch_size: int | None = None,
     ) -> None:
         self.weighting = Proportional() if weighting is None else weighting
-        self.losses, self.proposal, self.num_draws = losses, proposal, num_draws
+        self.losses, self.num_draws = losses, num_draws
         self.every_n_epochs = 1 if every_n_epochs is None and losses == "forward" else every_n_epochs
         self.warmup_epochs, self.uniform_final_epochs = warmup_epochs, uniform_final_epochs
         self.importance_correction, self.per_example_loss = importance_correction, per_example_loss
@@ -91,8 +88,6 @@ class LossResampler(Resampler):
         """Returns the trainer's own training set, after a first look at it. Collective."""
         dataset = trainer.train_dataset
         self.num_rows, self.seed = len(dataset), run_seed(trainer)
-        if self.proposal is not None and len(self.proposal) != self.num_rows:
-            raise ValueError(f"`proposal` has {len(self.proposal)} entries for a data set of {self.num_rows} rows.")
         self._labels: torch.Tensor | None = None
         if "labels" in self.weighting.requires:
             with forked_rng(self.seed):
@@ -122,15 +117,14 @@ class LossResampler(Resampler):
             if is_uniform
             else target_weights(self.weighting, losses, source.predictions, self._labels)
         )
-        proposal = None if is_uniform else self.proposal
-        indices = self._draw(weights, proposal, epoch)
+        indices = self._draw(weights, epoch)
         self._row_factors = None
         if self.importance_correction > 0 and not is_uniform:
             self._row_factors = correction_factors(weights, self.importance_correction)
         self.history.append(
             epoch, source.ledger.losses, source.ledger.logit_margins, weights, indices, source.ledger.is_fresh
         )
-        self._metrics = draw_metrics(weights, proposal, indices)
+        self._metrics = draw_metrics(weights, indices)
         if not bool(losses.isnan().all()):
             self._metrics["mean_loss"] = float(losses.nanmean())
         self._metrics["excluded_rows"] = 0 if is_uniform else int(losses.isnan().sum())
@@ -209,13 +203,13 @@ class LossResampler(Resampler):
             raise RuntimeError("The resampler is not bound to a trainer yet. Pass it as `resampler=` and call train().")
         return self.source
 
-    def _draw(self, weights: torch.Tensor, proposal: torch.Tensor | None, epoch: int) -> torch.Tensor:
+    def _draw(self, weights: torch.Tensor, epoch: int) -> torch.Tensor:
         accelerator = self._bound().trainer.accelerator
         indices = torch.empty(self.draws_per_epoch(), dtype=torch.int64)
         if accelerator.is_main_process:
             # A plain Trainer permutes epoch e with this seed too: equal weights read what it reads.
             generator = torch.Generator().manual_seed(self.seed + epoch)
-            indices = rejection_sample(weights, self.draws_per_epoch(), generator, proposal)
+            indices = rejection_sample(weights, self.draws_per_epoch(), generator)
         # Broadcast: the processes must read one order, and sums may differ in the last bit between machines.
         return broadcast_from_main(accelerator, indices)
 
@@ -232,8 +226,6 @@ def check_options(resampler: "LossResampler") -> None:
         raise ValueError(f'`losses`={resampler.losses!r} must be "forward" or "training".')
     if resampler.num_draws is not None:
         check_integer("num_draws", resampler.num_draws, minimum=1, maximum=MAX_DRAWS)
-    if resampler.proposal is not None:
-        check_proposal(resampler.proposal)
     check_integer("warmup_epochs", resampler.warmup_epochs, minimum=0)
     check_integer("uniform_final_epochs", resampler.uniform_final_epochs, minimum=0)
     if resampler.every_n_epochs is not None:

@@ -81,19 +81,18 @@ def class_labels(trainer: Trainer, dataset: Any) -> torch.Tensor:
     return torch.tensor(classes)
 
 
-def draw_metrics(weights: torch.Tensor, proposal: torch.Tensor | None, indices: torch.Tensor) -> dict[str, float]:
+def draw_metrics(weights: torch.Tensor, indices: torch.Tensor) -> dict[str, float]:
     """Returns the figures to log of one epoch's draws.
 
     Args:
         weights: Shape (N,), >= 0.
-        proposal: Shape (N,) or None for uniform.
         indices: The rows drawn, shape (num_draws,).
 
     Returns:
         `envelope_M`, `acceptance_rate` (1/M), `effective_sample_size` (rows), `unique_fraction` (distinct rows over
         draws), `max_repeats` (of one row), `top_1_percent_share` (of the weight).
     """
-    envelope = envelope_constant(weights, proposal)
+    envelope = envelope_constant(weights)
     counts = torch.bincount(indices, minlength=len(weights))
     num_top = max(1, len(weights) // 100)
     return {

@@ -51,9 +51,6 @@ OPTIONS = [
     ({"uniform_final_epochs": 0.5}, TypeError, r"`uniform_final_epochs`=0\.5 must be an integer of at least 0"),
     ({"every_n_epochs": 0}, ValueError, r"`every_n_epochs`=0 must be an integer of at least 1"),
     ({"batch_size": 0}, ValueError, r"`batch_size`=0 must be an integer of at least 1"),
-    ({"proposal": torch.tensor([1.0, 0.0])}, ValueError, r"`proposal` is 0 at index 1"),
-    ({"proposal": torch.empty(0)}, ValueError, r"`proposal` must have shape \(N,\)"),
-    ({"proposal": torch.tensor(1.0)}, ValueError, r"`proposal` must have shape \(N,\)"),
 ]
 
 
@@ -131,10 +128,6 @@ RUNS = {
         r"returned weights of shape \(1, 7\) for 7 losses",
     ),
     "negative": ({"resampler": LossResampler(Returns(-1.0))}, r"Returns\(factor=-1\.0.* gave row 0 the weight -0\.5"),
-    "proposal": (
-        {"resampler": LossResampler(proposal=torch.ones(6))},
-        r"`proposal` has 6 entries for a data set of 7 rows",
-    ),
     "reference_too_short": (
         {"resampler": LossResampler(Learnability(torch.zeros(6)))},
         r"`reference_losses` has 6 entries but the data set has 7",
