@@ -11,7 +11,7 @@ enters its moving average, summed over the processes so that their number and or
 import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -21,11 +21,16 @@ from transformers.utils import logging
 
 from rsft_hf.distributed import sum_over_processes
 from rsft_hf.isolation import forked_rng, in_evaluation_mode, untouched
-from rsft_hf.weighted.losses import Reading, RowLosses, given_losses, record_loss, refuse_unusable, row_losses
+from rsft_hf.weighted.losses import (
+    PerExampleLoss,
+    Reading,
+    RowLosses,
+    given_losses,
+    record_loss,
+    refuse_unusable,
+    row_losses,
+)
 from rsft_hf.weighted.measurement import PREDICTION_STATISTICS, find_reading, measure_losses
-
-if TYPE_CHECKING:
-    from rsft_hf.weighted.resampler import LossResampler
 
 logger = logging.get_logger(__name__)
 
@@ -34,17 +39,41 @@ class LossSource:
     """Keeps the losses of one run.
 
     Args:
-        options: The resampler whose options hold.
-        trainer: The trainer whose training set is measured.
+        trainer: Trainer whose training set is measured.
+        losses: "forward" for scoring passes, "training" for the losses of the training steps.
+        statistics: Names of the prediction statistics that a scoring pass measures as well.
+        every_n_epochs: Epochs between two scoring passes; None for no scoring pass.
+        warmup_epochs: Uniform epochs at the start, from which `every_n_epochs` counts.
+        importance_correction: Exponent of the factors on the losses of training steps, in [0, 1].
+        per_example_loss: Function `(outputs, labels) -> losses` of shape (B,), for losses that cannot be captured.
+        ema_decay: Weight of a row's old loss when a new one comes, in [0, 1).
+        batch_size: Rows per forward pass and process; `per_device_eval_batch_size` by default.
 
     Attributes:
         ledger: The losses and margins, in data-set order.
         predictions: Prediction statistics of the last scoring pass, by name, each of shape (N,).
     """
 
-    def __init__(self, options: "LossResampler", trainer: Trainer) -> None:
-        self.options, self.trainer = options, trainer
-        self.ledger = LossLedger(len(trainer.train_dataset), options.ema_decay)
+    def __init__(
+        self,
+        trainer: Trainer,
+        *,
+        losses: Literal["forward", "training"],
+        statistics: frozenset[str] = frozenset(),
+        every_n_epochs: int | None = 1,
+        warmup_epochs: int = 0,
+        importance_correction: float = 0.0,
+        per_example_loss: PerExampleLoss | None = None,
+        ema_decay: float = 0.0,
+        batch_size: int | None = None,
+    ) -> None:
+        self.trainer = trainer
+        self._is_from_training = losses == "training"
+        self._statistics = statistics & set(PREDICTION_STATISTICS)
+        self._every_n_epochs, self._warmup_epochs = every_n_epochs, warmup_epochs
+        self._importance_correction, self._per_example_loss = importance_correction, per_example_loss
+        self._batch_size = batch_size
+        self.ledger = LossLedger(len(trainer.train_dataset), ema_decay)
         self.predictions: dict[str, torch.Tensor] = {}
         self._reading: Reading | None = None
         self._is_measured = False
@@ -61,16 +90,16 @@ class LossSource:
             Shape (N,), float64, NaN for a row without a label; a row that no step has read yet counts as an average
             one. All NaN if nothing is known.
         """
-        if self.options.losses == "training":
+        if self._is_from_training:
             self.ledger.merge(self.trainer.accelerator)
         self._find_reading(seed)
         if may_measure and self._is_due(epoch):
             measurement = measure_losses(
                 self.trainer,
                 reading=self._reading,
-                per_example_loss=self.options.per_example_loss,
-                batch_size=self.options.batch_size,
-                statistics=self.options.weighting.requires,
+                per_example_loss=self._per_example_loss,
+                batch_size=self._batch_size,
+                statistics=self._statistics,
                 model=self._trained_model(),
                 loader=self._training_loader(),
                 seed=seed,
@@ -96,11 +125,11 @@ class LossSource:
                 "`importance_correction` found no loss of torch.nn.functional to scale in this training step (a fused "
                 "head or a compiled model computes it another way). Set importance_correction=0."
             )
-        if self.options.losses == "forward" or self._reading is None:
+        if not self._is_from_training or self._reading is None:
             return
         losses: RowLosses | None
-        if self.options.per_example_loss is not None:
-            losses = given_losses(self.options.per_example_loss, recording, len(rows))
+        if self._per_example_loss is not None:
+            losses = given_losses(self._per_example_loss, recording, len(rows))
         else:
             losses = row_losses(recording, self._reading, len(rows))
         if losses is None:
@@ -131,11 +160,10 @@ class LossSource:
         self.ledger.load(tensors, self.trainer.accelerator.is_main_process)
 
     def _is_due(self, epoch: int) -> bool:
-        every_n_epochs = self.options.every_n_epochs
-        if every_n_epochs is None:
+        if self._every_n_epochs is None:
             return False
-        missing = (self.options.weighting.requires & set(PREDICTION_STATISTICS)) - set(self.predictions)
-        return not self._is_measured or bool(missing) or (epoch - self.options.warmup_epochs) % every_n_epochs == 0
+        missing = self._statistics - set(self.predictions)
+        return not self._is_measured or bool(missing) or (epoch - self._warmup_epochs) % self._every_n_epochs == 0
 
     def _trained_model(self) -> torch.nn.Module:
         # DeepSpeed alone computes through its wrapper; DDP's would only add communication.
@@ -150,7 +178,7 @@ class LossSource:
         Once is not enough: a term that is zero at the start (a penalty on the distance from the start, say) shows
         only later.
         """
-        if self.options.per_example_loss is not None:
+        if self._per_example_loss is not None:
             reading = Reading("given")
         else:
             model, loader = self._trained_model(), self._training_loader()
@@ -158,7 +186,7 @@ class LossSource:
                 reading = find_reading(self.trainer, model, loader.dataset, loader.collate_fn, seed)
         # The main process's word: at the edge of a tolerance the processes might choose differently, and then wait.
         (reading,) = broadcast_object_list([reading])
-        check_reading(reading, self.options.losses, self.options.importance_correction)
+        check_reading(reading, self._is_from_training, self._importance_correction)
         if self._reading is not None and self._reading.kind != reading.kind:
             logger.warning(
                 f"The losses can no longer be read by {self._reading.kind!r} and are read by {reading.kind!r} from "
@@ -286,9 +314,9 @@ class LossLedger:
         self._broken_sums = torch.zeros_like(self._broken_sums)
 
 
-def check_reading(reading: Reading, losses: str, importance_correction: float) -> None:
+def check_reading(reading: Reading, is_from_training: bool, importance_correction: float) -> None:
     """Raises ValueError if the way the losses can be read does not allow what was asked for."""
-    if losses == "training" and reading.kind == "single":
+    if is_from_training and reading.kind == "single":
         raise ValueError(
             'losses="training" needs losses that can be read from the training step, and those of this model cannot '
             '(see the warning above). Use losses="forward", or pass `per_example_loss`.'

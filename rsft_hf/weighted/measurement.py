@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.utils import logging
 
 from rsft_hf.distributed import sum_over_processes
 from rsft_hf.isolation import forked_rng, in_evaluation_mode, untouched
+from rsft_hf.memory import halve_batch_size, is_out_of_memory
 from rsft_hf.training_set import example_lengths
 from rsft_hf.weighted.losses import (
     Batch,
@@ -187,8 +187,14 @@ def _score_all(scorer: _Scorer, dataset: Any, collate: Collate, batch_size: int,
                     first += step
                     progress.update(min(step, progress.total - progress.n))
                 first = len(order)
-            except RuntimeError as error:
-                batch_size = _halved(batch_size, accelerator.num_processes, error)
+            except (RuntimeError, MemoryError) as error:
+                if accelerator.num_processes > 1 and batch_size > 1 and is_out_of_memory(error):
+                    # The other processes would wait for a batch that never comes.
+                    raise RuntimeError(
+                        f"Out of memory while scoring {batch_size} rows in one batch. Pass a smaller `batch_size` to "
+                        "LossResampler."
+                    ) from error
+                batch_size = halve_batch_size(batch_size, error)
 
 
 def _share(batches: list[list[int]], process: int, num_processes: int) -> tuple[list[list[int]], int]:
@@ -196,18 +202,6 @@ def _share(batches: list[list[int]], process: int, num_processes: int) -> tuple[
     num_each = -(-len(batches) // num_processes)
     mine = batches[process::num_processes]
     return mine + [batches[0]] * (num_each - len(mine)), len(mine)
-
-
-def _halved(batch_size: int, num_processes: int, error: RuntimeError) -> int:
-    if not should_reduce_batch_size(error) or batch_size == 1:
-        raise error
-    if num_processes > 1:  # the others would wait for a batch that never comes
-        raise RuntimeError(
-            f"Out of memory while scoring {batch_size} rows at a time. Pass a smaller `batch_size` to LossResampler."
-        ) from error
-    clear_device_cache(garbage_collection=True)
-    logger.warning(f"Out of memory while scoring {batch_size} rows at a time; going on with {batch_size // 2}.")
-    return batch_size // 2
 
 
 def _longest_first(dataset: Sized, length_column: str) -> list[int]:

@@ -93,7 +93,17 @@ class LossResampler(Resampler):
             with forked_rng(self.seed):
                 self._labels = class_labels(trainer, dataset)
         try_weighting(self.weighting, self.num_rows, self._labels)
-        self.source = LossSource(self, trainer)
+        self.source = LossSource(
+            trainer,
+            losses=self.losses,
+            statistics=self.weighting.requires,
+            every_n_epochs=self.every_n_epochs,
+            warmup_epochs=self.warmup_epochs,
+            importance_correction=self.importance_correction,
+            per_example_loss=self.per_example_loss,
+            ema_decay=self.ema_decay,
+            batch_size=self.batch_size,
+        )
         self.history = EpochHistory()
         self._row_factors: torch.Tensor | None = None
         self._metrics: dict[str, float] = {}

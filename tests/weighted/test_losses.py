@@ -176,8 +176,8 @@ def test_out_of_memory_halves_the_batch(tmp_path: Path, caplog: pytest.LogCaptur
 
     torch.testing.assert_close(measure(model), measure(plain), rtol=1e-6, atol=1e-6)
     assert [record.message for record in caplog.records if "Out of memory" in record.message] == [
-        "Out of memory while scoring 16 rows at a time; going on with 8.",
-        "Out of memory while scoring 8 rows at a time; going on with 4.",
+        "Out of memory with 16 rows in one batch; continuing with 8.",
+        "Out of memory with 8 rows in one batch; continuing with 4.",
     ]
 
 
