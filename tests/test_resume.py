@@ -74,6 +74,7 @@ def test_resume_is_exact(tmp_path: Path, at: int, source: str, num_workers: int)
         pytest.param(lambda: LossResampler(importance_correction=1.0), id="correction"),
         pytest.param(lambda: LossResampler(importance_correction=0.5, losses="training"), id="corrected_ledger"),
         pytest.param(lambda: LossResampler(Chain(Entropy(), Floored(0.2)), every_n_epochs=2), id="stale_entropy"),
+        pytest.param(lambda: LossResampler(lambda losses: losses.sqrt(), ema_decay=0.5), id="plain_function"),
         pytest.param(lambda: LossResampler(Clipped(0.5), warmup_epochs=1, uniform_final_epochs=1), id="phases"),
         pytest.param(lambda: LossResampler(num_draws=18, losses="training", every_n_epochs=2), id="fewer_draws"),
     ],

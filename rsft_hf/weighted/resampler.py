@@ -9,7 +9,7 @@ What the options of the weighted half may be, alone and together.
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from rsft_hf.weighted.loss_source import LossSource
 from rsft_hf.weighted.losses import PerExampleLoss
 from rsft_hf.weighted.measurement import PREDICTION_STATISTICS
 from rsft_hf.weighted.targets import class_labels, correction_factors, draw_metrics, target_weights, try_weighting
-from rsft_hf.weighted.weightings import Proportional, Weighting, check_rule
+from rsft_hf.weighted.weightings import Proportional, Weighting, as_weighting
 
 logger = logging.get_logger(__name__)
 
@@ -38,8 +38,9 @@ class LossResampler(Resampler):
     """Resamples a labelled training set each epoch by rejection sampling with loss-derived weights.
 
     Args:
-        weighting: Rule from losses to weights; w = L by default. With noisy labels take a softer one: see the card
-            `rsft_hf/weighted/README.md`.
+        weighting: Rule from losses to weights, or a plain function: losses, shape (N,), float64, of the labelled rows
+            in data-set order, to weights, shape (N,), >= 0. w = L by default. With noisy labels take a softer one: see
+            the card `rsft_hf/weighted/README.md`.
         losses: "forward" measures every row in a pass of its own before the epoch; "training" uses the losses that
             the training steps compute anyway, so that a row's loss is as old as its last draw.
         num_draws: Rows per epoch, in [1, 2**31]; the size of the data set where None. Fewer saves compute.
@@ -56,13 +57,13 @@ class LossResampler(Resampler):
         batch_size: Rows per scoring pass and process; `per_device_eval_batch_size` where None.
 
     Raises:
-        TypeError: If `weighting` is a class or has no `requires`.
+        TypeError: If `weighting` is a class, an object without `requires`, or a function of more than the losses.
         ValueError: If an argument is out of its range, or the rule needs what the source cannot give.
     """
 
     def __init__(
         self,
-        weighting: Weighting | None = None,
+        weighting: Weighting | Callable[[torch.Tensor], torch.Tensor] | None = None,
         *,
         losses: Literal["forward", "training"] = "forward",
         num_draws: int | None = None,
@@ -74,7 +75,7 @@ class LossResampler(Resampler):
         ema_decay: float = 0.0,
         batch_size: int | None = None,
     ) -> None:
-        self.weighting = Proportional() if weighting is None else weighting
+        self.weighting = Proportional() if weighting is None else as_weighting(weighting, "`weighting`")
         self.losses, self.num_draws = losses, num_draws
         self.every_n_epochs = 1 if every_n_epochs is None and losses == "forward" else every_n_epochs
         self.warmup_epochs, self.uniform_final_epochs = warmup_epochs, uniform_final_epochs
@@ -228,10 +229,9 @@ def check_options(resampler: "LossResampler") -> None:
     """Raises if an option of a LossResampler is out of its range, or two of them exclude each other.
 
     Raises:
-        TypeError: If `weighting` is not a rule, or a count is not an integer.
+        TypeError: If a count is not an integer.
         ValueError: If a value is out of range, or the rule needs what the source of losses cannot give.
     """
-    check_rule(resampler.weighting, "`weighting`")
     if resampler.losses not in ("forward", "training"):
         raise ValueError(f'`losses`={resampler.losses!r} must be "forward" or "training".')
     if resampler.num_draws is not None:

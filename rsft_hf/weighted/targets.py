@@ -153,7 +153,10 @@ def _weights_of(
 
 
 def _checked(weighting: Weighting, weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    weights = torch.as_tensor(weights).detach().to("cpu", torch.float64)
+    try:
+        weights = torch.as_tensor(weights).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{weighting!r} must return one weight per loss, got {weights!r}.") from error
     if weights.shape != rows.shape:
         raise ValueError(
             f"{weighting!r} returned weights of shape {tuple(weights.shape)} for {len(rows)} losses. It must return "

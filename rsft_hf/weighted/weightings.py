@@ -10,9 +10,13 @@ Measured statistics enter, weights leave. The rules for losses stand in `weights
 `losses.py`, of which this file knows nothing.
 """
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import FunctionType
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -139,10 +143,24 @@ def read_statistic(statistics: ExampleStatistics | None, name: str, rule: str) -
     return values
 
 
-def check_rule(rule: Any, name: str) -> None:
-    """Raises TypeError if `rule`, called `name` in the message, is not an object that maps scores to weights."""
+def as_weighting(rule: Any, name: str) -> "Weighting":
+    """Returns a rule as it is, and a plain function of the losses as a `FunctionWeighting`.
+
+    Args:
+        rule: Object with `requires` and `__call__`, or a function `losses -> weights`.
+        name: Name of the argument in the error message.
+
+    Raises:
+        TypeError: If it is a class, not callable, an object without `requires`, or a function that needs more arguments
+            than the losses.
+    """
     if isinstance(rule, type) or not callable(rule):
-        raise TypeError(f"{name} must be a rule such as Proportional() or Tempered(0.5), got {rule!r}.")
+        raise TypeError(
+            f"{name} must be a rule such as Proportional() or Tempered(0.5), or a function from losses to weights, "
+            f"got {rule!r}."
+        )
+    if _is_function(rule):
+        return FunctionWeighting(rule)
     try:
         requires = rule.requires
     except AttributeError:
@@ -150,8 +168,13 @@ def check_rule(rule: Any, name: str) -> None:
     if not isinstance(requires, frozenset):
         raise TypeError(
             f"{name}, {rule!r}, does not say which statistics it reads. Give its class an attribute "
-            "`requires: ClassVar[frozenset[str]] = frozenset()`."
+            "`requires: ClassVar[frozenset[str]] = frozenset()`, or pass a plain function of the losses."
         )
+    return rule
+
+
+def _is_function(rule: Any) -> bool:
+    return inspect.isroutine(rule) or (isinstance(rule, functools.partial) and _is_function(rule.func))
 
 
 def _checked(
@@ -357,6 +380,54 @@ class ClassBalanced:
         return torch.where(totals[classes] > 0, scores / totals[classes], 1 / sizes[classes].double())
 
 
+@dataclass(frozen=True, repr=False)
+class FunctionWeighting:
+    """w = f(L) for a plain function f, as `LossResampler(weighting=f)` and `Chain` wrap it.
+
+    Attributes:
+        function: Function from losses, shape (N,), float64, to weights, shape (N,), >= 0.
+
+    Raises:
+        TypeError: If the function needs more arguments than the losses.
+    """
+
+    function: Callable[[torch.Tensor], torch.Tensor]
+    requires: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        try:
+            inspect.signature(self.function).bind(torch.empty(0))
+        except ValueError:
+            return  # a builtin without a signature, such as torch.sqrt
+        except TypeError as error:
+            raise TypeError(
+                f"The weighting {self!r} must take the losses as its only required argument ({error}). Statistics "
+                "besides the loss need a rule with `requires`: see rsft_hf.weighted.Weighting."
+            ) from error
+
+    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
+        """Returns what the function returns for the scores; the statistics are not used.
+
+        Example:
+            >>> FunctionWeighting(torch.sqrt)(torch.tensor([1.0, 9.0])).tolist()
+            [1.0, 3.0]
+        """
+        return self.function(scores)
+
+    def __repr__(self) -> str:
+        """Name of the function; a lambda's file and line. Equal in every process, as it is saved in checkpoints."""
+        return _function_name(self.function)
+
+
+def _function_name(function: Any) -> str:
+    if isinstance(function, functools.partial):
+        keywords = [f"{name}={value!r}" for name, value in function.keywords.items()]
+        return f"partial({', '.join([_function_name(function.func), *map(repr, function.args), *keywords])})"
+    if isinstance(function, FunctionType) and function.__name__ == "<lambda>":
+        return f"<lambda> ({Path(function.__code__.co_filename).name}, line {function.__code__.co_firstlineno})"
+    return function.__qualname__
+
+
 @dataclass(frozen=True, init=False)
 class Chain:
     """Applies several rules in turn, each to the weights of the one before.
@@ -368,12 +439,10 @@ class Chain:
 
     rules: tuple[Weighting, ...]
 
-    def __init__(self, *rules: Weighting) -> None:
+    def __init__(self, *rules: Weighting | Callable[[torch.Tensor], torch.Tensor]) -> None:
         if not rules:
             raise ValueError("Chain() needs at least one rule, such as Chain(DropTop(0.05), Floored(0.2)).")
-        for rule in rules:
-            check_rule(rule, "a rule of Chain()")
-        object.__setattr__(self, "rules", rules)
+        object.__setattr__(self, "rules", tuple(as_weighting(rule, "a rule of Chain()") for rule in rules))
 
     @property
     def requires(self) -> frozenset[str]:

@@ -128,6 +128,15 @@ RUNS = {
         r"returned weights of shape \(1, 7\) for 7 losses",
     ),
     "negative": ({"resampler": LossResampler(Returns(-1.0))}, r"Returns\(factor=-1\.0.* gave row 0 the weight -0\.5"),
+    "function_of_another_shape": (
+        {"resampler": LossResampler(lambda losses: losses.sum())},
+        r"shape \(\) for 7 losses",
+    ),
+    "negative_function": (
+        {"resampler": LossResampler(lambda losses: 1 - losses)},
+        r"<lambda> \(test_resampler.py, line \d+\) gave row 4 the weight -0\.1",
+    ),
+    "nan_function": ({"resampler": LossResampler(lambda losses: (losses - 1).log())}, r"gave row 0 the weight nan"),
     "reference_too_short": (
         {"resampler": LossResampler(Learnability(torch.zeros(6)))},
         r"`reference_losses` has 6 entries but the data set has 7",
@@ -186,3 +195,52 @@ def test_a_contrastive_loss_belongs_to_no_example(tmp_path):
     for losses in ("forward", "training"):
         made = trainer(tmp_path, LossResampler(losses=losses), case=case.name)
         assert_refused_before_the_first_step(made, NotPerExampleError, message)
+
+
+@pytest.mark.parametrize("source", ["forward", "training"])
+@pytest.mark.parametrize(
+    ("function", "rule"),
+    [(lambda losses: losses, Proportional()), (lambda losses: (losses / losses.max()) ** 0.5, Tempered(0.5))],
+    ids=["proportional", "tempered"],
+)
+def test_a_plain_function_is_the_same_rule_bit_for_bit(function, rule, source, tmp_path):
+    ours, expected = (
+        runs.trained(RejectionSamplingTrainer, tmp_path, resampler=LossResampler(weighting, losses=source))
+        for weighting in (function, rule)
+    )
+    assert str(ours.resampler.table().to_dict()) == str(expected.resampler.table().to_dict())  # NaN is not equal to NaN
+    assert runs.losses(ours) == runs.losses(expected)
+    assert runs.largest_difference(ours, expected) == 0.0
+
+
+def test_rows_are_drawn_in_proportion_to_a_plain_function(tmp_path):
+    args = {"num_train_epochs": 1, "learning_rate": 0.0, "per_device_train_batch_size": 200}
+    resampler = LossResampler(lambda losses: losses**2, num_draws=4_000)
+    model = runs.bert(0.0, initializer_range=0.5)
+    runs.trained(RejectionSamplingTrainer, tmp_path, args=args, model=model, resampler=resampler)
+    table = resampler.table().to_pandas()
+    excess = {}
+    for exponent in (2, 1, -2):
+        expected = table["loss"] ** exponent / (table["loss"] ** exponent).sum() * 4_000
+        # Counts vary less than a Poisson number of the same mean, whose standard deviation is the root of the mean.
+        excess[exponent] = float(((table["count"] - expected).abs() / expected**0.5).max())
+    assert excess[2] < 4
+    assert excess[1] > 4  # the law of the losses themselves
+    assert excess[-2] > 4  # a reversed formula
+
+
+def test_a_plain_function_gets_the_labelled_rows_in_data_set_order(tmp_path):
+    seen = []
+
+    def weights(losses: torch.Tensor) -> torch.Tensor:
+        seen.append(losses)
+        return torch.arange(1.0, len(losses) + 1)
+
+    resampler = LossResampler(weights)
+    CASE["bert_without_labels"].trainer(
+        tmp_path, RejectionSamplingTrainer, {"num_train_epochs": 1}, resampler=resampler
+    ).train()
+    losses = torch.tensor(resampler.table()["loss"][:])
+    assert seen[-1].dtype == torch.float64
+    assert torch.equal(seen[-1].float(), losses[[0, 1, 3, 4, 6]])  # rows 2 and 5 have no label
+    assert resampler.table()["weight"][:] == pytest.approx([1 / 15, 2 / 15, 0, 3 / 15, 4 / 15, 0, 5 / 15])

@@ -98,6 +98,14 @@ def test_what_a_rule_must_not_return(weights, message):
         target_weights(Returns(weights), LOSSES, {}, None)
 
 
+@pytest.mark.parametrize("value", [None, "heavy"])
+def test_a_rule_that_returns_no_numbers_is_named(value):
+    with pytest.raises(
+        TypeError, match=rf"Returns\(weights={value!r}\) must return one weight per loss, got {value!r}"
+    ):
+        target_weights(Returns(value), LOSSES, {}, None)
+
+
 def test_a_list_or_integers_are_weights_too():
     assert target_weights(Returns([1, 2, 0, 1]), LOSSES, {}, None).tolist() == [1, 0, 2, 0, 0, 1]
 

@@ -1,7 +1,9 @@
 """Rules from scores to weights: values worked out by hand, invariances, and validation of arguments."""
 
 import dataclasses
+import functools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 import rsft_hf.weighted
 from rsft_hf import Chain, ClassBalanced, Clipped, DropTop, Floored, Proportional, Tempered
 from rsft_hf.weighted import Entropy, ExampleStatistics, Learnability, LeastConfidence, Margin, Softmax, Weighting
+from rsft_hf.weighted.weightings import as_weighting
 
 LOSSES = torch.tensor([4.0, 1.0, 0.0, 9.0, 2.0])
 STATISTICS = ExampleStatistics(
@@ -288,3 +291,51 @@ def test_learnability_refuses_a_reference_that_is_not_of_the_same_rows():
     # Row 4 of the data set, which is the second of the rows that can be scored.
     with pytest.raises(ValueError, match=r"Learnability \(loss - reference loss\).* nan .*\b4\b"):
         Learnability([0.0, 0.0, 0.0, 0.0, math.nan])(torch.ones(2), ExampleStatistics(rows=torch.tensor([2, 4])))
+
+
+def power(losses: torch.Tensor, exponent: float = 2.0) -> torch.Tensor:
+    return losses**exponent
+
+
+FUNCTIONS = {
+    "power": (power, [16, 1, 0, 81, 4], "power"),
+    "lambda": (lambda losses: losses + 1, [5, 2, 1, 10, 3], f"<lambda> ({Path(__file__).name}, line"),
+    "builtin": (torch.sqrt, [2, 1, 0, 3, math.sqrt(2)], "_VariableFunctionsClass.sqrt"),
+    "partial": (functools.partial(power, exponent=1.0), [4, 1, 0, 9, 2], "partial(power, exponent=1.0)"),
+    "method": (Proportional().__call__, [4, 1, 0, 9, 2], "Proportional.__call__"),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_plain_function_is_a_rule_and_its_name_is_readable(name):
+    function, expected, text = FUNCTIONS[name]
+    rule = as_weighting(function, "`weighting`")
+    assert rule.requires == frozenset()
+    assert rule(LOSSES.double()).tolist() == pytest.approx(expected, abs=1e-12)
+    assert repr(rule).startswith(text)
+    assert " at 0x" not in repr(rule)
+    assert Chain(DropTop(0.0), function)(LOSSES).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_rule_is_not_wrapped():
+    for rule in CANONICAL:
+        assert as_weighting(rule, "`weighting`") is rule
+
+
+def keyword_only(losses: torch.Tensor, *, labels: torch.Tensor) -> torch.Tensor:
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda losses, labels: losses, r"<lambda> \(test_weightings.py, line \d+\) must take the losses .*'labels'"),
+        (keyword_only, r"keyword_only must take the losses as its only required argument .*'labels'"),
+        (lambda: torch.ones(3), r"must take the losses .*too many positional arguments"),
+        (functools.partial(Proportional), r"`weighting`, functools.partial.* does not say which statistics it reads"),
+        (Proportional, r"`weighting` must be a rule such as Proportional\(\).*function from losses to weights.*<class"),
+    ],
+)
+def test_what_is_no_function_of_the_losses_is_refused(function, message):
+    with pytest.raises(TypeError, match=message):
+        as_weighting(function, "`weighting`")
