@@ -1,6 +1,7 @@
 """The shape of the repository: layers, sizes and docstrings, read from the source without importing it."""
 
 import ast
+import graphlib
 import importlib
 import re
 import sys
@@ -93,6 +94,16 @@ def test_every_file_and_folder_of_the_package_has_a_layer():
 def test_imports_go_down_the_layers(file):
     above = {other for other in own_imports(file) if layer_of(other) > layer_of(file)}
     assert not above, f"{file} imports {sorted(above)} from a layer above"
+
+
+def test_import_graph_has_no_cycle():
+    """Imports under `TYPE_CHECKING` and inside functions count: two files that need each other are one subject."""
+    graph = {file: own_imports(file) for file in PACKAGE_FILES}
+    try:
+        order = list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(f"files import each other: {' -> '.join(error.args[1])}")
+    assert len(order) == len(PACKAGE_FILES)
 
 
 @pytest.mark.parametrize("file", [file for file in PACKAGE_FILES if file.startswith(PURE_FILES)])

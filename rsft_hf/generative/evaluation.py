@@ -5,7 +5,7 @@ Prompts enter, a dict of figures leaves. Every process generates a share of the 
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
@@ -18,14 +18,12 @@ from rsft_hf.distributed import FailTogether, gather_lists
 from rsft_hf.engines.base import check_engine
 from rsft_hf.engines.generation_config import held_out_config
 from rsft_hf.generative.candidates import Candidate, PromptSet
+from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.generation import Generator, Sampling
 from rsft_hf.generative.metrics import distinct_n
 from rsft_hf.generative.selection import score_candidates
 from rsft_hf.generative.validation import column_names, prompt_set, refuse_long_prompts
 from rsft_hf.rewards.functions import RewardFunctions
-
-if TYPE_CHECKING:
-    from rsft_hf.generative.resampler import CandidateResampler
 
 logger = logging.get_logger(__name__)
 
@@ -35,12 +33,12 @@ _PROMPTS_AT_ONCE = 64
 
 
 def evaluate_prompts(
-    options: "CandidateResampler", generator: Generator, prompts: PromptSet, accelerator: Accelerator, trainer: Any
+    config: CandidateConfig, generator: Generator, prompts: PromptSet, accelerator: Accelerator, trainer: Any
 ) -> dict[str, float]:
     """Returns the figures of one generation per prompt, keys without prefix. Collective.
 
     Args:
-        options: The resampler, for its rewards and how to generate when evaluating.
+        config: Options.
         generator: With the model that is trained.
         prompts: What to generate for.
         accelerator: Knows the processes.
@@ -50,24 +48,24 @@ def evaluate_prompts(
         `reward` (the selecting functions' weighted sum), `rewards/<name>/mean` (of all functions), `length`
         (tokens), `truncated`, `distinct_1`, `distinct_2`, and what `compute_metrics` returns.
     """
-    complete = held_out_config(options, generator.model, generator.encoder.tokenizer)
+    complete = held_out_config(config, generator.model, generator.encoder.tokenizer)
     sampling = Sampling(complete, num_candidates=1, round_number=_ROUND)
     own = list(range(len(prompts)))[accelerator.process_index :: accelerator.num_processes]
     candidates: list[Candidate] = []
     with FailTogether(accelerator, "evaluating"):
         for start in range(0, len(own), _PROMPTS_AT_ONCE):
             candidates += generator(prompts, own[start : start + _PROMPTS_AT_ONCE], sampling)
-        judged = _scored(options.functions, candidates, trainer.state)
-        if options.eval_functions is not None:
+        judged = _scored(config.functions, candidates, trainer.state)
+        if config.eval_functions is not None:
             rewards = [candidate.reward for candidate in candidates]
-            extra = _scored(options.eval_functions, candidates, trainer.state)
+            extra = _scored(config.eval_functions, candidates, trainer.state)
             for row, candidate in enumerate(candidates):
                 candidate.rewards = judged[row] | extra[row]
                 candidate.reward = rewards[row]
     candidates = sorted(gather_lists(accelerator, candidates), key=lambda candidate: candidate.prompt_id)
     metrics = _figures(candidates)
     if trainer.compute_metrics is not None:
-        references = [candidate.row.get(options.reference_column) for candidate in candidates]
+        references = [candidate.row.get(config.reference_column) for candidate in candidates]
         prediction = EvalPrediction(predictions=[one.text for one in candidates], label_ids=references)
         # As Trainer does: a NumPy number in the log could not be written into a checkpoint.
         metrics |= {name: _plain(value) for name, value in trainer.compute_metrics(prediction).items()}
@@ -102,7 +100,7 @@ def _mean(values: Sequence[float | None]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def look_at_evaluation(options: "CandidateResampler", evaluation: Any, prompts: PromptSet, policy: Generator) -> None:
+def look_at_evaluation(config: CandidateConfig, evaluation: Any, prompts: PromptSet, policy: Generator) -> None:
     """Checks what held-out prompts are to be generated with, and warns if one of them is trained on.
 
     Raises:
@@ -111,16 +109,16 @@ def look_at_evaluation(options: "CandidateResampler", evaluation: Any, prompts: 
     """
     named = evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
     known = {repr(prompts.row(row)[0]) for row in range(len(prompts))}
-    config = held_out_config(options, policy.model, policy.encoder.tokenizer)
+    generation_config = held_out_config(config, policy.model, policy.encoder.tokenizer)
     for name, dataset in named.items():
         is_readable = not isinstance(dataset, (torch.utils.data.IterableDataset, datasets.IterableDataset))
-        if is_readable and len(dataset) and options.prompt_column not in column_names(dataset):
+        if is_readable and len(dataset) and config.prompt_column not in column_names(dataset):
             continue  # encoded rows, for the trainer's own evaluation
-        held_out = prompt_set(dataset, options, name, is_trained_on=False)
-        if options.eval_functions is not None:
-            options.eval_functions.check([column for column in column_names(dataset) if column != held_out.column])
-        refuse_long_prompts(held_out, policy.encoder, policy.model, config.max_new_tokens)
-        check_engine(policy.engine, policy.model, config)
+        held_out = prompt_set(dataset, config, name, is_trained_on=False)
+        if config.eval_functions is not None:
+            config.eval_functions.check([column for column in column_names(dataset) if column != held_out.column])
+        refuse_long_prompts(held_out, policy.encoder, policy.model, generation_config.max_new_tokens)
+        check_engine(policy.engine, policy.model, generation_config)
         shared = [row for row in range(len(held_out)) if repr(held_out.row(row)[0]) in known]
         if shared:
             logger.warning(

@@ -11,10 +11,9 @@ import re
 import unicodedata
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
-if TYPE_CHECKING:
-    from rsft_hf.generative.candidates import Candidate
+from rsft_hf.generative.candidates import Candidate
 
 Key = Literal["exact", "normalised"]
 
@@ -22,7 +21,7 @@ Key = Literal["exact", "normalised"]
 class Filter(Protocol):
     """A rule on one candidate; its `repr` is what the store and the messages call it."""
 
-    def __call__(self, candidate: "Candidate") -> bool:
+    def __call__(self, candidate: Candidate) -> bool:
         """Returns True to keep the candidate."""
         ...
 
@@ -31,7 +30,7 @@ class Filter(Protocol):
 class RejectTruncated:
     """Keeps what ended by itself: a completion cut off at the token limit teaches never to stop."""
 
-    def __call__(self, candidate: "Candidate") -> bool:
+    def __call__(self, candidate: Candidate) -> bool:
         """Returns whether the candidate ended with an end token or a stop string, or is a reference answer."""
         return candidate.finish_reason != "length"
 
@@ -40,7 +39,7 @@ class RejectTruncated:
 class RejectEmpty:
     """Keeps what has any text beside white space."""
 
-    def __call__(self, candidate: "Candidate") -> bool:
+    def __call__(self, candidate: Candidate) -> bool:
         """Returns whether there is text."""
         return bool(candidate.text.strip())
 
@@ -66,7 +65,7 @@ class LengthRange:
                 f"`min_tokens`={self.min_tokens} and `max_tokens`={self.max_tokens} must satisfy 0 <= min <= max."
             )
 
-    def __call__(self, candidate: "Candidate") -> bool:
+    def __call__(self, candidate: Candidate) -> bool:
         """Returns whether the number of tokens lies in the range."""
         return self.min_tokens <= candidate.num_tokens and (
             self.max_tokens is None or candidate.num_tokens <= self.max_tokens
@@ -103,7 +102,7 @@ class RejectRepetition:
         if self.max_run is not None and self.max_run < 1:
             raise ValueError(f"`max_run`={self.max_run} must be at least 1.")
 
-    def __call__(self, candidate: "Candidate") -> bool:
+    def __call__(self, candidate: Candidate) -> bool:
         """Returns whether neither limit is passed."""
         ids = candidate.token_ids
         if self.max_run is not None and _longest_run(ids) > self.max_run:
@@ -141,7 +140,7 @@ class MatchesPattern:
         except re.error as error:
             raise ValueError(f"`pattern`={self.pattern!r} is no regular expression: {error}.") from error
 
-    def __call__(self, candidate: "Candidate") -> bool:
+    def __call__(self, candidate: Candidate) -> bool:
         """Returns whether the text matches as asked."""
         pattern = _compile(self.pattern)
         found = pattern.fullmatch(candidate.text) if self.full else pattern.search(candidate.text)
@@ -170,7 +169,7 @@ class Satisfies:
         if not self.name:
             raise ValueError("`name` is empty. Name the filter, so that the store can say who rejected a candidate.")
 
-    def __call__(self, candidate: "Candidate") -> bool:
+    def __call__(self, candidate: Candidate) -> bool:
         """Returns what the predicate says of the text."""
         return bool(self.predicate(candidate.text))
 
@@ -204,7 +203,7 @@ class Deduplicate:
         if not isinstance(self.key, str) and not callable(self.key):
             raise TypeError(f"`key` must be 'exact', 'normalised' or a function of the text, got {self.key!r}.")
 
-    def key_of(self, candidate: "Candidate") -> Hashable | None:
+    def key_of(self, candidate: Candidate) -> Hashable | None:
         """Returns the key of the candidate: candidates of a prompt with equal keys are the same; None equals nothing.
 
         Raises:

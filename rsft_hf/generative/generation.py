@@ -14,7 +14,7 @@ A generator with the model as it is trained enters; for the time of a block one 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,12 +27,10 @@ from rsft_hf.engines.base import Engine, EngineOfAnyWeights, EngineWithWeights, 
 from rsft_hf.engines.model_access import whole_model
 from rsft_hf.engines.random_streams import candidate_seed
 from rsft_hf.generative.candidates import Candidate, PromptSet
+from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import IGNORED, Encoder, RowCollator
 from rsft_hf.generative.validation import refuse_model, refuse_other_vocabulary
 from rsft_hf.isolation import in_evaluation_mode
-
-if TYPE_CHECKING:
-    from rsft_hf.generative.resampler import StagesByHand
 
 
 @dataclass(frozen=True)
@@ -193,7 +191,7 @@ logger = logging.get_logger(__name__)
 
 @contextlib.contextmanager
 def ready(
-    options: "StagesByHand",
+    config: CandidateConfig,
     accelerator: Accelerator | None,
     generator: Generator,
     policy: Any,
@@ -202,7 +200,7 @@ def ready(
     """Gives a generator that every process may call as often as it likes. Collective.
 
     Args:
-        options: The resampler, for its reference model and whether to merge.
+        config: Options: reference model, and whether to merge the adapter.
         accelerator: Knows the processes; None where there is one process, without a trainer.
         generator: With the trained model, or another one, which is taken as it is.
         policy: The trained model.
@@ -210,11 +208,11 @@ def ready(
     """
     with contextlib.ExitStack() as stack:
         model, reference = generator.model, generator.reference
-        if model is policy or (reference is not None and options.reference_model == "base"):
-            whole = stack.enter_context(whole_model(accelerator, policy, options.merge_adapter))
+        if model is policy or (reference is not None and config.reference_model == "base"):
+            whole = stack.enter_context(whole_model(accelerator, policy, config.merge_adapter))
             model = whole if model is policy else model
             if reference is not None:
-                reference = reference_opener(options.reference_model, whole, whole.device)
+                reference = reference_opener(config.reference_model, whole, whole.device)
         if hands_over:
             hand_over(accelerator, generator.engine, model)
         yield replace(generator, model=model, reference=reference)
@@ -258,13 +256,6 @@ def evaluation_engine(engine: Engine, model: Any, has_proposal: bool) -> Engine:
         "engine in this process."
     )
     return choose_engine("auto", model)
-
-
-def log_probs_of_engine(options: "StagesByHand") -> tuple[str, ...]:
-    """Returns which log probabilities the engine has to give: log p comes from the reference where there is one."""
-    if not options.with_log_probs:
-        return ()
-    return ("log_q", "log_p") if options.reference_model is None else ("log_q",)
 
 
 def reference_opener(

@@ -3,17 +3,14 @@
     prompts -> engine -> candidates -> filters, rewards -> acceptance -> training rows, prompt masked
             -> the pool is replaced -> indices, shuffled, cycled to num_draws
 
-This file holds the order of the stages; every stage stands in a file of its own, and can be called by hand.
-
-The stages of a round for those who call them themselves: a notebook, an offline job.
-
-What `CandidateResampler` runs in `train()` runs here over a list of candidates, without a trainer and without a disk.
+This file holds the order of the stages. `generate`, `score`, `accept` and `encode` run a single stage over a list of
+candidates, without a trainer and without a disk.
 """
 
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import datasets
 import torch
@@ -33,11 +30,11 @@ from rsft_hf.engines.base import Engine, check_engine
 from rsft_hf.engines.generation_config import sampling_config
 from rsft_hf.engines.model_access import unwrapped
 from rsft_hf.generative.candidates import Candidate
-from rsft_hf.generative.config import check_options
+from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import Encoder, RowCollator
 from rsft_hf.generative.filters import Deduplicate, Filter, RejectEmpty, RejectTruncated
-from rsft_hf.generative.generation import Generator, Sampling, log_probs_of_engine, ready, reference_opener
-from rsft_hf.generative.rounds import Setup, restore_base, save_base, set_up
+from rsft_hf.generative.generation import Generator, Sampling, ready, reference_opener
+from rsft_hf.generative.rounds import RoundRunner, restore_base, save_base
 from rsft_hf.generative.selection import (
     ACCEPTED,
     COLUMNS,
@@ -47,122 +44,12 @@ from rsft_hf.generative.selection import (
     judge,
     score_candidates,
 )
-from rsft_hf.generative.training_rows import CandidatePool, draw_rows, encode_candidates
+from rsft_hf.generative.training_rows import CandidatePool, draw_rows, encode_candidates, supervised_rows
 from rsft_hf.generative.validation import column_names, prompt_set, refuse_changes, refuse_model
 from rsft_hf.resampler import Resampler
-from rsft_hf.rewards.functions import RewardFunctions
-from rsft_hf.training_set import dataset_fingerprint
 
 
-class StagesByHand:
-    """`generate`, `score`, `accept` and `encode`, with the options of the resampler that inherits them."""
-
-    if TYPE_CHECKING:
-        functions: RewardFunctions
-        acceptance: Acceptance
-        filters: tuple[Filter, ...]
-        dedup: Deduplicate | None
-        num_candidates: int
-        generation_config: GenerationConfig | None
-        engine: str | Engine
-        with_log_probs: bool
-        min_accepted_per_prompt: int
-        on_nothing_accepted: str
-        prompt_column: str
-        reference_column: str
-        reference_model: Any
-        chat_template_kwargs: Mapping[str, Any] | None
-        merge_adapter: bool
-
-    def generate(
-        self,
-        model: Any,
-        processing_class: PreTrainedTokenizerBase,
-        prompts: Any,
-        *,
-        seed: int = 0,
-        round_number: int = 0,
-        attempt: int = 0,
-    ) -> list[Candidate]:
-        """Returns the candidates of every prompt, in order of prompt and candidate, neither filtered nor scored.
-
-        Args:
-            model: On its device, wrapped or not; put into evaluation mode meanwhile. One that is sharded: the block of
-                `whole_model(accelerator, model)` gives what to pass.
-            processing_class: The model's tokenizer.
-            prompts: Rows with the prompt column and the columns that the rewards need.
-            seed: Of the run; with round, prompt, attempt and number of the candidate it fixes each candidate's tokens.
-            round_number: Round, from 0.
-            attempt: Attempt, from 0; another one draws other candidates.
-
-        Raises:
-            ValueError: If the model or the engine cannot generate so, `max_new_tokens` is unset or a column is missing.
-        """
-        model = unwrapped(model)
-        refuse_model(model)
-        encoder = self._encoder(processing_class, bool(model.config.is_encoder_decoder))
-        config = sampling_config(self.generation_config, model, processing_class)
-        sampling = Sampling(config, self.num_candidates, seed, round_number, attempt, self.with_log_probs)
-        reference = reference_opener(self.reference_model, model, model.device)
-        engine = choose_engine(self.engine, model)
-        check_engine(engine, model, config, log_probs_of_engine(self))
-        generator = Generator(model, encoder, engine, reference=reference)
-        with ready(self, None, generator, model) as generator:
-            return generator(prompt_set(prompts, self, "prompts"), range(len(prompts)), sampling)
-
-    def score(self, candidates: Sequence[Candidate], trainer_state: Any = None) -> list[Candidate]:
-        """Returns the candidates, filtered and scored in place; those a filter refuses are not scored.
-
-        Args:
-            candidates: As `generate` returns them: the columns that rewards read are in their `row`.
-            trainer_state: Handed to the reward functions.
-        """
-        filter_candidates(candidates, self.filters, self.dedup)
-        score_candidates(candidates, self.functions, trainer_state)
-        return list(candidates)
-
-    def accept(self, candidates: Sequence[Candidate], *, seed: int = 0, round_number: int = 0) -> list[Candidate]:
-        """Returns the candidates with their verdicts, given in place; all of them are judged as one round.
-
-        Args:
-            candidates: Scored.
-            seed: Of the rules that draw or break ties.
-            round_number: For rules that follow a schedule.
-        """
-        columns: dict[str, list[Any]] = {
-            name: [getattr(one, "index" if name == "candidate" else name) for one in candidates] for name in COLUMNS
-        }
-        rule = self.acceptance.for_round(round_number)
-        takes_best = self.on_nothing_accepted == "best"
-        rules = SelectionRules(rule, self.min_accepted_per_prompt, takes_best, seed, round_number)
-        generated = [one for one in candidates if one.finish_reason != "reference"]
-        for candidate, verdict in zip(generated, judge(RoundTable.of(columns), rules), strict=True):
-            candidate.verdict, candidate.is_accepted = verdict, verdict in ACCEPTED
-            candidate.rule = candidate.rule if verdict == "filtered" else repr(rule)
-        return list(candidates)
-
-    def encode(
-        self,
-        candidates: Sequence[Candidate],
-        processing_class: PreTrainedTokenizerBase,
-        *,
-        is_encoder_decoder: bool = False,
-    ) -> datasets.Dataset:
-        """Returns the accepted candidates as training rows: `input_ids`, `attention_mask`, `labels`, unpadded.
-
-        Args:
-            candidates: Judged.
-            processing_class: The tokenizer of the model to train.
-            is_encoder_decoder: Whether that model reads the answer apart from the prompt.
-        """
-        encoder = self._encoder(processing_class, is_encoder_decoder)
-        return datasets.Dataset.from_list(encode_candidates(candidates, encoder))
-
-    def _encoder(self, tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool) -> Encoder:
-        return Encoder(tokenizer, is_encoder_decoder, dict(self.chat_template_kwargs or {}))
-
-
-class CandidateResampler(StagesByHand, Resampler):
+class CandidateResampler(Resampler):
     """Trains on the model's own accepted candidates: each epoch is a round of generate, score, accept.
 
     Args:
@@ -237,31 +124,17 @@ class CandidateResampler(StagesByHand, Resampler):
         eval_reward_funcs: Any = (),
         eval_generation_config: GenerationConfig | None = None,
     ) -> None:
-        self.acceptance: Acceptance = TopKPerPrompt(1) if acceptance is None else acceptance
-        self.functions = RewardFunctions(reward_funcs, reward_weights, reward_processing_classes)
-        has_eval = not isinstance(eval_reward_funcs, (list, tuple)) or len(eval_reward_funcs) > 0
-        self.eval_functions = RewardFunctions(eval_reward_funcs) if has_eval else None
-        self.num_candidates, self.generation_config, self.engine = num_candidates, generation_config, engine
-        self.proposal_model, self.reference_model = proposal_model, reference_model
-        self.merge_adapter = merge_adapter
-        self.filters, self.dedup = tuple(filters), dedup
-        self.max_attempts, self.min_accepted_per_prompt = max_attempts, min_accepted_per_prompt
-        self.on_nothing_accepted, self.num_draws = on_nothing_accepted, num_draws
-        self.every_n_epochs, self.round_start, self.replay_rounds = every_n_epochs, round_start, replay_rounds
-        self.supervised_dataset, self.supervised_fraction = supervised_dataset, supervised_fraction
-        self.prompt_column, self.reference_column = prompt_column, reference_column
-        self.chat_template_kwargs, self.eval_generation_config = chat_template_kwargs, eval_generation_config
-        check_options(self)
-        self.with_log_probs = keep_log_probs or reference_model is not None or bool(self.acceptance.requires)
-        self._parts: Setup | None = None
+        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        options["acceptance"] = TopKPerPrompt(1) if acceptance is None else acceptance
+        self.config = CandidateConfig(**options)
+        self._runner: RoundRunner | None = None
         self.round_number: int | None = None
 
     def bind(self, trainer: Trainer) -> CandidatePool:
         """Returns the pool that takes the place of the prompts in the training loader. Collective."""
         self.seed = run_seed(trainer)
-        self._parts = set_up(self, trainer, self.seed)
-        self.pool = CandidatePool(self._parts.supervised)
-        self._prompts_digest = dataset_fingerprint(trainer.train_dataset, len(trainer.train_dataset))
+        self._runner = RoundRunner.from_trainer(self.config, trainer, self.seed)
+        self.pool = CandidatePool(supervised_rows(self.config, self._runner.policy.encoder))
         self._metrics: dict[str, float] = {}
         self._drawn: list[int] = []
         self._began = time.perf_counter()
@@ -269,12 +142,12 @@ class CandidateResampler(StagesByHand, Resampler):
 
     def draws_per_epoch(self) -> int:
         """Returns `num_draws`, or the number of prompts."""
-        return len(self._bound().prompts) if self.num_draws is None else self.num_draws
+        return len(self._bound().prompts) if self.config.num_draws is None else self.config.num_draws
 
     def resample(self, epoch: int) -> torch.Tensor:
         """Returns the rows of the epoch, after a new round where one is due. Collective."""
-        if epoch % self.every_n_epochs == 0:
-            self._run_round(epoch // self.every_n_epochs)
+        if epoch % self.config.every_n_epochs == 0:
+            self._run_round(epoch // self.config.every_n_epochs)
         indices = self._draw(epoch)
         self._drawn, self._began = indices.tolist(), time.perf_counter()
         return indices
@@ -292,7 +165,7 @@ class CandidateResampler(StagesByHand, Resampler):
 
     def first_candidates(self, count: int) -> list[Candidate]:
         """Returns up to `count` candidates of the round's first prompts, with rewards and verdicts."""
-        store, found = self._bound().runner.store(self.round_number or 0), list[Candidate]()
+        store, found = self._bound().store(self.round_number or 0), list[Candidate]()
         for path in store.shards():
             if len(found) < count:
                 found += store.read(path)
@@ -301,18 +174,17 @@ class CandidateResampler(StagesByHand, Resampler):
     def collator(self, collator: Any) -> Any:
         """Returns the trainer's collator, or one that pads labels where the trainer's default would not."""
         if type(collator) is DataCollatorWithPadding or collator is default_data_collator:
-            return RowCollator(self._bound().runner.sampling.generation_config.pad_token_id)
+            return RowCollator(self._bound().sampling.generation_config.pad_token_id)
         return collator
 
     def evaluates(self, dataset: Any) -> bool:
         """Returns whether a data set holds prompts."""
-        return self.prompt_column in column_names(dataset)
+        return self.config.prompt_column in column_names(dataset)
 
     def evaluate(self, dataset: Any, prefix: str) -> dict[str, float]:
         """Returns the figures of one answer per prompt, generated by the model as it stands. Collective."""
-        parts = self._bound()
-        prompts = prompt_set(dataset, self, "eval_dataset", is_trained_on=False)
-        figures = parts.evaluate(prompts)
+        prompts = prompt_set(dataset, self.config, "eval_dataset", is_trained_on=False)
+        figures = self._bound().evaluate(prompts)
         return {f"{prefix}_{name.removeprefix(f'{prefix}_')}": value for name, value in figures.items()}
 
     def save(self, directory: Path, is_writer: bool) -> None:
@@ -331,34 +203,121 @@ class CandidateResampler(StagesByHand, Resampler):
         self.round_number = numbers["round_number"]
         self._bound().use_seed(self.seed)
 
-    def _kept(self) -> dict[str, int]:
-        return {"supervised rows": len(self.pool.supervised), "every_n_epochs": self.every_n_epochs}
+    def generate(
+        self,
+        model: Any,
+        processing_class: PreTrainedTokenizerBase,
+        prompts: Any,
+        *,
+        seed: int = 0,
+        round_number: int = 0,
+        attempt: int = 0,
+    ) -> list[Candidate]:
+        """Returns the candidates of every prompt, in order of prompt and candidate, neither filtered nor scored.
 
-    def _bound(self) -> Setup:
-        if self._parts is None:
+        Args:
+            model: On its device, wrapped or not; put into evaluation mode meanwhile. One that is sharded: the block of
+                `whole_model(accelerator, model)` gives what to pass.
+            processing_class: The model's tokenizer.
+            prompts: Rows with the prompt column and the columns that the rewards need.
+            seed: Of the run; with round, prompt, attempt and number of the candidate it fixes each candidate's tokens.
+            round_number: Round, from 0.
+            attempt: Attempt, from 0; another one draws other candidates.
+
+        Raises:
+            ValueError: If the model or the engine cannot generate so, `max_new_tokens` is unset or a column is missing.
+        """
+        model = unwrapped(model)
+        refuse_model(model)
+        encoder = self._encoder(processing_class, bool(model.config.is_encoder_decoder))
+        config = sampling_config(self.config.generation_config, model, processing_class)
+        sampling = Sampling(config, self.config.num_candidates, seed, round_number, attempt, self.config.with_log_probs)
+        reference = reference_opener(self.config.reference_model, model, model.device)
+        engine = choose_engine(self.config.engine, model)
+        check_engine(engine, model, config, self.config.engine_log_probs)
+        generator = Generator(model, encoder, engine, reference=reference)
+        with ready(self.config, None, generator, model) as generator:
+            return generator(prompt_set(prompts, self.config, "prompts"), range(len(prompts)), sampling)
+
+    def score(self, candidates: Sequence[Candidate], trainer_state: Any = None) -> list[Candidate]:
+        """Returns the candidates, filtered and scored in place; those a filter refuses are not scored.
+
+        Args:
+            candidates: As `generate` returns them: the columns that rewards read are in their `row`.
+            trainer_state: Handed to the reward functions.
+        """
+        filter_candidates(candidates, self.config.filters, self.config.dedup)
+        score_candidates(candidates, self.config.functions, trainer_state)
+        return list(candidates)
+
+    def accept(self, candidates: Sequence[Candidate], *, seed: int = 0, round_number: int = 0) -> list[Candidate]:
+        """Returns the candidates with their verdicts, given in place; all of them are judged as one round.
+
+        Args:
+            candidates: Scored.
+            seed: Of the rules that draw or break ties.
+            round_number: For rules that follow a schedule.
+        """
+        columns: dict[str, list[Any]] = {
+            name: [getattr(one, "index" if name == "candidate" else name) for one in candidates] for name in COLUMNS
+        }
+        rule = self.config.acceptance.for_round(round_number)
+        takes_best = self.config.on_nothing_accepted == "best"
+        rules = SelectionRules(rule, self.config.min_accepted_per_prompt, takes_best, seed, round_number)
+        generated = [one for one in candidates if one.finish_reason != "reference"]
+        for candidate, verdict in zip(generated, judge(RoundTable.of(columns), rules), strict=True):
+            candidate.verdict, candidate.is_accepted = verdict, verdict in ACCEPTED
+            candidate.rule = candidate.rule if verdict == "filtered" else repr(rule)
+        return list(candidates)
+
+    def encode(
+        self,
+        candidates: Sequence[Candidate],
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        is_encoder_decoder: bool = False,
+    ) -> datasets.Dataset:
+        """Returns the accepted candidates as training rows: `input_ids`, `attention_mask`, `labels`, unpadded.
+
+        Args:
+            candidates: Judged.
+            processing_class: The tokenizer of the model to train.
+            is_encoder_decoder: Whether that model reads the answer apart from the prompt.
+        """
+        encoder = self._encoder(processing_class, is_encoder_decoder)
+        return datasets.Dataset.from_list(encode_candidates(candidates, encoder))
+
+    def _encoder(self, tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool) -> Encoder:
+        return Encoder(tokenizer, is_encoder_decoder, dict(self.config.chat_template_kwargs or {}))
+
+    def _kept(self) -> dict[str, int]:
+        return {"supervised rows": len(self.pool.supervised), "every_n_epochs": self.config.every_n_epochs}
+
+    def _bound(self) -> RoundRunner:
+        if self._runner is None:
             raise RuntimeError("The resampler is not bound to a trainer yet. Pass it as `resampler=` and call train().")
-        return self._parts
+        return self._runner
 
     def _run_round(self, number: int) -> None:
-        parts = self._bound()
-        runner, trainer, self.round_number = parts.runner, parts.trainer, number
+        runner, self.round_number = self._bound(), number
+        trainer = runner.trainer
         base = runner.directory / "base.safetensors"
-        if self.round_start == "best" and number > 0:
+        if self.config.round_start == "best" and number > 0:
             trainer.restore_best_weights()
-        if self.round_start == "base" and number == 0 and trainer.args.should_save:
-            save_base(parts.policy.model, base)
-        self._metrics = parts.run_round(number, self._prompts_digest, self._has_other_rows(number))
+        if self.config.round_start == "base" and number == 0 and trainer.args.should_save:
+            save_base(runner.policy.model, base)
+        self._metrics = runner.run(number, self._has_other_rows(number))
         with FailTogether(trainer.accelerator, f"encoding round {number}"):
-            rounds = range(max(0, number - self.replay_rounds), number + 1)
+            rounds = range(max(0, number - self.config.replay_rounds), number + 1)
             accepted = (one for earlier in rounds for one in runner.store(earlier).accepted())
-            self.pool.replace(encode_candidates(accepted, parts.policy.encoder, parts.prompts))
-        if self.round_start == "base" and number > 0:
-            restore_base(parts.policy.model, base)
+            self.pool.replace(encode_candidates(accepted, runner.policy.encoder, runner.prompts))
+        if self.config.round_start == "base" and number > 0:
+            restore_base(runner.policy.model, base)
             trainer.optimizer.state.clear()  # its momenta belong to the weights that were left
 
     def _draw(self, epoch: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed((self.seed + epoch) % 2**62)
-        indices = draw_rows(self.pool, self.draws_per_epoch(), self.supervised_fraction, generator)
+        indices = draw_rows(self.pool, self.draws_per_epoch(), self.config.supervised_fraction, generator)
         self._metrics |= {
             "pool/accepted_rows": float(len(self.pool.accepted)),
             "pool/repeats": len(indices) / len(indices.unique()),
@@ -368,10 +327,10 @@ class CandidateResampler(StagesByHand, Resampler):
 
     def _has_other_rows(self, number: int) -> bool:
         """Whether a round that accepts nothing leaves anything to train on."""
-        if self.on_nothing_accepted == "raise":
+        if self.config.on_nothing_accepted == "raise":
             return False
-        runner = self._bound().runner
-        replayed = range(max(0, number - self.replay_rounds), number)
+        runner = self._bound()
+        replayed = range(max(0, number - self.config.replay_rounds), number)
         return len(self.pool.supervised) > 0 or any(
             next(runner.store(earlier).accepted(), None) is not None for earlier in replayed
         )

@@ -13,19 +13,18 @@ import shutil
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers.utils import logging
 
 from rsft_hf.engines.base import engine_facts
 from rsft_hf.engines.generation_config import in_force
-from rsft_hf.generative.candidates import CandidateStore
+from rsft_hf.generative.candidates import CandidateStore, PromptSet
+from rsft_hf.generative.config import CandidateConfig
+from rsft_hf.generative.encoding import Encoder
+from rsft_hf.generative.generation import Generator, Sampling
 from rsft_hf.generative.selection import stable_repr
-
-if TYPE_CHECKING:
-    from rsft_hf.generative.resampler import CandidateResampler
-    from rsft_hf.generative.rounds import RoundRunner
 
 _NUM_ENCODED = 16
 
@@ -44,44 +43,47 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def round_facts(options: "CandidateResampler", runner: "RoundRunner", prompts: str, model: str) -> dict[str, Any]:
+def round_facts(
+    config: CandidateConfig, generator: Generator, prompts: PromptSet, sampling: Sampling, digests: Mapping[str, str]
+) -> dict[str, Any]:
     """Returns the facts of a round.
 
     Args:
-        options: The resampler, for its rules.
-        runner: Knows how candidates are drawn, and how prompts become tokens.
-        prompts: Digest of the prompts.
-        model: Digest of the model that generates.
+        config: Options.
+        generator: Engine, and how prompts become tokens.
+        prompts: The prompts.
+        sampling: How candidates are drawn.
+        digests: Digests of the model that generates, "model", and of the prompts, "prompts".
     """
-    sampling, reference = runner.sampling, options.reference_model
+    reference = config.reference_model
     is_model = isinstance(reference, torch.nn.Module)
     return {
-        "model": model,
+        "model": digests["model"],
         "reference_model": model_fingerprint(reference) if is_model else reference,
-        "merge_adapter": options.merge_adapter,
-        "engine": engine_facts(runner.generator.engine),
-        "prompts": prompts,
-        "encoding": _encoding_digest(runner),
+        "merge_adapter": config.merge_adapter,
+        "engine": engine_facts(generator.engine),
+        "prompts": digests["prompts"],
+        "encoding": _encoding_digest(generator.encoder, prompts),
         "seed": sampling.run_seed,
         "num_candidates": sampling.num_candidates,
         "generation_config": {name: _plain(value) for name, value in in_force(sampling.generation_config).items()},
         "with_log_probs": sampling.with_log_probs,
-        "reward_functions": list(options.functions.names),
-        "scoring": [code_digest(function) for function in options.functions.functions],
-        "reward_weights": [float(weight) for weight in options.functions.weights],
-        "acceptance": stable_repr(options.acceptance),
-        "filters": [stable_repr(rule) for rule in options.filters],
-        "dedup": stable_repr(options.dedup),
-        "attempts": [options.max_attempts, options.min_accepted_per_prompt, options.on_nothing_accepted],
+        "reward_functions": list(config.functions.names),
+        "scoring": [code_digest(function) for function in config.functions.functions],
+        "reward_weights": [float(weight) for weight in config.functions.weights],
+        "acceptance": stable_repr(config.acceptance),
+        "filters": [stable_repr(rule) for rule in config.filters],
+        "dedup": stable_repr(config.dedup),
+        "attempts": [config.max_attempts, config.min_accepted_per_prompt, config.on_nothing_accepted],
     }
 
 
-def _encoding_digest(runner: "RoundRunner") -> str:
+def _encoding_digest(encoder: Encoder, prompts: PromptSet) -> str:
     """A digest of the tokens of a few prompts: tokenizer, chat template and its arguments all show in them."""
-    digest, count = hashlib.blake2b(digest_size=8), min(_NUM_ENCODED, len(runner.prompts))
+    digest, count = hashlib.blake2b(digest_size=8), min(_NUM_ENCODED, len(prompts))
     for number in range(count):
-        prompt, _ = runner.prompts.row(number * len(runner.prompts) // count)
-        digest.update(repr(runner.generator.encoder.prompt_ids(prompt)).encode())
+        prompt, _ = prompts.row(number * len(prompts) // count)
+        digest.update(repr(encoder.prompt_ids(prompt)).encode())
     return digest.hexdigest()
 
 

@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -39,14 +39,14 @@ from rsft_hf.engines.base import check_engine
 from rsft_hf.engines.generation_config import in_force, sampling_config
 from rsft_hf.engines.model_access import refuse_unmergeable, unwrapped
 from rsft_hf.generative.candidates import CandidateStore, PromptSet
-from rsft_hf.generative.encoding import Encoder, Row
+from rsft_hf.generative.config import CandidateConfig
+from rsft_hf.generative.encoding import Encoder
 from rsft_hf.generative.evaluation import evaluate_prompts, look_at_evaluation
 from rsft_hf.generative.generation import (
     Generator,
     Sampling,
     evaluation_engine,
     hand_over,
-    log_probs_of_engine,
     ready,
     reference_opener,
 )
@@ -63,7 +63,7 @@ from rsft_hf.generative.selection import (
     score_candidates,
     stable_repr,
 )
-from rsft_hf.generative.training_rows import _supervised_rows, reference_candidate
+from rsft_hf.generative.training_rows import reference_candidate
 from rsft_hf.generative.validation import (
     prompt_set,
     refuse_arguments,
@@ -71,54 +71,114 @@ from rsft_hf.generative.validation import (
     refuse_model,
     refuse_other_vocabulary,
 )
-
-if TYPE_CHECKING:
-    from rsft_hf.generative.resampler import CandidateResampler
+from rsft_hf.training_set import dataset_fingerprint
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass
 class RoundRunner:
-    """Runs the rounds of one training run.
+    """The rounds of one training run: what they need, and the order of their stages.
 
     Attributes:
-        options: The resampler, for its rules.
-        accelerator: Knows the processes.
-        generator: What generates candidates.
-        prompts: The prompts.
+        config: Options.
+        trainer: Trainer whose run it is.
+        prompts: Prompts to train on.
+        policy: Generator with the model that is trained, for evaluation.
+        generator: Generator of the candidates, with the proposal model where there is one.
         sampling: How candidates are drawn, but for round and attempt.
-        directory: Folder of all rounds.
-        is_conversational: Whether prompts are lists of messages.
+        digests: Digest of the prompts, by which a stored round is recognised.
     """
 
-    options: "CandidateResampler"
-    accelerator: Accelerator
-    generator: Generator
+    config: CandidateConfig
+    trainer: Trainer
     prompts: PromptSet
+    policy: Generator
+    generator: Generator
     sampling: Sampling
-    directory: Path
-    is_conversational: bool
+    digests: Mapping[str, str]
+
+    @classmethod
+    def from_trainer(cls, config: CandidateConfig, trainer: Trainer, run_seed: int) -> "RoundRunner":
+        """Prepares and validates the parts of a run.
+
+        Raises:
+            ValueError: If the model, the prompts, the rewards, the engine or the trainer's arguments do not allow it.
+        """
+        refuse_arguments(config, trainer)
+        tokenizer, model = _tokenizer(trainer), unwrapped(trainer.model)
+        refuse_model(model)
+        if config.merge_adapter:
+            refuse_unmergeable(model)
+        encoder = Encoder(tokenizer, bool(model.config.is_encoder_decoder), dict(config.chat_template_kwargs or {}))
+        prompts = prompt_set(trainer.train_dataset, config, "train_dataset")
+        proposal = model if config.proposal_model is None else config.proposal_model
+        refuse_model(proposal)
+        if proposal is not model:
+            proposal.to(trainer.args.device)
+            refuse_other_vocabulary(proposal, model)
+        if config.on_nothing_accepted == "reference":
+            reference_candidate(prompts, 0, config.reference_column, encoder)  # a template it does not fit fails here
+        generation_config = sampling_config(config.generation_config, proposal, tokenizer)
+        logger.info(f"Candidates are sampled with {in_force(generation_config)}.")
+        refuse_long_prompts(prompts, encoder, proposal, generation_config.max_new_tokens)
+        engine, surroundings = choose_engine(config.engine, model), trainer.accelerator.autocast
+        check_engine(engine, proposal, generation_config, config.engine_log_probs)
+        for functions in (config.functions, config.eval_functions):
+            if functions is not None:
+                functions.to(trainer.args.device)
+        policy = Generator(model, encoder, evaluation_engine(engine, model, proposal is not model), surroundings)
+        if trainer.eval_dataset is not None:
+            look_at_evaluation(config, trainer.eval_dataset, prompts, policy)
+        reference = reference_opener(config.reference_model, model, trainer.args.device)
+        generator = Generator(proposal, encoder, engine, surroundings, reference)
+        sampling = Sampling(generation_config, config.num_candidates, run_seed, with_log_probs=config.with_log_probs)
+        digests = {"prompts": dataset_fingerprint(trainer.train_dataset, len(trainer.train_dataset))}
+        return cls(config, trainer, prompts, policy, generator, sampling, digests)
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """Accelerator of the trainer, which knows the processes."""
+        return self.trainer.accelerator
+
+    @property
+    def directory(self) -> Path:
+        """Folder of all rounds."""
+        return Path(self.trainer.args.output_dir) / "candidates"
+
+    def use_seed(self, run_seed: int) -> None:
+        """Draws candidates from the seed of the run that a checkpoint belongs to."""
+        self.sampling = replace(self.sampling, run_seed=run_seed)
 
     def store(self, round_number: int) -> CandidateStore:
         """Returns the store of a round."""
         folder = self.directory / f"round-{round_number:03d}"
-        return CandidateStore(folder, self.options.functions.names, self.is_conversational)
+        return CandidateStore(folder, self.config.functions.names, not isinstance(self.prompts.row(0)[0], str))
 
-    def run(
-        self, round_number: int, facts: Mapping[str, Any], trainer_state: Any = None, may_be_empty: bool = False
-    ) -> dict[str, float]:
-        """Generates, scores and judges a round, or what is left of it to do, and returns its figures. Collective.
+    def run(self, round_number: int, may_be_empty: bool = False) -> dict[str, float]:
+        """Runs a round with the current weights, or what is left of it, and returns its metrics. Collective.
 
         Args:
             round_number: Round, from 0.
-            facts: What the candidates depend on; shards made from other facts are put aside.
-            trainer_state: Handed to the reward functions.
-            may_be_empty: Whether there is anything else to train on.
+            may_be_empty: Whether there are other rows to train on.
 
         Raises:
             RuntimeError: If nothing was accepted, unless that may be; the candidates stay on disk.
         """
+        with ready(self.config, self.accelerator, self.generator, self.policy.model, hands_over=False) as generator:
+            digest = object_from_main(self.accelerator, model_fingerprint(generator.model))
+            digests = {**self.digests, "model": digest}
+            facts = round_facts(self.config, generator, self.prompts, self.sampling, digests)
+            if self._has_to_generate(round_number, facts):
+                hand_over(self.accelerator, generator.engine, generator.model)
+            return replace(self, generator=generator)._run_stages(round_number, facts, may_be_empty)
+
+    def evaluate(self, prompts: PromptSet) -> dict[str, float]:
+        """Returns the metrics of held-out prompts with the current weights. Collective."""
+        with ready(self.config, self.accelerator, self.policy, self.policy.model) as policy:
+            return evaluate_prompts(self.config, policy, prompts, self.accelerator, self.trainer)
+
+    def _run_stages(self, round_number: int, facts: Mapping[str, Any], may_be_empty: bool) -> dict[str, float]:
         began, store, effort = time.perf_counter(), self.store(round_number), Effort()
         rules = self._rules(round_number)
         with FailTogether(self.accelerator, f"preparing round {round_number}"):
@@ -132,14 +192,14 @@ class RoundRunner:
                 )
         needy: Sequence[int] = range(len(self.prompts))
         verdicts: list[str] = []
-        for attempt in range(self.options.max_attempts):
+        for attempt in range(self.config.max_attempts):
             lengths = self._lengths(round_number, attempt)
             sampling = replace(self.sampling, round_number=round_number, attempt=attempt, expected_lengths=lengths)
             with FailTogether(self.accelerator, f"generating and scoring round {round_number}"):
                 for path, prompt_ids in self._own_shards(store, needy, sampling):
-                    self._make_shard(store, path, prompt_ids, sampling, trainer_state, effort)
-            is_last = attempt == self.options.max_attempts - 1
-            takes_best = is_last and self.options.on_nothing_accepted == "best"
+                    self._make_shard(store, path, prompt_ids, sampling, effort)
+            is_last = attempt == self.config.max_attempts - 1
+            takes_best = is_last and self.config.on_nothing_accepted == "best"
             verdicts, needy = self._judged(store, replace(rules, takes_best=takes_best), attempt)
             if not needy:
                 break
@@ -151,9 +211,20 @@ class RoundRunner:
         self.accelerator.wait_for_everyone()
         return metrics | effort.metrics(self.accelerator) | {"round/seconds": time.perf_counter() - began}
 
+    def _has_to_generate(self, number: int, facts: Mapping[str, Any]) -> bool:
+        """Whether candidates of a round are missing, or may come to be, as the main process has it. Collective."""
+        is_whole = False
+        with FailTogether(self.accelerator, f"looking for the candidates of round {number}"):
+            # A second attempt is decided on by what the first one's candidates are worth.
+            if self.accelerator.is_main_process and self.config.max_attempts == 1:
+                store, count = self.store(number), len(self.prompts)
+                stages = [store.stage(store.path(0, shard)) for shard, _ in own_shards(range(count), count, {}, 1, 0)]
+                is_whole = keeps_answers(store, facts) and None not in stages
+        return not object_from_main(self.accelerator, is_whole)
+
     def _rules(self, round_number: int) -> SelectionRules:
-        rule = self.options.acceptance.for_round(round_number)
-        minimum, seed = self.options.min_accepted_per_prompt, self.sampling.run_seed
+        rule = self.config.acceptance.for_round(round_number)
+        minimum, seed = self.config.min_accepted_per_prompt, self.sampling.run_seed
         return SelectionRules(rule, minimum, False, seed, round_number)
 
     def _lengths(self, round_number: int, attempt: int) -> dict[int, float]:
@@ -178,7 +249,6 @@ class RoundRunner:
         path: Path,
         prompt_ids: Sequence[int],
         sampling: Sampling,
-        trainer_state: Any,
         effort: Effort,
     ) -> None:
         stage = store.stage(path)
@@ -196,8 +266,8 @@ class RoundRunner:
         else:
             return
         began = time.perf_counter()
-        filter_candidates(candidates, self.options.filters, self.options.dedup)
-        scores = score_candidates(candidates, self.options.functions, trainer_state, candidates[0].seed % 2**32)
+        filter_candidates(candidates, self.config.filters, self.config.dedup)
+        scores = score_candidates(candidates, self.config.functions, self.trainer.state, candidates[0].seed % 2**32)
         effort.logged.append(scores.metrics)
         effort.score_seconds += time.perf_counter() - began
         effort.score_tokens += sum(candidate.num_tokens for candidate in candidates if candidate.verdict != "filtered")
@@ -216,7 +286,7 @@ class RoundRunner:
         return object_from_main(self.accelerator, decided)
 
     def _accepted_earlier(self, round_number: int) -> set[tuple[int, str]]:
-        if self.options.dedup is None or not self.options.dedup.across_rounds:
+        if self.config.dedup is None or not self.config.dedup.across_rounds:
             return set()
         keys = set()
         for number in range(round_number):
@@ -233,8 +303,8 @@ class RoundRunner:
     ) -> dict[str, float]:
         with FailTogether(self.accelerator, f"writing the verdicts of round {rules.round_number}"):
             self._write_verdicts(store, rules, verdicts)
-            if self.accelerator.is_main_process and needy and self.options.on_nothing_accepted == "reference":
-                column, encoder = self.options.reference_column, self.generator.encoder
+            if self.accelerator.is_main_process and needy and self.config.on_nothing_accepted == "reference":
+                column, encoder = self.config.reference_column, self.generator.encoder
                 references = [reference_candidate(self.prompts, prompt, column, encoder) for prompt in needy]
                 store.write(store.directory / "references.parquet", references, "judged")
         metrics: dict[str, float] = {}
@@ -249,9 +319,9 @@ class RoundRunner:
         reasons = {
             "accepted": stable_repr(rules.acceptance),
             "rejected": stable_repr(rules.acceptance),
-            "duplicate": stable_repr(self.options.dedup),
+            "duplicate": stable_repr(self.config.dedup),
             "unjudged": "no reward function answered",
-            "fallback": f'on_nothing_accepted="{self.options.on_nothing_accepted}"',
+            "fallback": f'on_nothing_accepted="{self.config.on_nothing_accepted}"',
         }
         start = 0
         for number, path in enumerate(store.shards()):
@@ -293,102 +363,6 @@ def restore_base(model: torch.nn.Module, path: Path) -> None:
 
 def _trainable(model: torch.nn.Module) -> dict[str, Any]:
     return {name: values for name, values in model.named_parameters() if values.requires_grad}
-
-
-@dataclass
-class Setup:
-    """The parts of one training run.
-
-    Attributes:
-        trainer: Whose run it is.
-        prompts: The prompts to train on.
-        policy: Generates with the model that is trained.
-        runner: Runs the rounds.
-        supervised: Encoded rows of the supervised data set.
-    """
-
-    trainer: Trainer
-    prompts: PromptSet
-    policy: Generator
-    runner: RoundRunner
-    supervised: list[Row]
-
-    def use_seed(self, run_seed: int) -> None:
-        """Draws candidates from another seed from here on: that of the run which a checkpoint goes on."""
-        self.runner.sampling = replace(self.runner.sampling, run_seed=run_seed)
-
-    def run_round(self, number: int, prompts_digest: str, may_be_empty: bool) -> dict[str, float]:
-        """Runs a round with the weights of this moment, and returns its figures. Collective.
-
-        Args:
-            number: Round, from 0.
-            prompts_digest: Names the prompts among the round's facts.
-            may_be_empty: Whether there is anything else to train on.
-        """
-        runner, accelerator = self.runner, self.trainer.accelerator
-        with ready(runner.options, accelerator, runner.generator, self.policy.model, hands_over=False) as generator:
-            digest = object_from_main(accelerator, model_fingerprint(generator.model))
-            facts = round_facts(runner.options, runner, prompts_digest, digest)
-            if self._has_to_generate(number, facts):
-                hand_over(accelerator, generator.engine, generator.model)
-            return replace(runner, generator=generator).run(number, facts, self.trainer.state, may_be_empty)
-
-    def _has_to_generate(self, number: int, facts: Mapping[str, Any]) -> bool:
-        """Whether candidates of a round are missing, or may come to be, as the main process has it. Collective."""
-        runner, accelerator, is_whole = self.runner, self.trainer.accelerator, False
-        with FailTogether(accelerator, f"looking for the candidates of round {number}"):
-            # A second attempt is decided on by what the first one's candidates are worth.
-            if accelerator.is_main_process and runner.options.max_attempts == 1:
-                store, count = runner.store(number), len(self.prompts)
-                stages = [store.stage(store.path(0, shard)) for shard, _ in own_shards(range(count), count, {}, 1, 0)]
-                is_whole = keeps_answers(store, facts) and None not in stages
-        return not object_from_main(accelerator, is_whole)
-
-    def evaluate(self, prompts: PromptSet) -> dict[str, float]:
-        """Returns the figures of held-out prompts, from the weights of this moment. Collective."""
-        options, accelerator = self.runner.options, self.trainer.accelerator
-        with ready(options, accelerator, self.policy, self.policy.model) as policy:
-            return evaluate_prompts(options, policy, prompts, accelerator, self.trainer)
-
-
-def set_up(options: "CandidateResampler", trainer: Trainer, run_seed: int) -> Setup:
-    """Returns the parts of a run, after having checked that they fit.
-
-    Raises:
-        ValueError: If the model, the prompts, the rewards, the engine or the trainer's arguments do not allow it.
-    """
-    refuse_arguments(options, trainer)
-    tokenizer, model = _tokenizer(trainer), unwrapped(trainer.model)
-    refuse_model(model)
-    if options.merge_adapter:
-        refuse_unmergeable(model)
-    encoder = Encoder(tokenizer, bool(model.config.is_encoder_decoder), dict(options.chat_template_kwargs or {}))
-    prompts = prompt_set(trainer.train_dataset, options, "train_dataset")
-    proposal = model if options.proposal_model is None else options.proposal_model
-    refuse_model(proposal)
-    if proposal is not model:
-        proposal.to(trainer.args.device)
-        refuse_other_vocabulary(proposal, model)
-    if options.on_nothing_accepted == "reference":
-        reference_candidate(prompts, 0, options.reference_column, encoder)  # a template it does not fit fails here
-    config = sampling_config(options.generation_config, proposal, tokenizer)
-    logger.info(f"Candidates are sampled with {in_force(config)}.")
-    refuse_long_prompts(prompts, encoder, proposal, config.max_new_tokens)
-    engine, surroundings = choose_engine(options.engine, model), trainer.accelerator.autocast
-    check_engine(engine, proposal, config, log_probs_of_engine(options))
-    for functions in (options.functions, options.eval_functions):
-        if functions is not None:
-            functions.to(trainer.args.device)
-    policy = Generator(model, encoder, evaluation_engine(engine, model, proposal is not model), surroundings)
-    if trainer.eval_dataset is not None:
-        look_at_evaluation(options, trainer.eval_dataset, prompts, policy)
-    reference = reference_opener(options.reference_model, model, trainer.args.device)
-    generator = Generator(proposal, encoder, engine, surroundings, reference)
-    sampling = Sampling(config, options.num_candidates, run_seed, with_log_probs=options.with_log_probs)
-    is_conversational = not isinstance(prompts.row(0)[0], str)
-    directory = Path(trainer.args.output_dir) / "candidates"
-    runner = RoundRunner(options, trainer.accelerator, generator, prompts, sampling, directory, is_conversational)
-    return Setup(trainer, prompts, policy, runner, _supervised_rows(options, encoder))
 
 
 def _tokenizer(trainer: Trainer) -> PreTrainedTokenizerBase:

@@ -5,17 +5,14 @@ Training rows enter, rows by index leave. It takes the place of the prompts in T
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils import logging
 
 from rsft_hf.generative.candidates import Candidate, PromptSet
+from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import IGNORED, Encoder, Row
 from rsft_hf.rejection import rejection_sample
-
-if TYPE_CHECKING:
-    from rsft_hf.generative.resampler import CandidateResampler
 
 logger = logging.get_logger(__name__)
 
@@ -134,10 +131,11 @@ def reference_candidate(prompts: PromptSet, prompt_id: int, column: str, encoder
     )
 
 
-def _supervised_rows(options: "CandidateResampler", encoder: Encoder) -> list[Row]:
+def supervised_rows(config: CandidateConfig, encoder: Encoder) -> list[Row]:
+    """Returns the encoded rows of `supervised_dataset`; none where it is None."""
     rows = []
-    for number in range(0 if options.supervised_dataset is None else len(options.supervised_dataset)):
-        row = options.supervised_dataset[number]
+    for number in range(0 if config.supervised_dataset is None else len(config.supervised_dataset)):
+        row = config.supervised_dataset[number]
         if "input_ids" in row and "labels" in row:
             rows.append(
                 {
@@ -146,14 +144,14 @@ def _supervised_rows(options: "CandidateResampler", encoder: Encoder) -> list[Ro
                     "labels": list(row["labels"]),
                 }
             )
-        elif options.prompt_column in row and "completion" in row:
-            prompt = row[options.prompt_column]
+        elif config.prompt_column in row and "completion" in row:
+            prompt = row[config.prompt_column]
             rows.append(
                 encoder.training_row(encoder.prompt_ids(prompt), encoder.completion_ids(prompt, row["completion"]))
             )
         else:
             raise ValueError(
-                f"Row {number} of `supervised_dataset` has the columns {list(row)}. It needs {options.prompt_column!r} "
+                f"Row {number} of `supervised_dataset` has the columns {list(row)}. It needs {config.prompt_column!r} "
                 "and 'completion', or 'input_ids' and 'labels'."
             )
     return rows

@@ -3,7 +3,7 @@
 Parts of a run enter; an error with the remedy leaves, or nothing.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import torch
@@ -14,20 +14,18 @@ from transformers.utils import logging
 from rsft_hf.engines.generation_config import context_length
 from rsft_hf.engines.model_access import is_sharded
 from rsft_hf.generative.candidates import PromptSet
+from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import Encoder
-
-if TYPE_CHECKING:
-    from rsft_hf.generative.resampler import CandidateResampler, StagesByHand
 
 logger = logging.get_logger(__name__)
 
 
-def prompt_set(dataset: Any, options: "StagesByHand", name: str, is_trained_on: bool = True) -> PromptSet:
+def prompt_set(dataset: Any, config: CandidateConfig, name: str, is_trained_on: bool = True) -> PromptSet:
     """Returns the prompts of a data set; raises if there is no such column or a reward function lacks one.
 
     Args:
         dataset: Rows that are mappings, with a length and random access.
-        options: Names the columns and holds the reward functions.
+        config: Names the columns and holds the reward functions.
         name: What the user calls it, for the message.
         is_trained_on: Whether references may be trained on, which held-out prompts' never are.
     """
@@ -37,19 +35,19 @@ def prompt_set(dataset: Any, options: "StagesByHand", name: str, is_trained_on: 
             "of prompts with a length and at least one row."
         )
     columns = column_names(dataset)
-    if options.prompt_column not in columns:
+    if config.prompt_column not in columns:
         raise ValueError(
-            f"`{name}` has no column {options.prompt_column!r}; it has {columns}. Rename the column that holds the "
+            f"`{name}` has no column {config.prompt_column!r}; it has {columns}. Rename the column that holds the "
             "prompts, or name it by `prompt_column`."
         )
-    others = [column for column in columns if column != options.prompt_column]
-    options.functions.check(others)
-    if is_trained_on and options.on_nothing_accepted == "reference" and options.reference_column not in others:
+    others = [column for column in columns if column != config.prompt_column]
+    config.functions.check(others)
+    if is_trained_on and config.on_nothing_accepted == "reference" and config.reference_column not in others:
         raise ValueError(
-            f'on_nothing_accepted="reference" reads the column {options.reference_column!r}, which `{name}` lacks; it '
+            f'on_nothing_accepted="reference" reads the column {config.reference_column!r}, which `{name}` lacks; it '
             f"has {columns}. Name it by `reference_column`."
         )
-    prompts = PromptSet(dataset, options.prompt_column)
+    prompts = PromptSet(dataset, config.prompt_column)
     kinds = set()
     for row in range(len(prompts)):
         prompt = prompts.row(row)[0]
@@ -92,7 +90,7 @@ def refuse_model(model: Any) -> None:
         )
 
 
-def refuse_arguments(options: "CandidateResampler", trainer: Trainer) -> None:
+def refuse_arguments(config: CandidateConfig, trainer: Trainer) -> None:
     """Raises ValueError if the trainer's arguments do not go with rounds of generation."""
     args = trainer.args
     if args.dataloader_persistent_workers:
@@ -100,7 +98,7 @@ def refuse_arguments(options: "CandidateResampler", trainer: Trainer) -> None:
             "`dataloader_persistent_workers=True` keeps workers that hold the rows of the first round for ever. Set it "
             "to False."
         )
-    _refuse_sharding(options, trainer)
+    _refuse_sharding(config, trainer)
     if isinstance(trainer.data_collator, DataCollatorForLanguageModeling):
         raise ValueError(
             "`data_collator` is DataCollatorForLanguageModeling, which makes labels of its own: it would teach the "
@@ -111,7 +109,7 @@ def refuse_arguments(options: "CandidateResampler", trainer: Trainer) -> None:
             f"`push_to_hub=True` uploads the candidates too, prompts and answers in plain text: they are in "
             f"{args.output_dir}/candidates."
         )
-    if options.round_start == "best" and not (
+    if config.round_start == "best" and not (
         args.metric_for_best_model and args.eval_strategy == "epoch" and args.save_strategy in ("epoch", "best")
     ):
         raise ValueError(
@@ -120,7 +118,7 @@ def refuse_arguments(options: "CandidateResampler", trainer: Trainer) -> None:
         )
 
 
-def _refuse_sharding(options: "CandidateResampler", trainer: Trainer) -> None:
+def _refuse_sharding(config: CandidateConfig, trainer: Trainer) -> None:
     accelerator = trainer.accelerator
     kind = accelerator.distributed_type
     if kind == DistributedType.MEGATRON_LM or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
@@ -128,11 +126,11 @@ def _refuse_sharding(options: "CandidateResampler", trainer: Trainer) -> None:
             f"{kind.value}{' version 1' if kind == DistributedType.FSDP else ''} shards the weights in a way that they "
             'cannot be generated from. Use FSDP2 (`fsdp_config={"version": 2}`), DDP or ZeRO.'
         )
-    if options.round_start == "base" and kind == DistributedType.DEEPSPEED:
+    if config.round_start == "base" and kind == DistributedType.DEEPSPEED:
         raise ValueError('round_start="base" cannot reach the weights that DeepSpeed\'s optimizer keeps. Use "last".')
-    if options.round_start != "last" and (kind == DistributedType.FSDP or is_sharded(trainer.model)):
+    if config.round_start != "last" and (kind == DistributedType.FSDP or is_sharded(trainer.model)):
         raise ValueError(
-            f'round_start="{options.round_start}" puts whole weights back, and FSDP2 has spread them over the '
+            f'round_start="{config.round_start}" puts whole weights back, and FSDP2 has spread them over the '
             'processes. Use "last".'
         )
     if kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
