@@ -8,7 +8,7 @@ What an engine may offer beyond its call, each a protocol of its own; without an
 A round asks for them by `isinstance`. Nothing here generates.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -52,8 +52,6 @@ class GenerationRequest:
             for all. A candidate that reaches its limit ends with the reason "length".
         expected_lengths: Tokens that the candidates of each prompt will take, on average, such as those of the last
             round; engines may begin with the longest. None where nothing is known.
-        is_satisfied: Says of a prompt, by its position, that no more of its candidates are needed: those that have not
-            finished may then be left out. Asked after candidates were yielded.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -63,7 +61,6 @@ class GenerationRequest:
     tokenizer: PreTrainedTokenizerBase | None = None
     limits: Sequence[Sequence[int]] | None = None
     expected_lengths: Sequence[float] | None = None
-    is_satisfied: Callable[[int], bool] | None = None
 
     @property
     def num_candidates(self) -> int:

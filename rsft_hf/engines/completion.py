@@ -21,10 +21,9 @@ _ROWS_PER_PASS = 16  # the logits of a whole vocabulary are held for every token
 
 
 def prompts_in_order(request: GenerationRequest) -> list[int]:
-    """Returns the positions of the prompts that still need candidates, longest expected answers first."""
+    """Returns the positions of the prompts, longest expected completions first."""
     expected = request.expected_lengths or [0.0] * len(request.prompts)
-    order = sorted(range(len(request.prompts)), key=lambda prompt: -expected[prompt])
-    return [prompt for prompt in order if request.is_satisfied is None or not request.is_satisfied(prompt)]
+    return sorted(range(len(request.prompts)), key=lambda prompt: -expected[prompt])
 
 
 def whole_sequence(
@@ -104,14 +103,12 @@ def complete(
         f"{engine_name}: {len(missing)} of {num_asked} candidates did not come back whole and are drawn anew by "
         "GenerateEngine. If it happens again, lower the engine's memory and batch sizes, or use another engine."
     )
-    is_satisfied = request.is_satisfied
     part = dataclasses.replace(
         request,
         prompts=[request.prompts[prompt] for prompt, _ in missing],
         seeds=[[request.seeds[prompt][index]] for prompt, index in missing],
         limits=[[request.limit(prompt, index)] for prompt, index in missing],
         expected_lengths=None,
-        is_satisfied=None if is_satisfied is None else lambda place: is_satisfied(missing[place][0]),
     )
     for one in GenerateEngine()(model, part):
         prompt, index = missing[one.prompt]

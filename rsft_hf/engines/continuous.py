@@ -187,11 +187,7 @@ def split(request: GenerationRequest) -> Iterator[Call]:
             call = calls.setdefault((limit, len(indices)), Call(limit))
             call.prompts.append(prompt)
             call.indices.append(indices)
-    is_satisfied = request.is_satisfied or (lambda prompt: False)
-    for call in sorted(calls.values(), key=lambda call: -call.limit):
-        rest = [place for place, prompt in enumerate(call.prompts) if not is_satisfied(prompt)]
-        if rest:
-            yield Call(call.limit, [call.prompts[place] for place in rest], [call.indices[place] for place in rest])
+    yield from sorted(calls.values(), key=lambda call: -call.limit)
 
 
 def _common_seed(request: GenerationRequest, pairs: Sequence[tuple[int, int]]) -> int:

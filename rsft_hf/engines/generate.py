@@ -82,11 +82,6 @@ class GenerateEngine:
         ]
         while waiting:
             batch = waiting.pop(0)
-            if request.is_satisfied is not None:
-                unsatisfied = {prompt for prompt, _ in batch if not request.is_satisfied(prompt)}
-                batch = [(prompt, index) for prompt, index in batch if prompt in unsatisfied]
-                if not batch:
-                    continue
             try:
                 sequences = _generate_batch(model, request, batch)
             except torch.OutOfMemoryError:

@@ -121,12 +121,6 @@ def test_log_p_has_the_arithmetic_of_log_q():
         torch.testing.assert_close(one.log_q, one.log_p, atol=1e-4, rtol=0)
 
 
-def test_satisfied_prompts_are_left_out():
-    model = g.tiny_model("llama").eval()
-    request = dataclasses.replace(request_for(model), is_satisfied=lambda prompt: prompt != 2)
-    assert {one.prompt for one in ContinuousEngine()(model, request)} == {2}
-
-
 def test_nothing_is_changed_and_the_same_request_gives_the_same_candidates():
     model = g.tiny_model("gpt2")
     request = dataclasses.replace(request_for(model, **TRUNCATED), with_log_probs=False)

@@ -164,15 +164,6 @@ def test_limits_are_asked_for_and_the_longest_go_first(server):
     assert [body["prompt"] for body in server.bodies[::2]] == [IDS[number] for number in (2, 4, 0, 3, 1)]
 
 
-def test_prompts_that_are_satisfied_are_not_asked_for(server):
-    seen = []
-    asked = request(1, ids=IDS * 4, more={"is_satisfied": lambda prompt: prompt == 1 or len(seen) >= 2})
-    for one in engine(server, concurrency=1)(MODEL, asked):
-        seen.append(one.prompt)
-    assert 1 not in seen
-    assert 2 <= len(seen) == len(server.bodies) <= 4  # one more may be under way, one lie ready
-
-
 def test_requests_overlap_and_no_more_than_may(server):
     """Nothing is answered until three are there: with fewer at once the barrier would break."""
     server.together = threading.Barrier(3)

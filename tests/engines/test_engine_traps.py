@@ -169,30 +169,6 @@ def test_a_want_of_memory_in_reading_makes_for_shorter_readings():
     assert (engine.max_sequences, engine.prefill_tokens) == (8, 12)  # of four prompts with six tokens
 
 
-def test_what_was_satisfied_before_memory_ran_out_is_not_begun_anew():
-    model, engine, done = architectures.model_of("llama"), InFlightEngine(8), []
-    ids = architectures.prompts_for(model)
-    run(engine, model, request_for(model, ids))
-    state = {"passes": 0}
-
-    def refuse(_, args, keywords):
-        state["passes"] += 1
-        if state["passes"] == 8:
-            raise torch.OutOfMemoryError("once")
-
-    model.register_forward_pre_hook(refuse, with_kwargs=True)
-    asked = request_for(model, ids, 6, is_satisfied=lambda prompt: any(one.prompt == prompt for one in done))
-    satisfied_before: set[int] = set()
-    for one in engine(model, asked):
-        if state["passes"] > 8:
-            assert one.prompt not in satisfied_before
-        elif state["passes"] < 8:
-            satisfied_before.add(one.prompt)
-        done.append(one)
-    assert satisfied_before
-    assert {one.prompt for one in done} == set(range(len(ids)))
-
-
 def test_an_engine_that_has_run_can_be_pickled_and_copied():
     model, engine = architectures.model_of("llama"), InFlightEngine(4)
     expected = texts(run(engine, model, request_for(model, [[g.A]])))

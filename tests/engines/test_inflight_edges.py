@@ -1,4 +1,4 @@
-"""What the engine with slots does at the edges: bad input, little memory, prompts that are satisfied, users' models."""
+"""What the engine with slots does at the edges: bad input, little memory, users' models."""
 
 import dataclasses
 

@@ -14,23 +14,6 @@ from rsft_hf.engines.inflight.scheduler import Flight
 ENGINES = [InFlightEngine(4), GenerateEngine(4)]
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: type(engine).__name__)
-@pytest.mark.parametrize("name", ["llama", "t5"])
-def test_the_candidates_of_a_satisfied_prompt_are_not_generated_further(engine, name):
-    model = architectures.model_of(name)
-    ids, done = architectures.prompts_for(model), []
-    everything = {(one.prompt, one.index): one for one in run(engine, model, request_for(model, ids, 6))}
-    asked = request_for(model, ids, 6, is_satisfied=lambda prompt: sum(one.prompt == prompt for one in done) >= 2)
-    with torch.no_grad():
-        for one in engine(model, asked):
-            done.append(one)
-    counts = [sum(one.prompt == prompt for one in done) for prompt in range(len(ids))]
-    assert min(counts) >= 2
-    assert len(done) < 6 * len(ids)
-    for one in done:  # the rest is as it would have been
-        assert one.token_ids == everything[one.prompt, one.index].token_ids
-
-
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_the_order_of_entering(device):
     model = architectures.model_of("llama")

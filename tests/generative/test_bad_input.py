@@ -105,7 +105,7 @@ def test_no_length_of_a_candidate(tmp_path: Path) -> None:
         ),
         ({"generation_config": {"max_new_tokens": 8}}, TypeError, "must be a transformers GenerationConfig, got dict"),
         ({"num_candidates": 0}, ValueError, "`num_candidates`=0 must be an integer of at least 1"),
-        ({"num_candidates": 2.5}, ValueError, "`num_candidates`=2.5"),
+        ({"num_candidates": 2.5}, TypeError, "`num_candidates`=2.5"),
         ({"max_attempts": 0}, ValueError, "`max_attempts`=0"),
         ({"min_accepted_per_prompt": 9}, ValueError, r"can never be reached by `num_candidates`=4 x `max_attempts`=1"),
         ({"every_n_epochs": 0}, ValueError, "`every_n_epochs`=0"),

@@ -162,7 +162,7 @@ def test_an_upload_of_the_candidates_is_told(tmp_path: Path, caplog: pytest.LogC
         data_collator=None,
     )
     with caplog.at_level(logging.WARNING):
-        refuse_arguments(resampler(), run)
+        refuse_arguments(resampler().config, run)
     assert (
         f"uploads the candidates too, prompts and answers in plain text: they are in {tmp_path}" in caplog.text
     ) is (push_to_hub)

@@ -123,7 +123,7 @@ def test_the_digest_is_the_same_in_another_process(tmp_path: Path) -> None:
     (tmp_path / "reward.py").write_text(f"WORDS = {words}\n{REWARD}")
     script = (
         f"names = {{}}; exec(open({str(tmp_path / 'reward.py')!r}).read(), names)\n"
-        "from rsft_hf.generative.facts import code_digest\n"
+        "from rsft_hf.generative.round_cache import code_digest\n"
         "print(code_digest(names['judge']), list(frozenset(names['WORDS'])))"
     )
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"

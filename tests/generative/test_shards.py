@@ -49,7 +49,7 @@ def test_a_round_knows_the_lengths_of_the_last_one_and_draws_the_same_candidates
     options = {"num_candidates": 2, "generation_config": g.sampling(6)}
     run = g.trainer(tmp_path, g.resampler(engine=Noting(), **options), num_prompts=4, args={"num_train_epochs": 2})
     run.train()
-    store = run.resampler._bound().runner.store(0)
+    store = run.resampler._bound().store(0)
     lengths = mean_lengths(store)
     by_hand = {prompt: [one.num_tokens for one in g.stored(run) if one.prompt_id == prompt] for prompt in range(4)}
     assert lengths == {prompt: sum(values) / 2 for prompt, values in by_hand.items()}
@@ -60,4 +60,4 @@ def test_a_round_knows_the_lengths_of_the_last_one_and_draws_the_same_candidates
 def test_a_round_that_was_never_generated_has_no_lengths(tmp_path):
     run = g.trainer(tmp_path, g.resampler(generation_config=g.sampling(3)))
     run.train()
-    assert mean_lengths(run.resampler._bound().runner.store(7)) == {}
+    assert mean_lengths(run.resampler._bound().store(7)) == {}

@@ -70,8 +70,8 @@ def test_trap_12_a_judge_that_fails_is_none_and_accepts_nothing(tmp_path):
 @pytest.mark.parametrize("policy", ["skip", "reference"])
 def test_trap_13_the_reference_is_no_candidate_unless_asked_for(tmp_path, policy):
     # Prompts "a a", "b a a", "c a a b", "d a a b c".
-    source = g.resampler(lambda prompts, **_: [float(text[0] in "bd") for text in prompts], Threshold(minimum=0.5))
-    source.on_nothing_accepted = policy
+    reward = lambda prompts, **_: [float(text[0] in "bd") for text in prompts]  # noqa: E731
+    source = g.resampler(reward, Threshold(minimum=0.5), on_nothing_accepted=policy)
     run = g.trainer(tmp_path, source)
     run.train()
     references = [one for one in g.stored(run) if one.finish_reason == "reference"]

@@ -211,5 +211,5 @@ def trainer(
 
 def stored(run: Any, number: int = 0) -> list[Candidate]:
     """The candidates that a trainer's round left on disk, in order of prompt and candidate."""
-    store = run.resampler._bound().runner.store(number)
+    store = run.resampler._bound().store(number)
     return [one for path in store.shards() for one in store.read(path)]

@@ -171,14 +171,10 @@ class EndpointEngine:
         workers, failure = Workers(asker, self.concurrency), None
         try:
             while (waiting or running) and failure is None:
-                for future, job in list(running.items()):
-                    if _is_satisfied(request, job) and future.cancel():
-                        del running[future]
                 # As many again lie ready, so that the server is not idle while the caller looks at a candidate.
                 while waiting and len(running) < 2 * self.concurrency:
                     job = waiting.popleft()
-                    if not _is_satisfied(request, job):
-                        running[workers.submit(job)] = job
+                    running[workers.submit(job)] = job
                 done = wait(running, return_when=FIRST_COMPLETED).done
                 replies = [(running.pop(future), future.result()) for future in done]
                 failure = next((answers.failure for _, answers in replies if answers.failure), None)
@@ -253,10 +249,6 @@ class EndpointEngine:
         if kind not in self._said:
             self._said.add(kind)
             logger.warning(message)
-
-
-def _is_satisfied(request: GenerationRequest, job: Job) -> bool:
-    return request.is_satisfied is not None and request.is_satisfied(job.prompt)
 
 
 # What a request says by itself, or what would change the shape of a reply.

@@ -52,7 +52,6 @@ def probe_request(request: GenerationRequest, model: Any) -> GenerationRequest:
         generation_config=config,
         with_log_probs=True,
         expected_lengths=[float(len(prompts) - number) for number in range(len(prompts))],  # enter in this order
-        is_satisfied=None,
     )
 
 

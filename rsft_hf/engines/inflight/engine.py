@@ -89,9 +89,6 @@ class InFlightEngine:
                 slots = self._with_less_memory(flight, slots)
             del flight
             torch.cuda.empty_cache()
-            if request.is_satisfied is not None:
-                satisfied = {prompt for prompt, _ in left if request.is_satisfied(prompt)}
-                left = {(prompt, index) for prompt, index in left if prompt not in satisfied}
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_verdicts": None}  # what was tried out belongs to the models of this process

@@ -214,7 +214,6 @@ class Flight:
         while self.waiting or len(self.rows):
             for sequences in self._admit() if self._is_due() else [self._step()]:
                 yield from sequences
-                self._cancel({sequence.prompt for sequence in sequences})
 
     def _is_due(self) -> bool:
         free = self.max_rows - len(self.rows)
@@ -285,17 +284,6 @@ class Flight:
             sources += [row] * len(one.indices)
         self.reader.admit(read, sources)
         return self._leave(self.rows.draw(read.scores[sources], first))
-
-    def _cancel(self, prompts: set[int]) -> None:
-        """Forgets the candidates that have not finished of prompts that need no more of them."""
-        if self.request.is_satisfied is None:
-            return
-        satisfied = {prompt for prompt in prompts if self.request.is_satisfied(prompt)}
-        if satisfied:
-            self.waiting = deque(one for one in self.waiting if one.prompt not in satisfied)
-            unneeded = [row for row, (prompt, _) in enumerate(self.rows.names) if prompt in satisfied]
-            sources, targets = self.rows.take_out(unneeded)
-            self.reader.keep_only(len(self.rows), sources, targets)
 
 
 def _last_to_end_first(request: GenerationRequest, device: torch.device) -> Callable[[int], tuple[float, float, int]]:
