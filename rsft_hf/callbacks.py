@@ -1,4 +1,4 @@
-"""What happens at the edges of an epoch: the clock that has it resampled, and a look at a round's candidates."""
+"""CandidateTableCallback: a table of each round's candidates, on the terminal and in the experiment trackers."""
 
 import importlib
 from typing import Any
@@ -10,19 +10,26 @@ from rsft_hf.checks import check_integer
 from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.resampler import CandidateResampler
 
+_COLUMNS = ("prompt", "candidate", "reward", "verdict")
+
 
 class CandidateTableCallback(TrainerCallback):
-    """Shows a few candidates of every round with their rewards and verdicts: on the terminal, and to the trackers.
+    """Callback that logs a table of each round's first candidates, with rewards and verdicts.
 
-    The table goes to those of `report_to` that take tables, wandb and trackio. It wants the package `rich`
-    (`pip install rsft-hf[recipes]`).
+    The table is printed on the terminal and sent to the trackers of `report_to` that support tables, wandb and trackio.
+    Needs the package `rich` (`pip install rsft-hf[recipes]`).
 
     Args:
-        resampler: Whose candidates to show.
-        num_candidates: How many, at least 1: those of the round's first prompts.
+        resampler: Resampler whose candidates are shown.
+        num_candidates: Number of candidates, at least 1: those of the round's first prompts.
 
     Raises:
+        TypeError: If `num_candidates` is not an integer.
         ValueError: If `num_candidates` is below 1.
+
+    Example:
+        >>> resampler = CandidateResampler(lambda completions, **columns: [0.0] * len(completions))
+        >>> callback = CandidateTableCallback(resampler, num_candidates=4)  # Trainer(..., callbacks=[callback])
     """
 
     TABLE_TRACKERS = ("wandb", "trackio")
@@ -30,16 +37,16 @@ class CandidateTableCallback(TrainerCallback):
     def __init__(self, resampler: CandidateResampler, num_candidates: int = 8) -> None:
         check_integer("num_candidates", num_candidates, minimum=1)
         self._resampler, self._num_candidates = resampler, num_candidates
-        self._shown: int | None = None
+        self._last_round: int | None = None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Shows the round once, when its first step begins: by then its verdicts are there."""
+        """Shows the round once, at its first step, when all verdicts are known."""
         number = self._resampler.round_number
-        if number is None or number == self._shown or not state.is_world_process_zero:
+        if number is None or number == self._last_round or not state.is_world_process_zero:
             return
-        self._shown = number
+        self._last_round = number
         candidates = self._resampler.first_candidates(self._num_candidates)
         show_table(candidates, f"Round {number}")
         rows = _table_rows(candidates)
@@ -47,21 +54,19 @@ class CandidateTableCallback(TrainerCallback):
             if tracker in (args.report_to or []):
                 module: Any = importlib.import_module(tracker)
                 module.log(
-                    {f"candidates/round_{number}": module.Table(dataframe=pandas.DataFrame(rows, columns=HEADER))}
+                    {f"candidates/round_{number}": module.Table(dataframe=pandas.DataFrame(rows, columns=_COLUMNS))}
                 )
-
-
-HEADER = ("prompt", "candidate", "reward", "verdict")
 
 
 def show_table(candidates: list[Candidate], title: str) -> None:
     """Prints candidates as a table on the terminal."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(*HEADER, title=title, show_lines=True)
+    table = Table(*_COLUMNS, title=title, show_lines=True)
     for row in _table_rows(candidates):
-        table.add_row(*(_escaped(cell) for cell in row))
+        table.add_row(*map(escape, row))
     Console().print(table)
 
 
@@ -75,9 +80,3 @@ def _table_rows(candidates: list[Candidate]) -> list[tuple[str, str, str, str]]:
         )
         for one in candidates
     ]
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -1,7 +1,7 @@
-"""What a run must be to go on from a checkpoint, and where in its epoch it stands.
+"""Checkpoint state of a run: progress within the epoch, validation against the resuming run, and state files.
 
-A trainer enters; `clock.json` and `clock.safetensors` beside the model are written and read. The resampler's own state
-is the resampler's affair.
+A trainer's progress is written to `progress.json` and `progress.safetensors` in the folder of the resampler's state,
+which the resampler writes itself.
 """
 
 import contextlib
@@ -27,34 +27,34 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
-class EpochClock:
-    """Where the run stands.
+class EpochProgress:
+    """Position of a run: its epoch, the rows of that epoch, and the micro-batches done.
 
     Attributes:
-        epoch: Number of the epoch begun last; -1 before the first. Not Trainer's, which counts differently when an
+        epoch: Number of the epoch begun last; -1 before the first. Not Trainer's, which counts differently after an
             epoch was stopped early.
-        num_steps_done: Micro-batches of that epoch that this process has trained on.
-        indices: The rows of that epoch, as arranged, shape (num_draws,).
-        has_waiting_metrics: Whether the epoch's figures have not been logged yet.
+        num_batches_done: Micro-batches of that epoch that this process has trained on.
+        indices: Rows of that epoch in reading order, shape (num_draws,).
+        has_unlogged_metrics: Whether the epoch's metrics have not been logged yet.
         is_resumed: Whether this state comes from a checkpoint and no epoch has begun since.
-        batches: The rows of each of this process's micro-batches, where the resampler wants to know them.
+        batch_rows: Rows of each of this process's micro-batches, if the resampler observes them.
     """
 
     epoch: int = -1
-    num_steps_done: int = 0
+    num_batches_done: int = 0
     indices: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    has_waiting_metrics: bool = False
+    has_unlogged_metrics: bool = False
     is_resumed: bool = False
-    batches: list[list[int]] = field(default_factory=list)
+    batch_rows: list[list[int]] = field(default_factory=list)
 
 
-def run_facts(trainer: Trainer, num_draws: int, batch_size: int | None = None) -> dict[str, Any]:
-    """Returns what must be equal for a run to go on exactly: data, draws, batch, accumulation and processes.
+def run_settings(trainer: Trainer, num_draws: int, batch_size: int | None = None) -> dict[str, Any]:
+    """Returns the settings that must be equal for an exact resume: data, draws, batch, accumulation and processes.
 
     Args:
-        trainer: Whose run it is.
-        num_draws: Rows per epoch.
-        batch_size: Rows per micro-batch and process, if one found by trial is about to replace the trainer's.
+        trainer: Trainer of the run.
+        num_draws: Number of rows per epoch.
+        batch_size: Rows per micro-batch and process, if `auto_find_batch_size` is about to replace the trainer's.
     """
     return {
         "rows of the training set": len(trainer.train_dataset),
@@ -67,49 +67,49 @@ def run_facts(trainer: Trainer, num_draws: int, batch_size: int | None = None) -
     }
 
 
-def save_clock(directory: Path, clock: EpochClock, facts: Mapping[str, Any]) -> None:
-    """Writes the clock and the facts of the run into `directory`."""
+def save_progress(directory: Path, progress: EpochProgress, settings: Mapping[str, Any]) -> None:
+    """Writes the progress and the settings of the run into `directory`."""
     numbers = {
-        "facts": facts,
-        "epoch": clock.epoch,
-        "num_steps_done": clock.num_steps_done,
-        "has_waiting_metrics": clock.has_waiting_metrics,
+        "settings": settings,
+        "epoch": progress.epoch,
+        "num_batches_done": progress.num_batches_done,
+        "has_unlogged_metrics": progress.has_unlogged_metrics,
     }
-    save_state(directory, "clock", numbers, {"indices": clock.indices})
+    save_state(directory, "progress", numbers, {"indices": progress.indices})
 
 
-def load_clock(directory: Path, facts: Mapping[str, Any]) -> EpochClock:
-    """Returns the clock of a checkpoint.
+def load_progress(directory: Path, settings: Mapping[str, Any]) -> EpochProgress:
+    """Returns the progress saved in a checkpoint.
 
     Raises:
-        ValueError: If there is none, or the run that saved it differs in one of `facts`; all differences are named.
+        ValueError: If there is none, or the run that saved it differs in one of `settings`; all differences are named.
     """
-    numbers, tensors = load_state(directory, "clock")
+    numbers, tensors = load_state(directory, "progress")
     differences = [
-        f"{name}: {numbers['facts'].get(name)} in the checkpoint, {value} now"
-        for name, value in facts.items()
-        if numbers["facts"].get(name) != value
+        f"{name}: {numbers['settings'].get(name)} in the checkpoint, {value} now"
+        for name, value in settings.items()
+        if numbers["settings"].get(name) != value
     ]
     if differences:
         raise ValueError(
             f"Cannot resume from {directory.parent}: its epoch was drawn for another run ({'; '.join(differences)}). "
-            "Resume with the same data set and set-up, or load the checkpoint's weights into the model and call "
+            "Resume with the same data set and settings, or load the checkpoint's weights into the model and call "
             "train() without `resume_from_checkpoint`."
         )
-    return EpochClock(
+    return EpochProgress(
         epoch=numbers["epoch"],
-        num_steps_done=numbers["num_steps_done"],
+        num_batches_done=numbers["num_batches_done"],
         indices=tensors["indices"],
-        has_waiting_metrics=numbers["has_waiting_metrics"],
+        has_unlogged_metrics=numbers["has_unlogged_metrics"],
         is_resumed=True,
     )
 
 
 def last_complete_checkpoint(output_dir: str, state_directory: str) -> str:
-    """Returns the newest checkpoint in `output_dir` that was saved to the end.
+    """Returns the newest checkpoint in `output_dir` that was saved completely.
 
     A run can be killed while it saves. The trainer's state is the last file of a checkpoint, so one without it, or
-    without the resampler's, is passed over with a warning.
+    without the resampler's, is skipped with a warning.
 
     Raises:
         ValueError: If there is no complete checkpoint.
@@ -120,12 +120,13 @@ def last_complete_checkpoint(output_dir: str, state_directory: str) -> str:
         if folder.is_dir() and folder.name.rpartition("-")[2].isdigit()
     ]
     for folder in sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
-        if _is_json(folder / TRAINER_STATE_NAME) and _is_json(folder / state_directory / "clock.json"):
+        if _is_json(folder / TRAINER_STATE_NAME) and _is_json(folder / state_directory / "progress.json"):
             return str(folder)
-        logger.warning(f"{folder} was not saved to the end (the run was killed there, perhaps); passing it over.")
+        logger.warning(f"Skipping {folder}, which was not saved completely (perhaps the run was killed while saving).")
     raise ValueError(
-        f"No complete checkpoint in {output_dir} ({len(folders)} folders looked at). Call train() without "
-        "`resume_from_checkpoint` to start anew, with `save_only_model` off so that later runs can resume."
+        f"No complete checkpoint in {output_dir} ({len(folders)} checkpoint folders found). Call train() without "
+        "`resume_from_checkpoint` to start from the beginning, with `save_only_model` off so that later runs can "
+        "resume."
     )
 
 
@@ -160,19 +161,19 @@ def load_state(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, to
         return json.loads(numbers.read_text()), load_file(tensors)
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(
-            f"{numbers} or {tensors.name} is damaged ({error}): the run was killed while saving, perhaps. Resume from "
+            f"{numbers} or {tensors.name} is damaged ({error}); perhaps the run was killed while saving. Resume from "
             "an earlier checkpoint."
         ) from error
 
 
 @contextlib.contextmanager
 def replaced_directory(directory: Path, is_writer: bool) -> Iterator[Path]:
-    """Yields a directory to write into, which takes the place of `directory` only when the block has succeeded."""
-    draft = directory.with_name(directory.name + ".incomplete")
+    """Yields a temporary directory that replaces `directory` if the block succeeds."""
+    temporary = directory.with_name(directory.name + ".incomplete")
     if is_writer:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-    yield draft
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    yield temporary
     if is_writer:
         shutil.rmtree(directory, ignore_errors=True)
-        os.replace(draft, directory)
+        os.replace(temporary, directory)

@@ -1,4 +1,4 @@
-"""One process or many: sums and broadcasts over the processes, and measurements that leave no trace in the RNGs.
+"""Collective operations over the processes: sums, broadcasts, gathered lists, shared failures and the run's seed.
 
 Every function that communicates is collective: all processes call it, or none.
 """
@@ -16,8 +16,8 @@ def sum_over_processes(accelerator: Accelerator, values: torch.Tensor) -> torch.
     """Returns the element-wise sum over all processes, on the CPU, equal on every process. Collective.
 
     Args:
-        accelerator: Knows the processes and their device.
-        values: Same shape and dtype on every process; one kind of number only, never integers carried as floats.
+        accelerator: Accelerator of the trainer.
+        values: Same shape and dtype on every process; integers must not be passed as floats, which round them.
     """
     if accelerator.num_processes == 1:
         return values
@@ -28,7 +28,7 @@ def broadcast_from_main(accelerator: Accelerator, values: torch.Tensor) -> torch
     """Returns the main process's tensor on the CPU of every process. Collective.
 
     Args:
-        accelerator: Knows the processes and their device.
+        accelerator: Accelerator of the trainer.
         values: Same shape and dtype on every process.
     """
     if accelerator.num_processes == 1:
@@ -37,24 +37,31 @@ def broadcast_from_main(accelerator: Accelerator, values: torch.Tensor) -> torch
 
 
 def gather_lists(accelerator: Accelerator, values: list[Any]) -> list[Any]:
-    """Returns the lists of all processes, joined in the order of the processes, equal on every process. Collective."""
+    """Returns the concatenated lists of all processes, equal on every process. Collective."""
     return values if accelerator.num_processes == 1 else list(gather_object(values))
 
 
 def object_from_main(accelerator: Accelerator, value: Any) -> Any:
-    """Returns the main process's object, which can be pickled, on every process. Collective."""
+    """Returns the main process's object on every process; it must be picklable. Collective."""
     return value if accelerator.num_processes == 1 else broadcast_object_list([value], from_process=0)[0]
 
 
 class FailTogether:
-    """Surrounds work that each process does by itself: if one fails, all raise, and none waits for it. Collective.
+    """Context for work that each process does alone: if one fails, all raise instead of waiting for it. Collective.
 
     Args:
-        accelerator: Knows the processes.
-        work: What is done inside, for the message.
+        accelerator: Accelerator of the trainer.
+        work: Description of the work for the message, such as "scoring round 3".
 
     Raises:
-        RuntimeError: On the processes that did not fail themselves; there the own error goes on.
+        RuntimeError: On the processes that did not fail; a process that failed raises its own error.
+
+    Example:
+        >>> with FailTogether(Accelerator(cpu=True), "scoring"):
+        ...     1 / 0
+        Traceback (most recent call last):
+        ...
+        ZeroDivisionError: division by zero
     """
 
     def __init__(self, accelerator: Accelerator, work: str) -> None:
@@ -67,14 +74,14 @@ class FailTogether:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is not None and not issubclass(kind, Exception):
-            return  # interrupted from outside, not failed: the others are interrupted too
+            return  # an interrupt from outside, which reaches the other processes, too
         reasons = gather_lists(self._accelerator, [] if error is None else [f"{type(error).__name__}: {error}"])
         if error is None and reasons:
             raise RuntimeError(f"Another process failed while {self._work}: {reasons[0]}")
 
 
 def run_seed(trainer: Trainer) -> int:
-    """Returns the seed of a run's draws, equal on every process: the one a plain Trainer shuffles with. Collective."""
+    """Returns the seed of the run's draws, equal on every process: that of a plain Trainer's shuffle. Collective."""
     seed = trainer.args.data_seed
     seed = (torch.initial_seed() if seed is None else seed) % 2**62
     return int(broadcast_from_main(trainer.accelerator, torch.tensor(seed)))

@@ -1,4 +1,4 @@
-"""Measuring without leaving a trace in the model or the trainer."""
+"""Isolation of measurements: evaluation mode, forked RNG state, and preserved trainer state."""
 
 import contextlib
 import copy
@@ -13,7 +13,7 @@ from transformers import Trainer
 
 @contextlib.contextmanager
 def in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Turns dropout and the like off inside the block; every module gets its own mode back."""
+    """Turns off dropout and the like inside the block, then restores the mode of every module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -24,43 +24,8 @@ def in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def untouched(trainer: Trainer) -> Iterator[None]:
-    """Puts back the counters and metric lists that a trainer keeps of its own losses (TRL's do)."""
-    plain = (int, float, str, dict, list, set, type(None))
-    kept = {
-        name: copy.deepcopy(value)
-        for name, value in vars(trainer).items()
-        if isinstance(value, plain) and _is_plain(value)
-    }
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            _restore(trainer, name, value)
-
-
-def _restore(trainer: Trainer, name: str, value: Any) -> None:
-    present = vars(trainer).get(name)
-    if isinstance(present, dict):  # in place: a callback may hold it
-        present.clear()
-        present.update(value)
-    elif isinstance(present, list):
-        present[:] = value
-    else:
-        vars(trainer)[name] = value
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(_is_plain(item) for item in value.values())
-    if isinstance(value, Sequence | set) and not isinstance(value, str):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-@contextlib.contextmanager
 def forked_rng(seed: int) -> Iterator[None]:
-    """Seeds Python, NumPy and torch inside the block and gives back the states they had before it."""
+    """Seeds the RNGs of Python, NumPy and torch inside the block, then restores their states."""
     # Collators and data sets draw from the global states, legacy NumPy's included.
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
@@ -72,3 +37,39 @@ def forked_rng(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def preserved_trainer_state(trainer: Trainer) -> Iterator[None]:
+    """Restores the counters and metric lists that a trainer updates when it computes a loss, as TRL's do."""
+    kinds = (int, float, str, dict, list, set, type(None))
+    saved = {
+        name: copy.deepcopy(value)
+        for name, value in vars(trainer).items()
+        if isinstance(value, kinds) and _is_plain_data(value)
+    }
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            _restore(trainer, name, value)
+
+
+def _is_plain_data(value: Any) -> bool:
+    """Whether a value consists of numbers, strings and containers of them only."""
+    if isinstance(value, Mapping):
+        return all(_is_plain_data(item) for item in value.values())
+    if isinstance(value, Sequence | set) and not isinstance(value, str):
+        return all(_is_plain_data(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _restore(trainer: Trainer, name: str, value: Any) -> None:
+    present = vars(trainer).get(name)
+    if isinstance(present, dict):  # in place: a callback may hold a reference
+        present.clear()
+        present.update(value)
+    elif isinstance(present, list):
+        present[:] = value
+    else:
+        vars(trainer)[name] = value

@@ -1,4 +1,4 @@
-"""Batches that shrink when the device runs out of memory: one loop for scoring, and one rule for halving."""
+"""Out-of-memory handling: batches that are halved until they fit, longest rows first."""
 
 import traceback
 from collections.abc import Callable, Sequence

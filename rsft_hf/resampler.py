@@ -1,7 +1,6 @@
-"""The strategy object that decides which rows the next epoch reads, and the sampler that yields them.
+"""Resampler, the strategy that chooses the rows of each epoch, and EpochSampler, the sampler that yields them.
 
-A `Resampler` is bound to a trainer, asked for indices once per epoch, and saved with every checkpoint. What the
-indices are derived from is its own affair; when it is asked, and how the rows reach the model, is the trainer's.
+The trainer binds a `Resampler`, asks it for indices once per epoch, and saves it with every checkpoint.
 """
 
 import contextlib
@@ -15,14 +14,33 @@ from transformers import Trainer
 
 
 class Resampler(ABC):
-    """Decides which rows of the training set the next epoch reads."""
+    """Strategy that chooses which rows of the training set the next epoch reads.
+
+    Example:
+        >>> class EveryOther(Resampler):
+        ...     def bind(self, trainer):
+        ...         self.num_rows = len(trainer.train_dataset)
+        ...         return trainer.train_dataset
+        ...     def draws_per_epoch(self):
+        ...         return self.num_rows // 2
+        ...     def resample(self, epoch):
+        ...         return 2 * torch.arange(self.draws_per_epoch()) + epoch % 2
+        ...     def metrics(self):
+        ...         return {}
+        ...     def save(self, directory, is_writer): ...
+        ...     def load(self, directory): ...
+        >>> resampler = EveryOther()
+        >>> resampler.num_rows = 6
+        >>> resampler.resample(epoch=1).tolist()
+        [1, 3, 5]
+    """
 
     @abstractmethod
     def bind(self, trainer: Trainer) -> Any:
-        """Returns the data set to train on, forgetting any earlier run. Called at the start of every `train()`.
+        """Returns the data set to train on and discards the state of any earlier run. Called when `train()` starts.
 
         Args:
-            trainer: Supplies the training set, the model, the loss and the processes.
+            trainer: Trainer with the training set, the model, the loss and the processes.
 
         Raises:
             ValueError: If the data set cannot be resampled.
@@ -34,26 +52,26 @@ class Resampler(ABC):
 
     @abstractmethod
     def resample(self, epoch: int) -> torch.Tensor:
-        """Returns the rows that epoch `epoch` reads, shape (draws_per_epoch(),), int64, equal everywhere. Collective.
+        """Returns the rows of an epoch, shape (draws_per_epoch(),), int64, equal on all processes. Collective.
 
         Args:
-            epoch: Number of epochs begun before this one in the run, resumes not counted anew.
+            epoch: Number of epochs begun before this one in the run; a resumed epoch is not counted twice.
         """
 
     @abstractmethod
     def metrics(self) -> dict[str, float]:
-        """Returns what there is to log of the current epoch, keys as the trackers shall show them."""
+        """Returns the metrics of the current epoch to log, by their full names."""
 
     @abstractmethod
     def save(self, directory: Path, is_writer: bool) -> None:
-        """Writes into `directory` all that `load` needs to go on exactly. Collective; only the writer writes."""
+        """Writes the state that `load` needs for an exact resume. Collective; only the writer writes."""
 
     @abstractmethod
     def load(self, directory: Path) -> None:
-        """Takes up the state that `save` wrote. Called after `bind`, on every process."""
+        """Restores the state that `save` wrote. Called after `bind`, on every process."""
 
     def end_epoch(self) -> dict[str, float]:
-        """Returns what there is to log when the epoch has been trained on."""
+        """Returns the metrics to log at the end of the epoch."""
         return {}
 
     def collator(self, collator: Any) -> Any:
@@ -61,41 +79,47 @@ class Resampler(ABC):
         return collator
 
     def evaluates(self, dataset: Any) -> bool:
-        """Returns whether `evaluate` measures on this data set, instead of the trainer's own evaluation."""
+        """Returns whether `evaluate` evaluates on this data set, instead of the trainer's own evaluation."""
         return False
 
     def evaluate(self, dataset: Any, prefix: str) -> dict[str, float]:
-        """Returns held-out figures of the model as it stands, keys with `prefix`. Collective."""
+        """Returns evaluation metrics of the current model, keys with `prefix`. Collective."""
         raise NotImplementedError(f"{type(self).__name__} leaves evaluation to the trainer.")
 
     @property
     def observes_rows(self) -> bool:
-        """Whether `observe_loss` is to be called, which costs a list of the rows of every micro-batch."""
+        """Whether to call `observe_loss`, which costs a list of the rows of every micro-batch."""
         return False
 
     @contextlib.contextmanager
     def observe_loss(self, model: torch.nn.Module, rows: Sequence[int]) -> Iterator[None]:
-        """Surrounds the computation of the training loss of one micro-batch, which holds these rows, in order."""
+        """Wraps the computation of the training loss of one micro-batch, which holds these rows, in order."""
         yield
 
 
 class EpochSampler(torch.utils.data.Sampler[int]):
-    """Yields a list of rows that is replaced between epochs; its length never changes.
+    """Sampler over a list of rows that is replaced between epochs; its length never changes.
 
     Trainer reads the length of the training loader once, for the schedule and for resume, so an epoch of another
     length would end early without an error.
 
     Attributes:
-        indices: The rows of the coming epoch, shape (num_draws,), int64.
+        indices: Rows of the coming epoch, shape (num_draws,), int64.
+
+    Example:
+        >>> sampler = EpochSampler(num_draws=2, num_rows=5)
+        >>> sampler.replace(torch.tensor([4, 4]))
+        >>> list(sampler)
+        [4, 4]
     """
 
     def __init__(self, num_draws: int, num_rows: int) -> None:
         self.num_draws = num_draws
-        # Until the first resampling, for those who look at a batch before they train.
+        # Before the first resampling, for scripts that inspect a batch before training.
         self.indices = torch.arange(num_draws) % num_rows
 
     def replace(self, indices: torch.Tensor) -> None:
-        """Takes the rows of the coming epoch, shape (num_draws,), int64.
+        """Sets the rows of the coming epoch, shape (num_draws,), int64.
 
         Raises:
             ValueError: If their number is not `num_draws`.

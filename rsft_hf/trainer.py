@@ -1,12 +1,10 @@
-"""Rejection sampling inside the `Trainer` loop: with `callbacks.py`, the file that knows Trainer's internals.
+"""RejectionSamplingMixin: rejection sampling inside the `Trainer` loop, over any Trainer class.
 
 train() -> _inner_training_loop: bind the resampler, load its state from the checkpoint if there is one
         -> for each epoch: on_epoch_begin -> ResampleCallback -> begin_epoch
-               -> resampler.resample(epoch) -> rows arranged as `train_sampling_strategy` says -> EpochSampler
-               -> iter(train_dataloader), sharded by accelerate -> training_step, Trainer's own, observed
-        -> every checkpoint: _save_rng_state, on every process -> <checkpoint>/resampler
-
-What can be resampled and what cannot, told before the first step.
+               -> resampler.resample(epoch) -> rows in the order of `train_sampling_strategy` -> EpochSampler
+               -> iter(train_dataloader), sharded by accelerate -> Trainer's own training_step, observed
+        -> for each checkpoint: _save_rng_state, on every process -> <checkpoint>/resampler
 """
 
 import contextlib
@@ -22,35 +20,40 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerContro
 from transformers.utils import logging
 
 from rsft_hf.checkpointing import (
-    EpochClock,
+    EpochProgress,
     last_complete_checkpoint,
-    load_clock,
+    load_progress,
     replaced_directory,
-    run_facts,
-    save_clock,
+    run_settings,
+    save_progress,
 )
 from rsft_hf.resampler import EpochSampler, Resampler
-from rsft_hf.training_set import arranged, refuse_dataset
+from rsft_hf.training_set import order_rows, validate_dataset
 from rsft_hf.weighted.resampler import LossResampler
 
 logger = logging.get_logger(__name__)
 
 STATE_DIRECTORY = "resampler"
 
-_Base: Any = object  # what the mixin stands on is its subclass's choice
+_Base: Any = object  # the Trainer class is chosen by the subclass
 
 
 class RejectionSamplingMixin(_Base):
-    """Adds rejection sampling to any Trainer: `class X(RejectionSamplingMixin, SFTTrainer): pass`.
+    """Mixin that adds rejection sampling to any Trainer class.
 
     Args:
-        *args: As the trainer's own.
-        resampler: Decides which rows each epoch reads; `LossResampler()` where None.
-        **kwargs: As the trainer's own.
+        *args: Positional arguments of the Trainer class.
+        resampler: Strategy that chooses the rows of each epoch; `LossResampler()` by default.
+        **kwargs: Keyword arguments of the Trainer class.
 
     Raises:
         TypeError: If `resampler` is not a Resampler.
-        ValueError: If the training set or the set-up cannot be resampled.
+        ValueError: If the training set or the training arguments do not allow resampling.
+
+    Example:
+        >>> class RejectionSamplingMyTrainer(RejectionSamplingMixin, Trainer): ...
+        >>> issubclass(RejectionSamplingMyTrainer, Trainer)
+        True
     """
 
     train_dataset: Any
@@ -64,65 +67,68 @@ class RejectionSamplingMixin(_Base):
                 "inside: LossResampler(weighting=...)."
             )
         self.resampler = LossResampler() if resampler is None else resampler
-        refuse_dataset(kwargs.get("train_dataset"))  # before Trainer complains of max_steps
+        validate_dataset(kwargs.get("train_dataset"))  # before Trainer's own error about max_steps
         super().__init__(*args, **kwargs)
-        refuse_setting(self.args, self.accelerator)
-        refuse_dataset(self.train_dataset)
+        validate_arguments(self.args, self.accelerator)
+        validate_dataset(self.train_dataset)
         self._sampler: EpochSampler | None = None
         self._bound_dataset: Any = None
         self._train_loader: DataLoader[Any] | None = None
-        self._clock = EpochClock()
-        self._facts: dict[str, Any] = {}
+        self._progress = EpochProgress()
+        self._settings: dict[str, Any] = {}
         self._step_model: torch.nn.Module | None = None
         self._num_observed = 0
         self.add_callback(ResampleCallback(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains as `Trainer.train` does; `resume_from_checkpoint=True` passes over checkpoints cut off in saving."""
+        """Trains as `Trainer.train` does; `resume_from_checkpoint=True` skips checkpoints not saved completely."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, STATE_DIRECTORY)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def begin_epoch(self, loader: DataLoader[Any]) -> None:
-        """Gives the sampler of the training loader the rows of the coming epoch. Collective.
+        """Resamples and sets the rows of the coming epoch in the sampler of the training loader. Collective.
 
-        A resumed run goes on with the rows of the epoch it was interrupted in, which were drawn from weights that
-        the model no longer has.
+        A resumed run continues with the rows of the interrupted epoch, because they were drawn from model weights of
+        the epoch's start, which the checkpoint no longer has.
         """
-        self.log_waiting_metrics()
-        clock, num_skipped = self._clock, 0
-        if clock.is_resumed:
-            num_skipped = self._num_skipped_steps(loader)
-        if clock.is_resumed and (num_skipped or (self.args.ignore_data_skip and clock.num_steps_done < len(loader))):
-            if num_skipped != clock.num_steps_done and not self.args.ignore_data_skip:
+        self.log_pending_metrics()
+        progress, num_skipped = self._progress, 0
+        if progress.is_resumed:
+            num_skipped = self._num_skipped_batches(loader)
+        is_inside_epoch = num_skipped or (self.args.ignore_data_skip and progress.num_batches_done < len(loader))
+        if progress.is_resumed and is_inside_epoch:
+            if num_skipped != progress.num_batches_done and not self.args.ignore_data_skip:
                 logger.warning(
                     f"Trainer resumes after {num_skipped} micro-batches of an epoch that had done "
-                    f"{clock.num_steps_done}, because an epoch was stopped early. The rest of the epoch differs."
+                    f"{progress.num_batches_done}, because an epoch was stopped early. The rest of the epoch differs."
                 )
         else:
-            clock.epoch += 1
-            clock.indices = arranged(self, self._bound_dataset, self.resampler.resample(clock.epoch), clock.epoch)
-            clock.has_waiting_metrics = True
-        clock.is_resumed, clock.num_steps_done = False, num_skipped
-        self._epoch_sampler().replace(clock.indices)
-        # The order is known, so a count of micro-batches names the rows of each: no index travels in the batches.
-        clock.batches = [list(rows) for rows in loader.batch_sampler or ()] if self.resampler.observes_rows else []
+            progress.epoch += 1
+            accepted = self.resampler.resample(progress.epoch)
+            progress.indices = order_rows(self, self._bound_dataset, accepted, progress.epoch)
+            progress.has_unlogged_metrics = True
+        progress.is_resumed, progress.num_batches_done = False, num_skipped
+        self._epoch_sampler().replace(progress.indices)
+        # The order is known, so the count of micro-batches identifies the rows of each: batches carry no indices.
+        is_observed = self.resampler.observes_rows
+        progress.batch_rows = [list(rows) for rows in loader.batch_sampler or ()] if is_observed else []
 
-    def log_waiting_metrics(self) -> None:
-        """Logs the epoch's figures by themselves if no line with a loss has carried them."""
-        if self._clock.has_waiting_metrics and self.args.logging_strategy != "no":
-            self._clock.has_waiting_metrics = False
-            Trainer.log(self, self.resampler.metrics())  # a subclass's log would flush figures of its own too early
+    def log_pending_metrics(self) -> None:
+        """Logs the epoch's metrics in a line of their own if they were not logged with a loss."""
+        if self._progress.has_unlogged_metrics and self.args.logging_strategy != "no":
+            self._progress.has_unlogged_metrics = False
+            Trainer.log(self, self.resampler.metrics())  # a subclass's log would flush its own metrics too early
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Logs as the trainer does, with the epoch's `resampling/...` figures on the first line that has a loss."""
-        if self._clock.has_waiting_metrics and "loss" in logs:
-            self._clock.has_waiting_metrics = False
+        """Logs as the trainer does, with the epoch's metrics of the resampler added to the first line with a loss."""
+        if self._progress.has_unlogged_metrics and "loss" in logs:
+            self._progress.has_unlogged_metrics = False
             logs.update(self.resampler.metrics())
         super().log(logs, *args, **kwargs)
 
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Takes the trainer's own step, while the resampler may observe its loss."""
+        """Runs the trainer's own training step while the resampler observes its loss."""
         self._step_model, self._num_observed = model, 0
         try:
             loss = super().training_step(model, *args, **kwargs)
@@ -131,37 +137,37 @@ class RejectionSamplingMixin(_Base):
         if self.resampler.observes_rows and self._num_observed != 1:
             raise RuntimeError(
                 f"The resampler observes the loss of each training step once, but saw it {self._num_observed} times: "
-                "a `training_step` of this trainer's own computes it outside of `compute_loss_context_manager()`. "
+                "the `training_step` of this trainer class computes it outside of `compute_loss_context_manager()`. "
                 'Compute it inside, or use LossResampler(losses="forward", importance_correction=0).'
             )
-        self._clock.num_steps_done += 1
+        self._progress.num_batches_done += 1
         return loss
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
-        """Surrounds the training loss with the resampler's observation, whoever overrides `compute_loss`."""
+        """Adds the resampler's observation to the context of the training loss; overrides of `compute_loss` keep it."""
         stack = contextlib.ExitStack()
         stack.enter_context(super().compute_loss_context_manager())
         if self._step_model is not None and self.resampler.observes_rows:
             self._num_observed += 1
-            rows = self._clock.batches[self._clock.num_steps_done]
+            rows = self._progress.batch_rows[self._progress.num_batches_done]
             stack.enter_context(self.resampler.observe_loss(self._step_model, rows))
         return stack
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Returns the trainer's own training loader, over the rows that are drawn."""
-        self._epoch_sampler()  # binds the resampler, if no training has
-        kept = self.train_dataset, self.data_collator
+        """Returns the trainer's own training loader over the accepted rows."""
+        self._epoch_sampler()  # binds the resampler before training, too
+        original = self.train_dataset, self.data_collator
         try:
             self.train_dataset, self.data_collator = self._bound_dataset, self.resampler.collator(self.data_collator)
             self._train_loader = super().get_train_dataloader()
         finally:
-            self.train_dataset, self.data_collator = kept
+            self.train_dataset, self.data_collator = original
         return self._train_loader
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> Any:
-        """Evaluates as the trainer does; held-out prompts are answered by the model, and the answers scored."""
+        """Evaluates as the trainer does, or by the resampler for data sets that it evaluates (held-out prompts)."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
@@ -169,32 +175,32 @@ class RejectionSamplingMixin(_Base):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
         if kwargs:
             raise ValueError(
-                f"evaluate() got {', '.join(kwargs)}, which held-out prompts do not heed. Pass "
+                f"evaluate() got {', '.join(kwargs)}, which held-out prompts do not use. Pass "
                 "CandidateResampler(eval_generation_config=GenerationConfig(...))."
             )
         if not self.is_in_train and self._bound_dataset is None:
             self._epoch_sampler()  # binds the resampler
-        began = time.perf_counter()
+        start = time.perf_counter()
         metrics = self.resampler.evaluate(dataset, metric_key_prefix)
-        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         Trainer.log(self, dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def restore_best_weights(self) -> None:
-        """Puts back the weights of the best checkpoint so far, without the optimizer's state, unless they are in."""
+        """Restores the weights of the best checkpoint so far and clears the optimizer state, unless they are loaded."""
         if self.state.best_model_checkpoint is None or self.state.best_global_step == self.state.global_step:
             return
         self._load_best_model()
-        self.optimizer.state.clear()  # its momenta belong to the weights that were left
+        self.optimizer.state.clear()  # its momenta belong to the replaced weights
 
     def log_end_of_epoch(self) -> None:
-        """Logs what there is to say of an epoch that has been trained on."""
-        if self.args.logging_strategy != "no" and (figures := self.resampler.end_epoch()):
-            Trainer.log(self, figures)
+        """Logs the resampler's metrics of a finished epoch."""
+        if self.args.logging_strategy != "no" and (metrics := self.resampler.end_epoch()):
+            Trainer.log(self, metrics)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
-        """Returns the rows of an epoch: for the training loader those drawn, which may be fewer than there are."""
+        """Returns the number of rows of an epoch; for the training loader that is the number of draws."""
         if dataloader is self._train_loader:
             return self.resampler.draws_per_epoch()
         return super().num_examples(dataloader)
@@ -202,14 +208,14 @@ class RejectionSamplingMixin(_Base):
     def _inner_training_loop(
         self, batch_size: int | None = None, args: Any = None, resume_from_checkpoint: str | None = None, **kwargs: Any
     ) -> Any:
-        # Here the path of the checkpoint is resolved, and a batch size found by trial begins anew.
-        refuse_dataset(self.train_dataset)
-        self._clock, self._sampler = EpochClock(), None
+        # Here the checkpoint path is resolved; `auto_find_batch_size` calls it again with a smaller batch size.
+        validate_dataset(self.train_dataset)
+        self._progress, self._sampler = EpochProgress(), None
         self._bound_dataset = self.resampler.bind(self)
-        self._facts = run_facts(self, self.resampler.draws_per_epoch(), batch_size)
+        self._settings = run_settings(self, self.resampler.draws_per_epoch(), batch_size)
         if resume_from_checkpoint is not None:
             directory = Path(resume_from_checkpoint) / STATE_DIRECTORY
-            self._clock = load_clock(directory, self._facts)
+            self._progress = load_progress(directory, self._settings)
             self.resampler.load(directory)
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
 
@@ -217,13 +223,13 @@ class RejectionSamplingMixin(_Base):
         return self._epoch_sampler()
 
     def _save_rng_state(self, output_dir: str) -> None:
-        # The one hook of a checkpoint that runs on every process, before old checkpoints are deleted.
+        # The only checkpoint hook that runs on every process, before old checkpoints are deleted.
         super()._save_rng_state(output_dir)
         is_writer = self.args.should_save
         with replaced_directory(Path(output_dir) / STATE_DIRECTORY, is_writer) as directory:
             self.resampler.save(directory, is_writer)
             if is_writer:
-                save_clock(directory, self._clock, self._facts)
+                save_progress(directory, self._progress, self._settings)
 
     def _epoch_sampler(self) -> EpochSampler:
         if self._sampler is None:
@@ -231,12 +237,12 @@ class RejectionSamplingMixin(_Base):
                 raise ValueError("Training needs a `train_dataset`.")
             if not self.is_in_train:
                 self._bound_dataset = self.resampler.bind(self)
-            # A pool is empty before its first round.
+            # The pool of a generative run is empty before its first round.
             self._sampler = EpochSampler(self.resampler.draws_per_epoch(), max(1, len(self._bound_dataset)))
         return self._sampler
 
-    def _num_skipped_steps(self, loader: DataLoader[Any]) -> int:
-        """Micro-batches of the resumed epoch that Trainer passes over."""
+    def _num_skipped_batches(self, loader: DataLoader[Any]) -> int:
+        """Micro-batches of the resumed epoch that Trainer skips."""
         if self.args.ignore_data_skip:
             return 0
         accumulation = self.args.gradient_accumulation_steps
@@ -244,15 +250,37 @@ class RejectionSamplingMixin(_Base):
 
 
 class RejectionSamplingTrainer(RejectionSamplingMixin, Trainer):
-    """A `Trainer` that resamples its training set each epoch by rejection sampling."""
+    """`Trainer` that resamples its training set each epoch by rejection sampling.
+
+    Example:
+        >>> import tempfile
+        >>> from rsft_hf import RejectionSamplingTrainer, Tempered
+        >>> class Scale(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.factor = torch.nn.Parameter(torch.ones(1))
+        ...     def forward(self, x, labels):
+        ...         return {"loss": torch.nn.functional.mse_loss(self.factor * x, labels)}
+        >>> trainer = RejectionSamplingTrainer(
+        ...     model=Scale(),
+        ...     args=TrainingArguments(tempfile.mkdtemp(), num_train_epochs=2, report_to="none", use_cpu=True),
+        ...     train_dataset=[{"x": float(i), "labels": 2.0 * i} for i in range(8)],
+        ...     resampler=LossResampler(Tempered(0.5)),
+        ... )
+        >>> trainer.get_train_dataloader().batch_sampler.sampler.num_draws
+        8
+    """
 
 
 class RejectionSamplingSeq2SeqTrainer(RejectionSamplingMixin, Seq2SeqTrainer):
-    """A `Seq2SeqTrainer` that resamples its training set each epoch by rejection sampling."""
+    """`Seq2SeqTrainer` that resamples its training set each epoch by rejection sampling.
+
+    Used as `RejectionSamplingTrainer`, with `Seq2SeqTrainingArguments`.
+    """
 
 
-def refuse_setting(args: TrainingArguments, accelerator: Accelerator) -> None:
-    """Raises if the training arguments leave the order of the rows to something other than the sampler.
+def validate_arguments(args: TrainingArguments, accelerator: Accelerator) -> None:
+    """Validate TrainingArguments: the sampler must control the order of the rows, and each process its own rows.
 
     Raises:
         ValueError: For `dispatch_batches`, torch.nn.DataParallel, `train_sampling_strategy="batch_rebalance"`, and
@@ -261,13 +289,13 @@ def refuse_setting(args: TrainingArguments, accelerator: Accelerator) -> None:
     parallel = accelerator.parallelism_config
     if parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled):
         raise ValueError(
-            "Tensor, context and sequence parallelism spread one row over several processes, which score and count "
-            "rows each for itself here. Use data parallelism (DDP, FSDP, ZeRO)."
+            "Tensor, context and sequence parallelism split one row over several processes, but here each process "
+            "scores and counts its own rows. Use data parallelism (DDP, FSDP, ZeRO)."
         )
     if args.accelerator_config.dispatch_batches:
         raise ValueError(
-            "`dispatch_batches=True` lets the main process read every batch, so that no process knows which rows it "
-            "trains on. Leave it at None in `accelerator_config`."
+            "`dispatch_batches=True` lets the main process read every batch, so the processes do not know which rows "
+            "they train on. Leave it at None in `accelerator_config`."
         )
     if args.n_gpu > 1:
         raise ValueError(
@@ -277,15 +305,15 @@ def refuse_setting(args: TrainingArguments, accelerator: Accelerator) -> None:
     if str(args.train_sampling_strategy) == "batch_rebalance":
         raise ValueError(
             '`train_sampling_strategy="batch_rebalance"` fixes the batches for the whole run. Use "random", '
-            '"group_by_length" or "sequential", which arrange the rows that were accepted.'
+            '"group_by_length" or "sequential", which order the accepted rows.'
         )
 
 
 class ResampleCallback(TrainerCallback):
-    """Resamples at the beginning of every epoch; the trainer adds it to itself.
+    """Callback that resamples at the start of every epoch; the trainer adds it to itself.
 
     Args:
-        trainer: The trainer whose epochs are to be resampled.
+        trainer: Trainer whose epochs are resampled.
     """
 
     def __init__(self, trainer: "RejectionSamplingMixin") -> None:
@@ -294,15 +322,15 @@ class ResampleCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Draws the epoch's rows, or takes up those of the epoch that a checkpoint interrupted."""
+        """Draws the rows of the epoch, or restores those of the epoch that a checkpoint interrupted."""
         self._trainer.begin_epoch(kwargs["train_dataloader"])
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Logs the epoch's figures if no line with a loss has carried them, and none is about to."""
+        """Logs the epoch's metrics if they were not logged with a loss, and will not be."""
         should_log = control.should_log
         if not should_log:
-            self._trainer.log_waiting_metrics()
+            self._trainer.log_pending_metrics()
         self._trainer.log_end_of_epoch()
-        control.should_log = should_log  # logging these lines has taken it back, and a line with the loss may be due
+        control.should_log = should_log  # logging has reset it, but a line with the loss may be due

@@ -120,11 +120,11 @@ def test_a_checkpoint_of_another_run_is_refused_with_both_numbers(name, run):
 
 
 def test_a_checkpoint_of_another_number_of_processes_is_refused(run):
-    clock = run / LAST / "resampler" / "clock.json"
-    numbers = json.loads(clock.read_text())
-    assert numbers["facts"]["processes"] == 1
-    numbers["facts"]["processes"] = 8
-    clock.write_text(json.dumps(numbers))
+    progress = run / LAST / "resampler" / "progress.json"
+    numbers = json.loads(progress.read_text())
+    assert numbers["settings"]["processes"] == 1
+    numbers["settings"]["processes"] = 8
+    progress.write_text(json.dumps(numbers))
     message = rf"Cannot resume from {run / LAST}: .*\(processes: 8 in the checkpoint, 1 now\)"
     assert_refused(message, run, str(run / LAST))
 
@@ -133,20 +133,20 @@ def test_a_checkpoint_of_a_plain_trainer_is_refused(tmp_path):
     parts = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
     CASE.trainer(tmp_path, arguments=parts).train()
     checkpoint = tmp_path / "checkpoint-1"
-    assert_refused(r"holds no clock.json .*by a trainer without a resampler", tmp_path, str(checkpoint))
-    assert_refused(r"No complete checkpoint in .* \(1 folders looked at\)", tmp_path, True)
+    assert_refused(r"holds no progress.json .*by a trainer without a resampler", tmp_path, str(checkpoint))
+    assert_refused(r"No complete checkpoint in .* \(1 checkpoint folders found\)", tmp_path, True)
 
 
 def test_a_checkpoint_whose_resampler_was_deleted_is_refused_by_name_and_passed_over_unnamed(run):
     shutil.rmtree(run / LAST / "resampler")
-    assert_refused(r"resampler holds no clock.json and clock.safetensors", run, str(run / LAST))
+    assert_refused(r"resampler holds no progress.json and progress.safetensors", run, str(run / LAST))
     assert train(run, True) == 5  # from checkpoint-1
     for folder in run.glob("checkpoint-*"):
         shutil.rmtree(folder / "resampler")
     assert_refused(r"No complete checkpoint in .*Call train\(\) without", run, True)
 
 
-@pytest.mark.parametrize("file", ["weighted.json", "weighted.safetensors", "clock.safetensors"])
+@pytest.mark.parametrize("file", ["weighted.json", "weighted.safetensors", "progress.safetensors"])
 def test_a_checkpoint_with_a_file_missing_is_refused_by_name(file, run):
     (run / LAST / "resampler" / file).unlink()
     stem = file.partition(".")[0]
@@ -154,14 +154,14 @@ def test_a_checkpoint_with_a_file_missing_is_refused_by_name(file, run):
 
 
 def test_a_clock_that_was_cut_off_is_passed_over_unnamed_and_refused_with_its_folder(run):
-    clock = run / LAST / "resampler" / "clock.json"
-    clock.write_text(clock.read_text()[:20])
+    progress = run / LAST / "resampler" / "progress.json"
+    progress.write_text(progress.read_text()[:20])
     assert_refused(str(run / LAST), run, str(run / LAST))
     assert train(run, True) == 5
 
 
 def test_no_checkpoint_at_all_is_refused(tmp_path):
-    assert_refused(r"No complete checkpoint in .* \(0 folders looked at\)", tmp_path, True)
+    assert_refused(r"No complete checkpoint in .* \(0 checkpoint folders found\)", tmp_path, True)
 
 
 @pytest.mark.parametrize("every_n_epochs", [1, 4])

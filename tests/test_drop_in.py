@@ -85,7 +85,7 @@ def test_sequential_reads_accepted_rows_in_order(tmp_path: Path) -> None:
     trainer = runs.trained(
         RejectionSamplingTrainer, tmp_path, args={"train_sampling_strategy": "sequential"}, resampler=LossResampler()
     )
-    indices = trainer._clock.indices
+    indices = trainer._progress.indices
     assert indices.tolist() == sorted(indices.tolist())
     assert len(set(indices.tolist())) < len(indices)  # rejection sampling repeats rows
 
@@ -103,7 +103,8 @@ def test_group_by_length_puts_like_lengths_together(tmp_path: Path) -> None:
     for strategy in ("random", "group_by_length"):
         settings = {"train_sampling_strategy": strategy, "num_train_epochs": 1}
         trainer = runs.trained(RejectionSamplingTrainer, tmp_path / strategy, args=settings, train_dataset=data)
-        arms[strategy] = (sorted(trainer._clock.indices.tolist()), padding(trainer, trainer._clock.indices.tolist()))
+        indices = trainer._progress.indices.tolist()
+        arms[strategy] = (sorted(indices), padding(trainer, indices))
     assert arms["random"][0] == arms["group_by_length"][0]  # the same rows are accepted
     assert arms["group_by_length"][1] < 0.7 * arms["random"][1]
 

@@ -15,11 +15,11 @@ from rsft_hf import (
     envelope_constant,
     rejection_sample,
 )
-from rsft_hf.rejection import _accept_in_block, _loop_over_passes, draw_passes_at_once
+from rsft_hf.rejection import _accept_whole_passes, _sample_by_permutations, _sample_from_counts
 
 NUM_ROWS, NUM_DRAWS = 1_000, 2_000_000
 KINDS = ("skewed", "one_hot_like", "lognormal", "half_zero", "equal")
-ROUTES = (_loop_over_passes, draw_passes_at_once)
+ROUTES = (_sample_by_permutations, _sample_from_counts)
 SIX = torch.tensor([1.0, 0.9, 0.6, 0.3, 0.1, 0.05], dtype=torch.float64)  # M = 6 / 2.95; both sides of one half
 
 
@@ -141,7 +141,7 @@ def test_the_first_acceptance_of_two_rows_is_that_of_a_permutation(route):
 def test_whole_passes_accept_each_row_a_binomial_number_of_times(num_passes):
     generator, num_repetitions = seeded(10), 3_000
     counts = torch.stack(
-        [torch.bincount(_accept_in_block(SIX, num_passes, generator), minlength=6) for _ in range(num_repetitions)]
+        [torch.bincount(_accept_whole_passes(SIX, num_passes, generator), minlength=6) for _ in range(num_repetitions)]
     ).double()
     assert int(counts.max()) <= num_passes, "a row twice within one pass"
     assert float(binomial_z(counts.sum(0), num_passes * num_repetitions, SIX).abs().max()) < 4

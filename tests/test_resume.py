@@ -110,19 +110,19 @@ def test_state_is_json_and_safetensors_never_pickle(tmp_path: Path) -> None:
     trainer = runs.trained(RejectionSamplingTrainer, tmp_path, args=args)
     folder = tmp_path / "checkpoint-10" / "resampler"
     assert {path.name for path in folder.iterdir()} == {
-        "clock.json",
-        "clock.safetensors",
+        "progress.json",
+        "progress.safetensors",
         "weighted.json",
         "weighted.safetensors",
     }
-    assert json.loads((folder / "clock.json").read_text())["epoch"] == 1
-    indices = load_file(folder / "clock.safetensors")["indices"]
-    assert torch.equal(indices, trainer._clock.indices)
+    assert json.loads((folder / "progress.json").read_text())["epoch"] == 1
+    indices = load_file(folder / "progress.safetensors")["indices"]
+    assert torch.equal(indices, trainer._progress.indices)
     assert not list(tmp_path.glob("**/*.incomplete"))
 
 
 @pytest.mark.parametrize("damage", ["trainer_state.json", "resampler"])
-def test_resume_true_passes_over_a_checkpoint_cut_off_in_saving(tmp_path: Path, damage: str) -> None:
+def test_resume_true_skips_a_checkpoint_cut_off_in_saving(tmp_path: Path, damage: str) -> None:
     args = {"save_strategy": "steps", "save_steps": 5}
     whole = runs.trained(RejectionSamplingTrainer, tmp_path, args=args)
     newest = tmp_path / "checkpoint-21"  # Trainer saves at the end too
@@ -138,7 +138,7 @@ def test_resume_true_passes_over_a_checkpoint_cut_off_in_saving(tmp_path: Path, 
 
 def test_resume_true_without_a_complete_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-5").mkdir()
-    with pytest.raises(ValueError, match=r"No complete checkpoint in .* \(1 folders looked at\)"):
+    with pytest.raises(ValueError, match=r"No complete checkpoint in .* \(1 checkpoint folders found\)"):
         runs.trained(RejectionSamplingTrainer, tmp_path, resume=True)
 
 

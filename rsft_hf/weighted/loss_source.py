@@ -20,7 +20,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from rsft_hf.distributed import sum_over_processes
-from rsft_hf.isolation import forked_rng, in_evaluation_mode, untouched
+from rsft_hf.isolation import forked_rng, in_evaluation_mode, preserved_trainer_state
 from rsft_hf.weighted.losses import (
     PerExampleLoss,
     Reading,
@@ -182,7 +182,7 @@ class LossSource:
             reading = Reading("given")
         else:
             model, loader = self._trained_model(), self._training_loader()
-            with forked_rng(seed), untouched(self.trainer), in_evaluation_mode(model):
+            with forked_rng(seed), preserved_trainer_state(self.trainer), in_evaluation_mode(model):
                 reading = find_reading(self.trainer, model, loader.dataset, loader.collate_fn, seed)
         # The main process's word: at the edge of a tolerance the processes might choose differently, and then wait.
         (reading,) = broadcast_object_list([reading])

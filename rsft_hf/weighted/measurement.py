@@ -24,7 +24,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from rsft_hf.distributed import sum_over_processes
-from rsft_hf.isolation import forked_rng, in_evaluation_mode, untouched
+from rsft_hf.isolation import forked_rng, in_evaluation_mode, preserved_trainer_state
 from rsft_hf.memory import halve_batch_size, is_out_of_memory
 from rsft_hf.training_set import example_lengths
 from rsft_hf.weighted.losses import (
@@ -94,7 +94,7 @@ def measure_losses(
     dataset: Any = loader.dataset
     collate: Any = loader.collate_fn
     model = trainer.model if model is None else model
-    with forked_rng(seed), untouched(trainer), in_evaluation_mode(model):
+    with forked_rng(seed), preserved_trainer_state(trainer), in_evaluation_mode(model):
         if per_example_loss is None and reading is None:
             reading = find_reading(trainer, model, dataset, collate, seed)
         scorer = _Scorer(trainer, model, reading, per_example_loss, statistics, len(dataset))

@@ -1,13 +1,8 @@
-"""Rules from losses to weights: what enters is one loss per example, what leaves is one weight per example.
+"""Weightings: rules from the losses of the examples to their sampling weights.
 
-Every rule is a frozen dataclass that is called with `(scores, statistics)`. The scores are the losses for the first
-rule and the previous rule's weights for the next one in a `Chain`; `statistics` holds what else was measured. Rules
-see only the rows that can be scored; how a loss is measured, and what is done with the weights, is not known here.
-
-Scores other than the loss, and what every rule checks of the scores it is given.
-
-Measured statistics enter, weights leave. The rules for losses stand in `weights.py`; a measurement stands in
-`losses.py`, of which this file knows nothing.
+A rule is a frozen dataclass called with `(scores, statistics)`, or a plain function of the scores. The scores are the
+losses for the first rule, and the previous rule's weights for the next one in a `Chain`; `statistics` holds the other
+measurements. Rules get only the rows that have a loss.
 """
 
 import functools
@@ -26,15 +21,19 @@ from rsft_hf.checks import check_fraction, check_interval
 
 @dataclass(frozen=True)
 class ExampleStatistics:
-    """What a measurement of the data set can know of each example beside its loss; None where it was not asked for.
+    """Measured statistics of the examples besides the loss; None if not measured.
 
     Attributes:
         entropies: Entropy of the predicted distribution, shape (N,), nats.
-        margins: Probability of the first class less that of the second, shape (N,), in [0, 1].
-        confidences: Probability of the predicted class, shape (N,), in [0, 1].
+        margins: Probability of the most likely class minus that of the second, shape (N,), in [0, 1].
+        confidences: Probability of the most likely class, shape (N,), in [0, 1].
         labels: Class of each example, shape (N,), int64.
         rows: Index of each example in the data set, shape (N,), int64.
         num_rows: Number of rows of the whole data set, those without a loss included.
+
+    Example:
+        >>> ExampleStatistics(entropies=torch.tensor([0.5, 0.1])).labels is None
+        True
     """
 
     entropies: torch.Tensor | None = None
@@ -45,162 +44,18 @@ class ExampleStatistics:
     num_rows: int | None = None
 
 
-@dataclass(frozen=True)
-class Entropy:
-    """w = entropy of the prediction, nats: the label plays no part, so a wrong one cannot raise the weight."""
-
-    requires: ClassVar[frozenset[str]] = frozenset({"entropies"})
-
-    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
-        """Returns the measured entropies; the scores are not used."""
-        return non_negative(read_statistic(statistics, "entropies", "Entropy"), "Entropy", statistics)
-
-
-@dataclass(frozen=True)
-class Margin:
-    """w = 1 - (p_first - p_second): rows near the decision boundary are drawn most, whatever their label."""
-
-    requires: ClassVar[frozenset[str]] = frozenset({"margins"})
-
-    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
-        """Returns one minus the measured margins, in [0, 1]; the scores are not used."""
-        return (1 - non_negative(read_statistic(statistics, "margins", "Margin"), "Margin", statistics)).clamp(min=0)
-
-
-@dataclass(frozen=True)
-class LeastConfidence:
-    """w = 1 - p_first: the least certain rows are drawn most, whatever their label."""
-
-    requires: ClassVar[frozenset[str]] = frozenset({"confidences"})
-
-    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
-        """Returns one minus the measured confidences, in [0, 1]; the scores are not used."""
-        confidences = read_statistic(statistics, "confidences", "LeastConfidence")
-        return (1 - non_negative(confidences, "LeastConfidence", statistics)).clamp(min=0)
-
-
-@dataclass(frozen=True, eq=False)
-class Learnability:
-    """w = max(0, L - L_reference): hard now, yet easy for a model that has learnt the task.
-
-    A noisy or unlearnable row is hard for both and falls to 0. The reference losses come from
-    `rsft_hf.measure_losses` with the reference model. RHO-loss, Mindermann et al. 2022, arXiv:2206.07137, which takes
-    the top of the batch where we weight.
-
-    Attributes:
-        reference_losses: Loss of every row of the data set under the reference model, shape (N,), nats, finite where
-            the row can be scored.
-
-    Raises:
-        ValueError: If `reference_losses` is not one-dimensional.
-    """
-
-    reference_losses: torch.Tensor = field(repr=False)
-    requires: ClassVar[frozenset[str]] = frozenset({"rows"})
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "reference_losses", torch.as_tensor(self.reference_losses, dtype=torch.float64))
-        if self.reference_losses.ndim != 1:
-            raise ValueError(f"`reference_losses` must have shape (N,), got {tuple(self.reference_losses.shape)}.")
-
-    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
-        """Returns the scores less the reference losses of the same rows, at least 0.
-
-        Example:
-            >>> rule = Learnability(torch.tensor([1.0, 1.0]))
-            >>> rule(torch.tensor([3.0, 0.5]), ExampleStatistics(rows=torch.tensor([0, 1]))).tolist()
-            [2.0, 0.0]
-        """
-        scores = finite(scores, "Learnability", statistics)
-        rows = read_statistic(statistics, "rows", "Learnability")
-        num_rows = None if statistics is None else statistics.num_rows
-        if int(rows.max()) >= len(self.reference_losses) or num_rows not in (None, len(self.reference_losses)):
-            raise ValueError(
-                f"`reference_losses` has {len(self.reference_losses)} entries but the data set has "
-                f"{num_rows or f'a row {int(rows.max())}'}. Measure the reference model on the same data set."
-            )
-        difference = scores - self.reference_losses[rows]
-        return finite(difference, "Learnability (loss - reference loss)", statistics).clamp(min=0)
-
-
-def finite(scores: torch.Tensor, rule: str, statistics: ExampleStatistics | None = None) -> torch.Tensor:
-    """Returns the scores, float64 on the CPU; raises ValueError naming `rule` and the row of one not finite."""
-    return _checked(scores, rule, torch.isfinite, "finite", statistics)
-
-
-def non_negative(scores: torch.Tensor, rule: str, statistics: ExampleStatistics | None = None) -> torch.Tensor:
-    """Returns what `finite` does, and raises for a negative score too."""
-    return _checked(scores, rule, lambda values: torch.isfinite(values) & (values >= 0), "finite and >= 0", statistics)
-
-
-def read_statistic(statistics: ExampleStatistics | None, name: str, rule: str) -> torch.Tensor:
-    """Returns the statistic of that name; raises ValueError naming `rule` if it was not measured."""
-    values = None if statistics is None else vars(statistics)[name]
-    if values is None:
-        raise ValueError(
-            f"{rule} needs the statistic `{name}`, which was not measured. Pass ExampleStatistics({name}=...)."
-        )
-    return values
-
-
-def as_weighting(rule: Any, name: str) -> "Weighting":
-    """Returns a rule as it is, and a plain function of the losses as a `FunctionWeighting`.
-
-    Args:
-        rule: Object with `requires` and `__call__`, or a function `losses -> weights`.
-        name: Name of the argument in the error message.
-
-    Raises:
-        TypeError: If it is a class, not callable, an object without `requires`, or a function that needs more arguments
-            than the losses.
-    """
-    if isinstance(rule, type) or not callable(rule):
-        raise TypeError(
-            f"{name} must be a rule such as Proportional() or Tempered(0.5), or a function from losses to weights, "
-            f"got {rule!r}."
-        )
-    if _is_function(rule):
-        return FunctionWeighting(rule)
-    try:
-        requires = rule.requires
-    except AttributeError:
-        requires = None
-    if not isinstance(requires, frozenset):
-        raise TypeError(
-            f"{name}, {rule!r}, does not say which statistics it reads. Give its class an attribute "
-            "`requires: ClassVar[frozenset[str]] = frozenset()`, or pass a plain function of the losses."
-        )
-    return rule
-
-
-def _is_function(rule: Any) -> bool:
-    return inspect.isroutine(rule) or (isinstance(rule, functools.partial) and _is_function(rule.func))
-
-
-def _checked(
-    scores: torch.Tensor,
-    rule: str,
-    is_right: Callable[[torch.Tensor], torch.Tensor],
-    what: str,
-    statistics: ExampleStatistics | None,
-) -> torch.Tensor:
-    scores = torch.as_tensor(scores).detach().to("cpu", torch.float64)
-    if scores.ndim != 1 or len(scores) == 0:
-        raise ValueError(f"{rule} takes scores of shape (N,) with N >= 1, got {tuple(scores.shape)}.")
-    wrong = ~is_right(scores)
-    if bool(wrong.any()):
-        index = int(wrong.nonzero()[0])
-        rows = None if statistics is None else statistics.rows
-        place = f"index {index}" if rows is None else f"row {int(rows[index])}"
-        raise ValueError(
-            f"{rule} needs scores that are {what}, got {float(scores[index])} at {place} ({int(wrong.sum())} such "
-            "rows). Repair or remove the row; scores that may be negative go through Softmax first."
-        )
-    return scores
-
-
 class Weighting(Protocol):
-    """A rule from scores to weights; write your own as a frozen dataclass with `requires` and `__call__`."""
+    """Rule from scores to weights; implement your own as a frozen dataclass with `requires` and `__call__`.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Squared:
+        ...     requires: ClassVar[frozenset[str]] = frozenset()
+        ...     def __call__(self, scores, statistics=None):
+        ...         return scores**2
+        >>> Squared()(torch.tensor([1.0, 3.0])).tolist()
+        [1.0, 9.0]
+    """
 
     @property
     def requires(self) -> frozenset[str]:
@@ -214,7 +69,7 @@ class Weighting(Protocol):
 
 @dataclass(frozen=True)
 class Proportional:
-    """w = L: a row is drawn in proportion to its loss. The plain law of the weighted half; mind label noise."""
+    """w = L: rows are drawn in proportion to their loss. Sensitive to label noise."""
 
     requires: ClassVar[frozenset[str]] = frozenset()
 
@@ -225,12 +80,15 @@ class Proportional:
             >>> Proportional()(torch.tensor([1.0, 3.0])).tolist()
             [1.0, 3.0]
         """
-        return non_negative(scores, "Proportional", statistics)
+        return _validated(scores, "Proportional", statistics)
 
 
 @dataclass(frozen=True)
 class Tempered:
     """w = L ** alpha: alpha in (0, 1) softens the preference for high losses, 0 is uniform, above 1 sharpens it.
+
+    Attributes:
+        alpha: Exponent, >= 0.
 
     Raises:
         ValueError: If `alpha` is negative or not finite.
@@ -249,14 +107,17 @@ class Tempered:
             >>> Tempered(0.5)(torch.tensor([1.0, 4.0])).tolist()  # (1/4)^.5, (4/4)^.5
             [0.5, 1.0]
         """
-        scores = non_negative(scores, "Tempered", statistics)
+        scores = _validated(scores, "Tempered", statistics)
         # Relative to the largest, so that no power overflows; a common factor changes no draw.
         return (scores / scores.max().clamp(min=torch.finfo(torch.float64).tiny)) ** self.alpha
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """w = exp(L / temperature): takes any finite score, negative ones too.
+    """w = exp(L / temperature): accepts any finite score, negative ones too.
+
+    Attributes:
+        temperature: In the unit of the scores, > 0.
 
     Raises:
         ValueError: If `temperature` is not positive and finite.
@@ -275,13 +136,16 @@ class Softmax:
             >>> Softmax(1.0)(torch.tensor([5.0, 5.0])).tolist()
             [0.5, 0.5]
         """
-        scores = finite(scores, "Softmax", statistics)
+        scores = _validated(scores, "Softmax", statistics, is_signed=True)
         return torch.softmax((scores - scores.max()) / self.temperature, dim=0)
 
 
 @dataclass(frozen=True)
 class Clipped:
-    """w = min(L, the given quantile of L): no row is drawn more often than the one at the quantile.
+    """w = min(L, quantile of L): no row is drawn more often than the one at the quantile.
+
+    Attributes:
+        quantile: In [0, 1].
 
     Raises:
         ValueError: If `quantile` is outside [0, 1].
@@ -300,13 +164,16 @@ class Clipped:
             >>> Clipped(0.5)(torch.tensor([1.0, 2.0, 9.0])).tolist()
             [1.0, 2.0, 2.0]
         """
-        scores = non_negative(scores, "Clipped", statistics)
+        scores = _validated(scores, "Clipped", statistics)
         return scores.clamp(max=_order_statistic(scores, _floor(self.quantile * (len(scores) - 1))))
 
 
 @dataclass(frozen=True)
 class DropTop:
-    """Gives weight 0 to the highest-scoring fraction, where mislabelled rows gather; the rest keep their score.
+    """w = L, but 0 for the highest-scoring fraction, where mislabelled rows accumulate.
+
+    Attributes:
+        fraction: Fraction of the rows with weight 0, in [0, 1).
 
     Raises:
         ValueError: If `fraction` is outside [0, 1).
@@ -325,7 +192,7 @@ class DropTop:
             >>> DropTop(0.34)(torch.tensor([1.0, 9.0, 2.0])).tolist()  # floor(.34 * 3) = 1 row
             [1.0, 0.0, 2.0]
         """
-        scores = non_negative(scores, "DropTop", statistics)
+        scores = _validated(scores, "DropTop", statistics)
         num_dropped = _floor(self.fraction * len(scores))
         highest_kept = _order_statistic(scores, len(scores) - num_dropped - 1)
         return torch.where(scores > highest_kept, 0.0, scores)
@@ -333,7 +200,10 @@ class DropTop:
 
 @dataclass(frozen=True)
 class Floored:
-    """w = (1 - fraction) w / sum w + fraction / N: every row keeps a share of uniform attention.
+    """w = (1 - fraction) L / sum L + fraction / N: mixture with the uniform distribution.
+
+    Attributes:
+        fraction: Share of the uniform distribution, in [0, 1].
 
     Raises:
         ValueError: If `fraction` is outside [0, 1].
@@ -352,7 +222,7 @@ class Floored:
             >>> Floored(0.5)(torch.tensor([0.0, 2.0])).tolist()  # .5 * (0, 1) + .5 * (1/2, 1/2)
             [0.25, 0.75]
         """
-        scores = non_negative(scores, "Floored", statistics)
+        scores = _validated(scores, "Floored", statistics)
         uniform = torch.full_like(scores, 1 / len(scores))
         scores = scores / scores.max().clamp(min=torch.finfo(torch.float64).tiny)  # so that no sum overflows
         total = scores.sum()
@@ -361,7 +231,7 @@ class Floored:
 
 @dataclass(frozen=True)
 class ClassBalanced:
-    """Scales the weights so that every class is drawn equally often; within a class the scores decide."""
+    """w = L / total of its class: every class is drawn equally often, the rows of a class in proportion to L."""
 
     requires: ClassVar[frozenset[str]] = frozenset({"labels"})
 
@@ -373,11 +243,140 @@ class ClassBalanced:
             >>> ClassBalanced()(torch.tensor([1.0, 3.0, 7.0]), ExampleStatistics(labels=labels)).tolist()
             [0.25, 0.75, 1.0]
         """
-        scores = non_negative(scores, "ClassBalanced", statistics)
-        labels = read_statistic(statistics, "labels", "ClassBalanced")
+        scores = _validated(scores, "ClassBalanced", statistics)
+        labels = _read_statistic(statistics, "labels", "ClassBalanced")
         _, classes, sizes = labels.unique(return_inverse=True, return_counts=True)
         totals = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, classes, scores)
         return torch.where(totals[classes] > 0, scores / totals[classes], 1 / sizes[classes].double())
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """w = entropy of the prediction, nats; independent of the label, so a wrong label cannot raise the weight."""
+
+    requires: ClassVar[frozenset[str]] = frozenset({"entropies"})
+
+    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
+        """Returns the measured entropies; the scores are not used.
+
+        Example:
+            >>> Entropy()(torch.zeros(2), ExampleStatistics(entropies=torch.tensor([0.5, 0.25]))).tolist()
+            [0.5, 0.25]
+        """
+        return _validated(_read_statistic(statistics, "entropies", "Entropy"), "Entropy", statistics)
+
+
+@dataclass(frozen=True)
+class Margin:
+    """w = 1 - (p_first - p_second): rows near the decision boundary are drawn most, independent of the label."""
+
+    requires: ClassVar[frozenset[str]] = frozenset({"margins"})
+
+    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
+        """Returns one minus the measured margins, in [0, 1]; the scores are not used.
+
+        Example:
+            >>> Margin()(torch.zeros(2), ExampleStatistics(margins=torch.tensor([1.0, 0.25]))).tolist()
+            [0.0, 0.75]
+        """
+        return (1 - _validated(_read_statistic(statistics, "margins", "Margin"), "Margin", statistics)).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class LeastConfidence:
+    """w = 1 - p_first: the least confident rows are drawn most, independent of the label."""
+
+    requires: ClassVar[frozenset[str]] = frozenset({"confidences"})
+
+    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
+        """Returns one minus the measured confidences, in [0, 1]; the scores are not used.
+
+        Example:
+            >>> LeastConfidence()(torch.zeros(2), ExampleStatistics(confidences=torch.tensor([1.0, 0.5]))).tolist()
+            [0.0, 0.5]
+        """
+        confidences = _read_statistic(statistics, "confidences", "LeastConfidence")
+        return (1 - _validated(confidences, "LeastConfidence", statistics)).clamp(min=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Learnability:
+    """w = max(0, L - L_reference): rows that are hard now and easy for a model that has learnt the task.
+
+    A noisy or unlearnable row is hard for both models, so its weight goes to 0. The reference losses come from
+    `rsft_hf.measure_losses` with the reference model. RHO-loss, Mindermann et al. 2022, arXiv:2206.07137, which selects
+    the top of each batch instead of weighting.
+
+    Attributes:
+        reference_losses: Loss of every row of the data set under the reference model, shape (N,), nats, finite where
+            the row can be scored.
+
+    Raises:
+        ValueError: If `reference_losses` is not one-dimensional.
+    """
+
+    reference_losses: torch.Tensor = field(repr=False)
+    requires: ClassVar[frozenset[str]] = frozenset({"rows"})
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reference_losses", torch.as_tensor(self.reference_losses, dtype=torch.float64))
+        if self.reference_losses.ndim != 1:
+            raise ValueError(f"`reference_losses` must have shape (N,), got {tuple(self.reference_losses.shape)}.")
+
+    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
+        """Returns the scores minus the reference losses of the same rows, at least 0.
+
+        Example:
+            >>> rule = Learnability(torch.tensor([1.0, 1.0]))
+            >>> rule(torch.tensor([3.0, 0.5]), ExampleStatistics(rows=torch.tensor([0, 1]))).tolist()
+            [2.0, 0.0]
+        """
+        scores = _validated(scores, "Learnability", statistics, is_signed=True)
+        rows = _read_statistic(statistics, "rows", "Learnability")
+        num_rows = None if statistics is None else statistics.num_rows
+        if int(rows.max()) >= len(self.reference_losses) or num_rows not in (None, len(self.reference_losses)):
+            raise ValueError(
+                f"`reference_losses` has {len(self.reference_losses)} entries but the data set has "
+                f"{num_rows or f'a row {int(rows.max())}'}. Measure the reference model on the same data set."
+            )
+        difference = scores - self.reference_losses[rows]
+        return _validated(difference, "Learnability (loss - reference loss)", statistics, is_signed=True).clamp(min=0)
+
+
+@dataclass(frozen=True, init=False)
+class Chain:
+    """Sequence of rules, each applied to the weights of the one before.
+
+    Attributes:
+        rules: The rules; plain functions are wrapped as `FunctionWeighting`.
+
+    Raises:
+        TypeError: If one of them is not a rule.
+        ValueError: If no rule is given.
+    """
+
+    rules: tuple[Weighting, ...]
+
+    def __init__(self, *rules: Weighting | Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if not rules:
+            raise ValueError("Chain() needs at least one rule, such as Chain(DropTop(0.05), Floored(0.2)).")
+        object.__setattr__(self, "rules", tuple(as_weighting(rule, "a rule of Chain()") for rule in rules))
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Statistics that any of the rules needs."""
+        return frozenset[str]().union(*(rule.requires for rule in self.rules))
+
+    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
+        """Returns the last rule's weights.
+
+        Example:
+            >>> Chain(DropTop(0.34), Floored(0.5))(torch.tensor([1.0, 9.0, 3.0])).tolist()  # (1/4, 0, 3/4), floored
+            [0.29166666666666663, 0.16666666666666666, 0.5416666666666666]
+        """
+        for rule in self.rules:
+            scores = rule(scores, statistics)
+        return scores
 
 
 @dataclass(frozen=True, repr=False)
@@ -419,6 +418,40 @@ class FunctionWeighting:
         return _function_name(self.function)
 
 
+def as_weighting(rule: Any, name: str) -> "Weighting":
+    """Returns a rule as it is, and a plain function of the losses as a `FunctionWeighting`.
+
+    Args:
+        rule: Object with `requires` and `__call__`, or a function `losses -> weights`.
+        name: Name of the argument in the error message.
+
+    Raises:
+        TypeError: If it is a class, not callable, an object without `requires`, or a function that needs more arguments
+            than the losses.
+    """
+    if isinstance(rule, type) or not callable(rule):
+        raise TypeError(
+            f"{name} must be a rule such as Proportional() or Tempered(0.5), or a function from losses to weights, "
+            f"got {rule!r}."
+        )
+    if _is_function(rule):
+        return FunctionWeighting(rule)
+    try:
+        requires = rule.requires
+    except AttributeError:
+        requires = None
+    if not isinstance(requires, frozenset):
+        raise TypeError(
+            f"{name}, {rule!r}, does not say which statistics it reads. Give its class an attribute "
+            "`requires: ClassVar[frozenset[str]] = frozenset()`, or pass a plain function of the losses."
+        )
+    return rule
+
+
+def _is_function(rule: Any) -> bool:
+    return inspect.isroutine(rule) or (isinstance(rule, functools.partial) and _is_function(rule.func))
+
+
 def _function_name(function: Any) -> str:
     if isinstance(function, functools.partial):
         keywords = [f"{name}={value!r}" for name, value in function.keywords.items()]
@@ -428,37 +461,34 @@ def _function_name(function: Any) -> str:
     return function.__qualname__
 
 
-@dataclass(frozen=True, init=False)
-class Chain:
-    """Applies several rules in turn, each to the weights of the one before.
+def _read_statistic(statistics: ExampleStatistics | None, name: str, rule: str) -> torch.Tensor:
+    """Returns the statistic of that name; raises ValueError naming `rule` if it was not measured."""
+    values = None if statistics is None else vars(statistics)[name]
+    if values is None:
+        raise ValueError(
+            f"{rule} needs the statistic `{name}`, which was not measured. Pass ExampleStatistics({name}=...)."
+        )
+    return values
 
-    Raises:
-        TypeError: If one of them is not a rule.
-        ValueError: If no rule is given.
-    """
 
-    rules: tuple[Weighting, ...]
-
-    def __init__(self, *rules: Weighting | Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if not rules:
-            raise ValueError("Chain() needs at least one rule, such as Chain(DropTop(0.05), Floored(0.2)).")
-        object.__setattr__(self, "rules", tuple(as_weighting(rule, "a rule of Chain()") for rule in rules))
-
-    @property
-    def requires(self) -> frozenset[str]:
-        """The statistics that any of the rules needs."""
-        return frozenset[str]().union(*(rule.requires for rule in self.rules))
-
-    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
-        """Returns the last rule's weights.
-
-        Example:
-            >>> Chain(DropTop(0.34), Floored(0.5))(torch.tensor([1.0, 9.0, 3.0])).tolist()  # (1/4, 0, 3/4), floored
-            [0.29166666666666663, 0.16666666666666666, 0.5416666666666666]
-        """
-        for rule in self.rules:
-            scores = rule(scores, statistics)
-        return scores
+def _validated(
+    scores: torch.Tensor, rule: str, statistics: ExampleStatistics | None, is_signed: bool = False
+) -> torch.Tensor:
+    """Scores as float64 on the CPU; raises ValueError with the row of one that is not finite (or negative)."""
+    scores = torch.as_tensor(scores).detach().to("cpu", torch.float64)
+    if scores.ndim != 1 or len(scores) == 0:
+        raise ValueError(f"{rule} takes scores of shape (N,) with N >= 1, got {tuple(scores.shape)}.")
+    is_invalid = ~(torch.isfinite(scores) & (is_signed | (scores >= 0)))
+    if bool(is_invalid.any()):
+        index = int(is_invalid.nonzero()[0])
+        rows = None if statistics is None else statistics.rows
+        place = f"index {index}" if rows is None else f"row {int(rows[index])}"
+        raise ValueError(
+            f"{rule} needs scores that are finite{'' if is_signed else ' and >= 0'}, got {float(scores[index])} at "
+            f"{place} ({int(is_invalid.sum())} such rows). Repair or remove the row; scores that may be negative go "
+            "through Softmax first."
+        )
+    return scores
 
 
 def _floor(product: float) -> int:

@@ -116,7 +116,7 @@ def test_candidates_go_on_with_the_seed_of_the_saved_run(tmp_path: Path) -> None
     cut = trained(tmp_path / "cut", resume=True, args={**SAVED, "data_seed": 5})
     whole = trained(tmp_path / "whole", args=SAVED)
     assert stored(tmp_path / "cut", 2) == stored(tmp_path / "whole", 2)
-    assert cut._clock.indices.tolist() == whole._clock.indices.tolist()
+    assert cut._progress.indices.tolist() == whole._progress.indices.tolist()
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_rounds_every_second_epoch_read_the_same_rows_in_another_order(tmp_path:
     class Orders(hf.TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step % STEPS == 0:
-                orders.append(ours._clock.indices.tolist())
+                orders.append(ours._progress.indices.tolist())
 
     from generative_runs import trainer
 
@@ -149,7 +149,7 @@ def test_rounds_every_second_epoch_read_the_same_rows_in_another_order(tmp_path:
 def test_num_draws_is_the_length_of_the_epoch(tmp_path: Path, num_draws: int, steps: int) -> None:
     """Whole passes come first: 20 draws of 9 rows are each row twice, and two rows a third time."""
     ours = trained(tmp_path, resampler(num_draws=num_draws))
-    drawn = ours._clock.indices.tolist()
+    drawn = ours._progress.indices.tolist()
     assert (len(drawn), ours.state.global_step) == (num_draws, steps)
     counts = sorted(drawn.count(row) for row in range(9))
     assert counts == sorted((num_draws + place) // 9 for place in range(9))

@@ -123,7 +123,7 @@ def test_skip_leaves_prompts_out_and_keeps_the_length_of_the_epoch(tmp_path: Pat
     ours = trained(tmp_path, made)
     assert len(made.pool) == sum(row["is_accepted"] for row in stored(tmp_path))
     assert ours.state.global_step == 5  # 9 draws in batches of two
-    drawn = ours._clock.indices.tolist()
+    drawn = ours._progress.indices.tolist()
     assert len(drawn) == NUM_PROMPTS
     assert set(drawn) == set(range(len(made.pool)))
 

@@ -23,7 +23,7 @@ def test_trap_10_the_loss_is_that_of_accepted_tokens_whatever_the_acceptance(tmp
     keywords = {"model": g.tiny_model(**fixed), "args": settings}
     run = g.trainer(tmp_path / "ours", source, num_prompts=8, **keywords)
     run.train()
-    rows = [source.pool[index] for index in run._clock.indices.tolist()]
+    rows = [source.pool[index] for index in run._progress.indices.tolist()]
     assert len(rows) == 8  # the epoch, and so the number of steps, is as long as there are prompts
     plain = hf.Trainer(
         g.tiny_model(**fixed), g.arguments(tmp_path / "plain", **settings), RowCollator(g.PAD), train_dataset=rows
@@ -141,7 +141,7 @@ def test_trap_17_no_last_batch_shard_or_prompt_is_dropped(tmp_path):
     run.train()
     assert len(list((tmp_path / "candidates" / "round-000").glob("*.parquet"))) == 5
     assert [(one.prompt_id, one.index) for one in g.stored(run)] == [(p, j) for p in range(9) for j in range(3)]
-    assert sorted(run._clock.indices.tolist()) == list(range(9))
+    assert sorted(run._progress.indices.tolist()) == list(range(9))
     assert run.state.global_step == 5
     run.evaluate()
     assert answered == [66]

@@ -29,7 +29,7 @@ def train(name: str, output_dir: Path, trainer_class: type = RejectionSamplingTr
         "parameters": [float(value.double().sum()) for value in trainer.model.state_dict().values()],
     }
     if trainer_class is RejectionSamplingTrainer:
-        result["indices"] = trainer._clock.indices.tolist()
+        result["indices"] = trainer._progress.indices.tolist()
         result["table"] = trainer.resampler.table().to_pandas().fillna(-1).to_dict("list")
     return result
 

@@ -60,7 +60,7 @@ def run(name: str, output_dir: Path) -> dict[str, Any]:
     ours.train()
     return {
         "evaluation": {figure: before[f"eval_{figure}"] for figure in FIGURES},
-        "indices": ours._clock.indices.tolist(),
+        "indices": ours._progress.indices.tolist(),
         "pool": ours.resampler.pool.accepted,
         "parameters": [float(values.double().sum()) for values in ours.model.state_dict().values()],
         "metrics": {
