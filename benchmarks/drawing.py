@@ -1,19 +1,14 @@
-"""Is drawing an epoch cheap? Ten million heavy-tailed draws beside a plain shuffle of as many rows.
+"""Cost of drawing an epoch: ten million heavy-tailed draws against a plain shuffle of as many rows.
 
     make bench-drawing                      # or: make bench-drawing ARGS="--quick --json -"
 
-Prints the ratio of `rejection_sample` to `torch.randperm`, round by round and side by side, draws beyond the 2^24
-elements at which `torch.multinomial` stops, and the cost of the same law by looping over passes, where that still ends.
+Prints the ratio of `rejection_sample` to `torch.randperm`, round by round in alternation, draws beyond the 2^24
+elements at which `torch.multinomial` stops, and the cost of the same law by looping over passes, where that ends.
 The weights are lognormal with sigma 2: M, the expected number of passes for one epoch of draws, is in the thousands.
 """
 
-import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
-
 import torch
+from measures import build_parser, seconds_of, spread, write_json
 
 from rsft_hf import acceptance_probabilities, effective_sample_size, envelope_constant, rejection_sample
 
@@ -36,52 +31,29 @@ def looped_draws(weights: torch.Tensor, num_draws: int, generator: torch.Generat
     return torch.cat(accepted)[:num_draws]
 
 
-def seconds(action: Callable[[], torch.Tensor]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
-
-
-def beside_a_shuffle(num_rows: int, num_rounds: int, generator: torch.Generator) -> dict:
-    """Returns seconds of both contenders, alternating, and their ratio round by round."""
+def compare_with_shuffle(num_rows: int, num_rounds: int, generator: torch.Generator) -> dict:
+    """Returns wall seconds of `rejection_sample` and `torch.randperm` in alternation, and their ratio per round."""
     weights = lognormal_weights(num_rows, generator)
     drawing, shuffling = [], []
     for _ in range(num_rounds):
-        drawing.append(seconds(lambda: rejection_sample(weights, num_rows, generator)))
-        shuffling.append(seconds(lambda: torch.randperm(num_rows, generator=generator)))
+        drawing.append(seconds_of(lambda: rejection_sample(weights, num_rows, generator))[0]["wall"])
+        shuffling.append(seconds_of(lambda: torch.randperm(num_rows, generator=generator))[0]["wall"])
     return {
         "rows": num_rows,
         "envelope": envelope_constant(weights),
         "drawing_s": spread(drawing),
         "shuffling_s": spread(shuffling),
-        "ratio": spread([ours / theirs for ours, theirs in zip(drawing, shuffling, strict=True)]),
+        "ratio": spread([draw / shuffle for draw, shuffle in zip(drawing, shuffling, strict=True)]),
     }
 
 
-def beyond_multinomial(generator: torch.Generator) -> dict:
-    """Returns how 2^24 + 1 rows were drawn; an index that passed through float32 could not name the last of them."""
-    weights = torch.ones(BEYOND_MULTINOMIAL, dtype=torch.float64)
-    weights[:-1] = lognormal_weights(BEYOND_MULTINOMIAL - 1, generator)
-    weights[-1] = weights.max()
-    start = time.perf_counter()
-    indices = rejection_sample(weights, BEYOND_MULTINOMIAL, generator)
-    elapsed = time.perf_counter() - start
-    expected = BEYOND_MULTINOMIAL * float(weights[-1] / weights.sum())
-    last = int((indices == BEYOND_MULTINOMIAL - 1).sum())
-    return {"rows": BEYOND_MULTINOMIAL, "seconds": elapsed, "last_row_drawn": last, "last_row_expected": expected}
-
-
-def beside_looping(num_rows: int, num_rounds: int, generator: torch.Generator) -> dict:
-    """Returns seconds of both ways to the same law, alternating."""
+def compare_with_loop(num_rows: int, num_rounds: int, generator: torch.Generator) -> dict:
+    """Returns wall seconds of drawing from counts and of looping over passes, in alternation."""
     weights = lognormal_weights(num_rows, generator)
     direct, looped = [], []
     for _ in range(num_rounds):
-        direct.append(seconds(lambda: rejection_sample(weights, num_rows, generator)))
-        looped.append(seconds(lambda: looped_draws(weights, num_rows, generator)))
+        direct.append(seconds_of(lambda: rejection_sample(weights, num_rows, generator))[0]["wall"])
+        looped.append(seconds_of(lambda: looped_draws(weights, num_rows, generator))[0]["wall"])
     return {
         "rows": num_rows,
         "envelope": envelope_constant(weights),
@@ -89,6 +61,22 @@ def beside_looping(num_rows: int, num_rounds: int, generator: torch.Generator) -
         "direct_s": spread(direct),
         "looped_s": spread(looped),
         "speed_up": spread([slow / fast for fast, slow in zip(direct, looped, strict=True)]),
+    }
+
+
+def draw_beyond_multinomial(generator: torch.Generator) -> dict:
+    """Returns the seconds for 2^24 + 1 rows; an index that passed through float32 could not name the last of them."""
+    weights = torch.ones(BEYOND_MULTINOMIAL, dtype=torch.float64)
+    weights[:-1] = lognormal_weights(BEYOND_MULTINOMIAL - 1, generator)
+    weights[-1] = weights.max()
+    seconds, indices = seconds_of(lambda: rejection_sample(weights, BEYOND_MULTINOMIAL, generator))
+    expected = BEYOND_MULTINOMIAL * float(weights[-1] / weights.sum())
+    last = int((indices == BEYOND_MULTINOMIAL - 1).sum())
+    return {
+        "rows": BEYOND_MULTINOMIAL,
+        "seconds": seconds["wall"],
+        "last_row_drawn": last,
+        "last_row_expected": expected,
     }
 
 
@@ -114,28 +102,23 @@ def report(results: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="a tenth of the rows")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="PATH", help="also write the numbers to PATH, or - for standard output only")
     arguments = parser.parse_args()
     generator = torch.Generator().manual_seed(arguments.seed)
     scale = 10 if arguments.quick else 1
     results = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "shuffle": beside_a_shuffle(10_000_000 // scale, arguments.rounds, generator),
-        "looping": beside_looping(200_000 // scale, arguments.rounds, generator),
-        "beyond_multinomial": beyond_multinomial(generator),
+        "shuffle": compare_with_shuffle(10_000_000 // scale, arguments.rounds, generator),
+        "looping": compare_with_loop(200_000 // scale, arguments.rounds, generator),
+        "beyond_multinomial": draw_beyond_multinomial(generator),
     }
-    if arguments.json == "-":
-        print(json.dumps(results, indent=2))
-        return
-    report(results)
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=2)
+    if arguments.json != "-":
+        report(results)
+    write_json(results, arguments.json)
 
 
 if __name__ == "__main__":

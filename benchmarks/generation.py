@@ -1,37 +1,86 @@
-"""What does a round's generation cost, beside `generate`, `generate_batch` and TRL? Seconds, passes and memory.
+"""Cost of generating candidates against `generate`, `generate_batch` and TRL: seconds, forward passes and memory.
 
     make bench-generation                   # or: make bench-generation ARGS="--quick --json -"
 
 All contenders generate the same prompts with the same length of every candidate, checked in each run, by a model with
-random weights; they take turns within one process, A B C A B C. A ratio is the contender's seconds over those of
+random weights; they alternate within one process, A B C A B C. A ratio is the contender's seconds over those of
 `in_flight`, medians of the repeats, and above 1 means that `in_flight` is faster: processor seconds on a CPU, one
 thread; wall seconds on a GPU (`--device cuda`), where TRL's trainers are left out. `generate_batch` is tried in several
-settings, of which the best goes on. `useful` is decoding rows needed over rows computed, above 1 where a first step is
-shared; `limit` the share of the framework limit (see measures.py); MiB the peak above that of the process before, in a
+settings, of which the best stays in. `useful` is decoding rows needed over rows computed, above 1 where a first step
+is shared; `limit` the share of the framework limit (see limits.py); MiB the peak above that of the process before, in a
 process for each contender. About an hour on one core, or `--only SECTION`; `--quick` takes a minute.
 """
 
 import argparse
 import json
 import statistics
-import subprocess
-import sys
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-# This process stays small (no torch): a child's peak of memory would otherwise begin at its parent's.
-from sections import CUDA_SECTIONS, ENCODER_DECODERS, OURS, QUICK_SECTIONS, SECTIONS, Section, kind_of
+import limits
+import rollouts
+import torch
+import workloads
+from measures import build_parser, peak_mib, run_child, seconds_of, spread, write_json
+from rollouts import kind_of
+
+OURS = "in_flight"
+FORKED = ("generate_batch 16 forked", "generate_batch 32 forked", "generate_batch 64 forked")
+ALONE = ("generate_batch 32 alone", "generate_batch 64 alone")
+OUR_SETTINGS = (OURS, "in_flight log_probs", "in_flight longest_first")
+BATCHES = ("fixed", "sorted")
+TRL = ("trl", "trl_rloo", "trl_continuous")
+SHARED = {"num_prompts": 4, "num_candidates": 16, "slots": 16, "prompt_mean": 512, "prompt_range": (512, 512)}
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+@dataclass(frozen=True)
+class Section:
+    """A comparison of contenders on one model and one workload.
+
+    Attributes:
+        model: Name of the model in workloads.py.
+        contenders: Names for `rollouts.build_rollout`.
+        size: Differences from the defaults of `workloads.Size`.
+        has_limits: Whether the framework limit is measured.
+    """
+
+    model: str
+    contenders: tuple[str, ...]
+    size: dict[str, Any] = field(default_factory=dict)
+    has_limits: bool = True
+
+
+def shared_prefill(model: str, length: int) -> Section:
+    lengths = {"mean": length, "sigma": 0.0, "longest": length}
+    return Section(model, ("fixed", OURS), {**SHARED, **lengths}, has_limits=False)
+
+
+SECTIONS = {
+    "causal": Section("llama", ("naive", *BATCHES, *FORKED, *ALONE, *TRL, "generate_engine", *OUR_SETTINGS)),
+    "t5": Section("t5", ("naive", *BATCHES, OURS)),
+    "marian": Section("marian", ("naive", *BATCHES, OURS)),
+    "shared_prefill": shared_prefill("llama", 1),
+    "shared_prefill_32": shared_prefill("llama", 32),
+    "milder_tail": Section("llama", ("naive", "fixed", OURS), {"sigma": 0.4}),
+    "causal_56m": Section("llama_56m", ("naive", "fixed", *FORKED[1:], OURS), {"num_prompts": 8}),
+}
+LARGE = {"num_prompts": 256, "slots": 256}
+CUDA_SECTIONS = {
+    "causal": Section("qwen_half_billion", (*BATCHES, "generate_batch 256 forked", *OUR_SETTINGS), LARGE),
+    "shared_prefill": shared_prefill("qwen_half_billion", 1),
+    "shared_prefill_32": shared_prefill("qwen_half_billion", 32),
+}
+SMALL = {"num_prompts": 16, "num_candidates": 4, "slots": 32}
+QUICK_SECTIONS = {
+    "causal": Section("llama", ("fixed", OURS), SMALL, has_limits=False),
+    "t5": Section("t5", ("fixed", OURS), SMALL, has_limits=False),
+}
+ENCODER_DECODERS = ("t5", "marian")
 
 
 def build(section: Section, arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Returns the model and the workload of a section."""
-    import torch
-    import workloads
-
     torch.set_num_threads(1)
     size = section.size if arguments.prompts is None else {**section.size, "num_prompts": arguments.prompts}
     model = workloads.build_model(section.model, arguments.device)
@@ -39,11 +88,7 @@ def build(section: Section, arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def child_times(section: Section, arguments: argparse.Namespace) -> dict:
-    """Returns the runs of every contender, facts of the workload, and limits."""
-    import measures
-    import rollouts
-    import workloads
-
+    """Returns the runs of every contender, facts of the workload, and its limits."""
     model, workload = build(section, arguments)
     contenders = {name: rollouts.build_rollout(name, model, workload) for name in section.contenders}
     for contender in contenders.values():
@@ -59,18 +104,15 @@ def child_times(section: Section, arguments: argparse.Namespace) -> dict:
     is_encoder_decoder = bool(model.config.is_encoder_decoder)
     return {
         "runs": runs,
-        "workload": workload.facts() | {"decode_tokens": measures.decode_tokens(workload, is_encoder_decoder)},
-        "limits": measures.limits(model, workload, arguments.device) if section.has_limits else {},
+        "workload": workload.facts() | {"decode_tokens": limits.decode_tokens(workload, is_encoder_decoder)},
+        "limits": limits.measure_limits(model, workload, arguments.device) if section.has_limits else {},
         "seed": workloads.SEED,
     }
 
 
 def run_once(name: str, contender: Any, workload: Any, device: str) -> dict:
-    import measures
-    import rollouts
-
-    with measures.counted(contender.model) as count:
-        seconds, lengths = measures.seconds_of(lambda: contender.generate(workload), device)
+    with limits.count_forwards(contender.model) as count:
+        seconds, lengths = seconds_of(lambda: contender.generate(workload), device)
     rollouts.check_lengths(name, lengths, workload)
     # Continuous batching packs the tokens of all requests into one row.
     is_packed = kind_of(name) in ("generate_batch", "trl_continuous")
@@ -78,15 +120,12 @@ def run_once(name: str, contender: Any, workload: Any, device: str) -> dict:
 
 
 def child_memory(section: Section, arguments: argparse.Namespace) -> dict:
-    """Returns the peak of memory before and after one run, in MiB."""
-    import measures
-    import rollouts
-
+    """Returns the peak memory before and after one run, in MiB."""
     model, workload = build(section, arguments)
     contender = rollouts.build_rollout(arguments.contender, model, workload)
-    before = measures.peak_mib(arguments.device)
+    before = peak_mib(arguments.device)
     contender.generate(workload)
-    return {"before_mib": before, "peak_mib": measures.peak_mib(arguments.device)}
+    return {"before_mib": before, "peak_mib": peak_mib(arguments.device)}
 
 
 def clock_of(arguments: argparse.Namespace) -> str:
@@ -99,18 +138,17 @@ def best_setting(runs: dict[str, list[dict]], clock: str) -> str | None:
     return min(settings, key=lambda name: runs[name][0][clock], default=None)
 
 
-def run_child(mode: str, section: str, arguments: argparse.Namespace, contender: str = "") -> dict:
-    command = [sys.executable, __file__, "--child", mode, "--only", section, "--contender", contender]
-    command += ["--repeats", str(arguments.repeats), "--device", arguments.device]
-    command += [] if arguments.prompts is None else ["--prompts", str(arguments.prompts)]
-    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(finished.stdout.splitlines()[-1])
+def words_of(section: str, arguments: argparse.Namespace) -> list[str]:
+    """Returns the command-line words with which a child process measures one section."""
+    words = ["--only", section, "--repeats", str(arguments.repeats), "--device", arguments.device]
+    return words + ([] if arguments.prompts is None else ["--prompts", str(arguments.prompts)])
 
 
 def measure(name: str, section: Section, arguments: argparse.Namespace) -> dict:
     """Returns the numbers of a section's contenders, its workload and its limits."""
     clock = clock_of(arguments)
-    found = child_times(section, arguments) if arguments.quick else run_child("times", name, arguments)
+    words = words_of(name, arguments)
+    found = child_times(section, arguments) if arguments.quick else run_child(__file__, "--child", "times", *words)
     runs, best = found["runs"], best_setting(found["runs"], clock)
     medians = {one: statistics.median(run[clock] for run in tries) for one, tries in runs.items()}
     rows = {}
@@ -126,13 +164,13 @@ def measure(name: str, section: Section, arguments: argparse.Namespace) -> dict:
             row["limit_share"] = found["limits"]["limit_s"][clock] / medians[one]
             row["forwards_per_fewest_steps"] = row["forwards"] / found["limits"]["fewest_steps"]
         if is_best and not arguments.quick:
-            row |= run_child("memory", name, arguments, one)
+            row |= run_child(__file__, "--child", "memory", "--contender", one, *words)
         rows[one] = row
     return {"contenders": rows, "workload": found["workload"], "limits": found["limits"], "seed": found["seed"]}
 
 
 def ratios_of(sections: dict[str, dict]) -> dict[str, dict[str, float]]:
-    """Returns each contender's seconds over ours; of `generate_batch` the best setting, of two models the lesser."""
+    """Returns each contender's seconds over ours: the best setting of `generate_batch`, the lesser of two models."""
     ratios: dict[str, dict[str, float]] = {}
     for section, found in sections.items():
         kept = {name: row["ratio_to_ours"] for name, row in found["contenders"].items() if row["is_best_setting"]}
@@ -146,18 +184,18 @@ def ratios_of(sections: dict[str, dict]) -> dict[str, dict[str, float]]:
 
 
 def report(name: str, found: dict) -> None:
-    facts, limits = found["workload"], found["limits"]
+    facts, bounds = found["workload"], found["limits"]
     print(
         f"\n{name}: {facts['prompts']} prompts x {facts['candidates_per_prompt']}, {facts['prompt_tokens_mean']:.0f} "
         f"tokens of prompt and {facts['length_mean']:.1f} of answer on average, {facts['length_max']} at most"
     )
-    if limits:
+    if bounds:
         at_best, at_slots = (
-            " and ".join(f"{limits[name][clock]:.2f} s {clock}" for clock in ("cpu", "wall"))
+            " and ".join(f"{bounds[name][clock]:.2f} s {clock}" for clock in ("cpu", "wall"))
             for name in ("limit_s", "chosen_batch_limit_s")
         )
-        bound = f", memory-bound limit {limits['memory_bound_s']:.2f} s" if "memory_bound_s" in limits else ""
-        print(f"framework limit {at_best}, at {facts['slots']} rows {at_slots}{bound}; {limits['fewest_steps']} steps")
+        memory = f", memory-bound limit {bounds['memory_bound_s']:.2f} s" if "memory_bound_s" in bounds else ""
+        print(f"framework limit {at_best}, at {facts['slots']} rows {at_slots}{memory}; {bounds['fewest_steps']} steps")
     print(f"{'':26s} {'cpu s':^22s} {'wall s':^22s} {'tokens':>7s} {'/ ours':>6s} {'naive /':>7s} "
           f"{'passes':>6s} {'rows':>6s} {'useful':>6s} {'limit':>5s} {'MiB':>6s}")  # fmt: skip
     print(f"{'':26s} {'median    min    max':>22s} {'median    min    max':>22s} {'per s':>7s}")
@@ -174,13 +212,12 @@ def report(name: str, found: dict) -> None:
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="fixed batches of 32 alone, once, 16 prompts x 4")
     parser.add_argument("--repeats", type=int, help="default: 3, or 1 with --quick")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", choices=(*SECTIONS, "encoder_decoder"), help="one section only")
     parser.add_argument("--prompts", type=int, help="this many prompts instead of the section's")
-    parser.add_argument("--json", metavar="PATH", help="also write the numbers to PATH, or - for standard output only")
     parser.add_argument("--child", choices=("times", "memory"), help=argparse.SUPPRESS)
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
@@ -191,7 +228,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def sections_of(arguments: argparse.Namespace) -> dict[str, Section]:
-    """Returns the sections that are asked for."""
+    """Returns the sections that the command line asks for."""
     if arguments.quick:
         sections = QUICK_SECTIONS
     else:
@@ -219,11 +256,7 @@ def main() -> None:
         "versions": {package: version(package) for package in ("torch", "transformers", "trl")},
         "device": arguments.device,
     }
-    if arguments.json == "-":
-        print(json.dumps(results, indent=2))
-    elif arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=2)
+    write_json(results, arguments.json)
 
 
 if __name__ == "__main__":

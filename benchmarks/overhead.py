@@ -1,65 +1,157 @@
-"""What does an epoch cost beside plain Trainer? Seconds and memory at equal draws, for both ways of measuring losses.
+"""Cost of an epoch against plain Trainer: seconds and memory at equal draws, for both ways of measuring losses.
 
     make bench-overhead                     # or: make bench-overhead ARGS="--quick --json -"
 
 `training losses` keeps the losses that training computes anyway (as InfoBatch does, Qin et al. 2023, arXiv:2303.04947,
-who report a cost near zero: its row is that claim, measured here); `forward losses` scores all rows before each epoch.
-Contenders take turns within one process, A B C D A B C D, and a ratio is to `plain` of the same round; `best` is the
-ratio of the fastest epochs, which a busy machine disturbs least. How far `plain again` is from 1 is the error of them
-all. The peak of memory is measured in a process for each contender. One thread, about ten minutes.
+who report a cost near zero: its row measures that claim here); `forward losses` scores all rows before each epoch.
+Every loss is measured and every epoch drawn, but the weights are equal: all contenders then read the same batches, and
+the difference between them is the overhead. They alternate within one process, A B C D A B C D, and a ratio is to
+`plain` of the same round; `best` is the ratio of the fastest epochs, which a busy machine disturbs least. The distance
+of `plain again` from 1 is the error of measurement. The peak of memory is measured in a process for each contender.
+One thread, about ten minutes.
 """
 
 import argparse
 import json
-import resource
+import random
 import statistics
-import subprocess
-import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
-# This process stays small (no torch): a child's peak of memory would otherwise begin at its parent's.
-TASK_NAMES = ("bert", "llama")
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from measures import build_parser, peak_mib, run_child, spread, write_json
+from torch import Tensor
+
+from rsft_hf import LossResampler, RejectionSamplingTrainer, Tempered
+
+IGNORED = -100
+NUM_EPOCHS = 3
 QUICK_ROWS = 64
+CONTENDERS = ("plain", "plain again", "training losses", "forward losses")
+
+# Two threads that wait for each other spin, and on a busy machine their waiting is most of the processor time.
+torch.set_num_threads(1)
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+@dataclass(frozen=True)
+class Task:
+    """A model and its rows: texts of at most `longest` words, in batches of `batch_size`."""
+
+    build: Callable[[], hf.PreTrainedModel]
+    num_rows: int
+    longest: int
+    batch_size: int
+    vocab_size: int
+    is_causal: bool
 
 
-def run_child(mode: str, task: str, contender: str, arguments: argparse.Namespace) -> dict:
-    command = [sys.executable, __file__, "--child", mode, "--task", task, "--contender", contender]
-    command += ["--rounds", str(arguments.rounds)] + ["--quick"] * arguments.quick
-    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(finished.stdout.splitlines()[-1])
+def bert() -> hf.PreTrainedModel:
+    sizes = {"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 768}
+    return hf.BertForSequenceClassification(hf.BertConfig(vocab_size=2000, **sizes, max_position_embeddings=128))
+
+
+def llama() -> hf.PreTrainedModel:
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
+    return hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=8192, **sizes, max_position_embeddings=64))
+
+
+TASKS = {
+    "bert": Task(bert, num_rows=192, longest=128, batch_size=16, vocab_size=2000, is_causal=False),
+    "llama": Task(llama, num_rows=256, longest=64, batch_size=8, vocab_size=8192, is_causal=True),
+}
+
+
+def random_rows(task: Task, num_rows: int) -> list[dict]:
+    rng = random.Random(0)
+    rows = []
+    for _ in range(num_rows):
+        words = [rng.randrange(3, task.vocab_size) for _ in range(rng.randint(task.longest // 8, task.longest))]
+        rows.append({"input_ids": words, "labels": list(words) if task.is_causal else rng.randrange(2)})
+    return rows
+
+
+def pad_and_stack(rows: list[dict]) -> dict[str, Tensor]:
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def stack(columns: list[list[int]], filler: int) -> Tensor:
+        return torch.stack([F.pad(torch.tensor(ids), (0, longest - len(ids)), value=filler) for ids in columns])
+
+    is_causal = isinstance(rows[0]["labels"], list)
+    labels = [row["labels"] for row in rows]
+    return {
+        "input_ids": stack([row["input_ids"] for row in rows], 0),
+        "attention_mask": stack([[1] * len(row["input_ids"]) for row in rows], 0),
+        "labels": stack(labels, IGNORED) if is_causal else torch.tensor(labels),
+    }
+
+
+class EpochClock(hf.TrainerCallback):
+    """Processor and wall seconds from one epoch's end to the next: resampling included, start-up left out."""
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[float, float]] = []
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.ends.append((time.process_time(), time.perf_counter()))
+
+    def epochs(self) -> list[tuple[float, float]]:
+        pairs = zip(self.ends[:-1], self.ends[1:], strict=True)
+        return [(after[0] - before[0], after[1] - before[1]) for before, after in pairs]
+
+
+def build_trainer(task: Task, contender: str, num_rows: int) -> hf.Trainer:
+    """Returns the contender's trainer; model, rows, order of rows and arguments are the same for all."""
+    torch.manual_seed(0)
+    arguments = hf.TrainingArguments(
+        output_dir="outputs/benchmark",
+        num_train_epochs=NUM_EPOCHS,
+        per_device_train_batch_size=task.batch_size,
+        learning_rate=1e-5,
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    parts = {"model": task.build(), "args": arguments, "data_collator": pad_and_stack}
+    parts["train_dataset"] = random_rows(task, num_rows)
+    if contender.startswith("plain"):
+        return hf.Trainer(**parts)
+    # L ** 0 = 1: with equal weights the draws are those of plain Trainer, row for row.
+    resampler = LossResampler(Tempered(0.0), losses=contender.removesuffix(" losses"))
+    return RejectionSamplingTrainer(**parts, resampler=resampler)
+
+
+def time_epochs(task: Task, contender: str, num_rows: int) -> list[tuple[float, float]]:
+    """Returns (processor, wall) seconds of every epoch but the first, which warms up and has no losses yet."""
+    trainer = build_trainer(task, contender, num_rows)
+    clock = EpochClock()
+    trainer.add_callback(clock)
+    trainer.train()
+    return clock.epochs()
 
 
 def child_times(arguments: argparse.Namespace) -> dict:
     """Returns, for each contender and round, (processor, wall) seconds of each epoch."""
-    import contenders
-
-    task = contenders.TASKS[arguments.task]
-    num_rows = QUICK_ROWS if arguments.quick else task.num_rows
-    seconds: dict[str, list] = {name: [] for name in contenders.CONTENDERS}
+    task = TASKS[arguments.task]
+    seconds: dict[str, list] = {name: [] for name in CONTENDERS}
     for _ in range(arguments.rounds):
         for name, rounds in seconds.items():
-            rounds.append(contenders.time_epochs(task, name, num_rows))
+            rounds.append(time_epochs(task, name, QUICK_ROWS if arguments.quick else task.num_rows))
     return seconds
 
 
 def child_memory(arguments: argparse.Namespace) -> dict:
     """Returns the peak of resident memory before and after training, in MiB."""
-    import contenders
-
-    task = contenders.TASKS[arguments.task]
-    num_rows = QUICK_ROWS if arguments.quick else task.num_rows
-    trainer = contenders.build_trainer(task, arguments.contender, num_rows)
+    task = TASKS[arguments.task]
+    trainer = build_trainer(task, arguments.contender, QUICK_ROWS if arguments.quick else task.num_rows)
     before = peak_mib()
     trainer.train()
     return {"before_mib": before, "peak_mib": peak_mib()}
-
-
-def peak_mib() -> float:
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kibibytes / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes
 
 
 def compare(ours: list, plain: list, clock: int) -> dict[str, float]:
@@ -76,8 +168,9 @@ def compare(ours: list, plain: list, clock: int) -> dict[str, float]:
 
 
 def measure(task: str, arguments: argparse.Namespace) -> dict:
-    seconds = run_child("times", task, "all", arguments)
-    memory = {name: run_child("memory", task, name, arguments) for name in seconds}
+    words = ("--task", task, "--rounds", arguments.rounds, *["--quick"] * arguments.quick)
+    seconds = run_child(__file__, "--child", "times", *words)
+    memory = {name: run_child(__file__, "--child", "memory", "--contender", name, *words) for name in seconds}
     return {
         name: {
             "processor": compare(rounds, seconds["plain"], 0),
@@ -103,11 +196,10 @@ def report(task: str, results: dict) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROWS} rows: shows that it runs, proves little")
     parser.add_argument("--rounds", type=int, help="default: 5, or 2 with --quick")
-    parser.add_argument("--task", choices=TASK_NAMES, help="one model only")
-    parser.add_argument("--json", metavar="PATH", help="also write the numbers to PATH, or - for standard output only")
+    parser.add_argument("--task", choices=TASKS, help="one model only")
     parser.add_argument("--child", choices=("times", "memory"), help=argparse.SUPPRESS)
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -121,15 +213,11 @@ def main() -> None:
         print(json.dumps(child_times(arguments) if arguments.child == "times" else child_memory(arguments)))
         return
     results = {}
-    for task in [arguments.task] if arguments.task else TASK_NAMES:
+    for task in [arguments.task] if arguments.task else TASKS:
         results[task] = measure(task, arguments)
         if arguments.json != "-":
             report(task, results[task])
-    if arguments.json == "-":
-        print(json.dumps(results, indent=2))
-    elif arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=2)
+    write_json(results, arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
-"""What does generating a round of the real recipes cost, engine beside engine? Real models, real prompts, real lengths.
+"""Cost of generating a round of the real recipes, by engine: real models, real prompts, real lengths.
 
     RSFT_MODELS=... RSFT_DATA=... make bench-rounds       # or: make bench-rounds ARGS="--prompts 32 --json -"
 
-`plain` is what one writes by hand: `model.generate` over batches of 64 sequences in the order of the data. `generate`
-and `inflight` are engines of this package, which draw the same candidates (the script compares them); the candidates of
-`plain` come from the same distribution and another stream, so its seconds are per token. Contenders take turns within
-one process with one thread. Without the two folders the hub names of the recipes are used. About ten minutes.
+`plain` is the usual loop: `model.generate` over batches of 64 sequences in the order of the data. `generate` and
+`inflight` are engines of this package, which draw the same candidates (the script compares them); the candidates of
+`plain` come from the same distribution and another random stream, so ratios are of seconds per token. Contenders
+alternate within one process, on one thread. Without the two folders the hub names of the recipes are used. About ten
+minutes.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
+from measures import build_parser, seconds_of, write_json
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,10 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from recipes.dialogue import CONTEXT, as_messages, load_dialogues
 from recipes.translation import TranslationArguments
 from recipes.translation_data import TranslationSource
-from rsft_hf.engines.base import GenerationRequest
-from rsft_hf.engines.generate import GenerateEngine
+from rsft_hf.engines import Engine, GenerateEngine, GenerationRequest, InFlightEngine
 from rsft_hf.engines.generation_config import sampling_config
-from rsft_hf.engines.inflight.engine import InFlightEngine
 from rsft_hf.engines.random_streams import candidate_seed
 from rsft_hf.engines.sampling import pad_prompts
 from rsft_hf.generative.encoding import Encoder
@@ -37,36 +35,35 @@ TASKS = ("translation", "chat")
 
 
 def named_folder(variable: str, folder: str, hub_name: str) -> str:
-    """Returns the folder below the one that a variable names, or the hub's name where it is unset."""
+    """Returns a folder inside the one that an environment variable names, or the hub's name if it is unset."""
     return str(Path(os.environ[variable]) / folder) if os.environ.get(variable) else hub_name
 
 
 def open_task(task: str, num_prompts: int) -> tuple:
-    """Returns model, tokenizer, prompts as token ids, and how the recipe samples."""
+    """Returns model, tokenizer, prompts as token ids, and the recipe's generation configuration."""
     if task == "translation":
         name = named_folder("RSFT_MODELS", "multi30k-en-de", "Helsinki-NLP/opus-mt-en-de")
         data = named_folder("RSFT_DATA", "multi30k", "bentrevett/multi30k")
         options = TranslationArguments(dataset=data, model_name_or_path=name, max_train_samples=num_prompts)
         options.val_split, options.test_splits = options.train_split, []
         prompts = TranslationSource(options).task(seed=1).prompts["prompt"][:]
-        model, config = (
-            AutoModelForSeq2SeqLM.from_pretrained(name),
-            GenerationConfig(max_new_tokens=64, temperature=0.6),
-        )
+        model = AutoModelForSeq2SeqLM.from_pretrained(name)
+        config = GenerationConfig(max_new_tokens=64, temperature=0.6)
     else:
         name = named_folder("RSFT_MODELS", "dailydialog-chat", "Qwen/Qwen2.5-0.5B-Instruct")
         data = named_folder("RSFT_DATA", "dailydialog_pp", "OpenRL/daily_dialog")
         rows = load_dialogues(data, "train").select(range(num_prompts))
         prompts = [as_messages(turns, 7) for turns in rows[CONTEXT]]
-        model, config = AutoModelForCausalLM.from_pretrained(name), GenerationConfig(max_new_tokens=32, temperature=1.0)
+        model = AutoModelForCausalLM.from_pretrained(name)
+        config = GenerationConfig(max_new_tokens=32, temperature=1.0)
     tokenizer = AutoTokenizer.from_pretrained(name)
     encoder = Encoder(tokenizer, bool(model.config.is_encoder_decoder))
     complete = sampling_config(config, model, tokenizer)
     return model.eval(), tokenizer, [encoder.prompt_ids(prompt) for prompt in prompts], complete
 
 
-def by_hand(model, request: GenerationRequest) -> list[list[int]]:
-    """Returns the candidates of plain `generate`, cut at their ends."""
+def plain_generate(model, request: GenerationRequest) -> list[list[int]]:
+    """Returns the candidates of `model.generate`, cut after their first end token."""
     found, per_batch = [], BATCH // NUM_CANDIDATES
     config, is_left = request.generation_config, not model.config.is_encoder_decoder
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -80,22 +77,21 @@ def by_hand(model, request: GenerationRequest) -> list[list[int]]:
 
 
 def measure(task: str, arguments: argparse.Namespace) -> dict:
+    """Returns the seconds and tokens of each contender on one task, and the ratios to `inflight`."""
     model, tokenizer, prompts, config = open_task(task, arguments.prompts)
     seeds = [[candidate_seed(1, 0, row, 0, index) for index in range(NUM_CANDIDATES)] for row in range(len(prompts))]
     request = GenerationRequest(prompts, seeds, config, tokenizer=tokenizer)
     engines = {"generate": GenerateEngine(), "inflight": InFlightEngine()}
     contenders = {name: lambda engine=engine: sequences(engine, model, request) for name, engine in engines.items()}
-    contenders = {"plain": lambda: by_hand(model, request), **contenders}
+    contenders = {"plain": lambda: plain_generate(model, request), **contenders}
     seconds: dict[str, list[tuple[float, float, int]]] = {name: [] for name in contenders}
     drawn = {}
     for _ in range(arguments.repeats):
         for name, run in contenders.items():
             torch.manual_seed(1)
-            cpu, wall = time.process_time(), time.perf_counter()
             with torch.no_grad():
-                drawn[name] = run()
-            spent = time.process_time() - cpu, time.perf_counter() - wall
-            seconds[name].append((*spent, sum(map(len, drawn[name]))))
+                spent, drawn[name] = seconds_of(run)
+            seconds[name].append((spent["cpu"], spent["wall"], sum(map(len, drawn[name]))))
     if drawn["generate"] != drawn["inflight"]:
         different = sum(one != other for one, other in zip(drawn["generate"], drawn["inflight"], strict=True))
         print(f"{task}: {different} of {len(drawn['generate'])} candidates differ between engines", file=sys.stderr)
@@ -105,7 +101,8 @@ def measure(task: str, arguments: argparse.Namespace) -> dict:
     return {"prompts": len(prompts), "prompt_tokens": sum(map(len, prompts)), "contenders": figures}
 
 
-def sequences(engine, model, request: GenerationRequest) -> list[list[int]]:
+def sequences(engine: Engine, model, request: GenerationRequest) -> list[list[int]]:
+    """Returns the candidates of an engine in the order of prompts and candidates."""
     return [one.token_ids for one in sorted(engine(model, request), key=lambda one: (one.prompt, one.index))]
 
 
@@ -128,19 +125,16 @@ def report(results: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=128, help="prompts of each task")
+    parser = build_parser(__doc__)
+    parser.add_argument("--prompts", type=int, default=128, help="number of prompts of each task")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--task", choices=TASKS, help="one task only")
-    parser.add_argument("--json", metavar="PATH", help="also write the numbers to PATH, or - for standard output only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = {task: measure(task, arguments) for task in TASKS if arguments.task in (None, task)}
     if arguments.json != "-":
         report(results)
-    if arguments.json:
-        text = json.dumps(results, indent=2)
-        print(text) if arguments.json == "-" else Path(arguments.json).write_text(text + "\n", encoding="utf-8")
+    write_json(results, arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""What every contender of `generation.py` is given: a model with random weights, prompts, and how long each answer is.
+"""Workloads of `generation.py`: models with random weights, prompts as token ids, and the length of every candidate.
 
-In: names and sizes. Out: models, token ids and the length of each candidate. Who generates them is not known here. The
-lengths are drawn once and forced upon all contenders, so that all of them compute the same tokens.
+The lengths are drawn once and forced upon all contenders, so that all of them compute the same number of tokens.
 """
 
 import math
@@ -17,17 +16,17 @@ SEED = 2  # the first whose sample has the means that the sizes ask for, in prom
 
 @dataclass(frozen=True)
 class Size:
-    """How much there is to generate; lengths are lognormal, in tokens, cut off at both ends.
+    """Size of a workload; lengths are lognormal, in tokens, clamped at both ends.
 
     Attributes:
-        num_prompts: Different prompts.
-        num_candidates: Candidates of each.
-        prompt_mean: Mean length of a prompt before it is cut to `prompt_range`.
+        num_prompts: Number of different prompts.
+        num_candidates: Number of candidates per prompt.
+        prompt_mean: Mean length of a prompt before clamping to `prompt_range`.
         prompt_range: Shortest and longest prompt.
-        mean: Mean length of an answer before it is cut to [1, `longest`].
-        sigma: Standard deviation of its logarithm.
+        mean: Mean length of an answer before clamping to [1, `longest`].
+        sigma: Standard deviation of the logarithm of an answer's length.
         longest: Longest answer.
-        slots: Candidates that are generated together.
+        slots: Number of candidates generated together.
     """
 
     num_prompts: int = 32
@@ -42,12 +41,12 @@ class Size:
 
 @dataclass(frozen=True)
 class Workload:
-    """Prompts and the length of every candidate, which is its number of tokens with the end token.
+    """Prompts and the length of every candidate.
 
     Attributes:
-        size: What they were drawn from.
+        size: Distribution they were drawn from.
         prompts: Token ids of each prompt.
-        lengths: Tokens of each candidate of each prompt.
+        lengths: Number of tokens of each candidate of each prompt, the end token included.
     """
 
     size: Size
@@ -68,7 +67,7 @@ class Workload:
 
     @property
     def mean_context(self) -> tuple[float, float]:
-        """Tokens of the prompt, and of the answer, that stand before a token on average."""
+        """Mean number of prompt tokens, and of answer tokens, before a token of an answer."""
         pairs = [(len(ids), length) for ids, row in zip(self.prompts, self.lengths, strict=True) for length in row]
         before_prompt = sum(width * length for width, length in pairs) / self.num_tokens
         return before_prompt, sum(length * (length - 1) / 2 for _, length in pairs) / self.num_tokens
@@ -87,7 +86,7 @@ class Workload:
 
 
 def build_workload(size: Size) -> Workload:
-    """Returns the same prompts and lengths whenever it is called with the same size."""
+    """Draws prompts and lengths; the same size gives the same workload."""
     generator = torch.Generator().manual_seed(SEED)
 
     def draw(shape: tuple[int, ...], mean: float, sigma: float, low: int, high: int) -> list:
@@ -102,7 +101,7 @@ def build_workload(size: Size) -> Workload:
 
 
 def warm_up_of(workload: Workload) -> Workload:
-    """Returns two prompts of few tokens, for what a process does only once."""
+    """Returns two short prompts with short answers, to warm up a process."""
     num_candidates = workload.size.num_candidates
     lengths = [[2 + index % 2 for index in range(num_candidates)] for _ in workload.prompts[:2]]
     return replace(workload, prompts=[ids[:16] for ids in workload.prompts[:2]], lengths=lengths)
@@ -148,7 +147,7 @@ BUILDERS: dict[str, Callable[[], hf.PreTrainedModel]] = {
 
 
 def build_model(name: str, device: str) -> hf.PreTrainedModel:
-    """Returns the model in evaluation mode, in bfloat16 on a GPU; of its own accord it ends no answer."""
+    """Builds a model in evaluation mode, in bfloat16 on a GPU, with no end token in its generation configuration."""
     torch.manual_seed(SEED)
     model = BUILDERS[name]()
     start = {"decoder_start_token_id": PAD} if model.config.is_encoder_decoder else {}

@@ -1,4 +1,4 @@
-"""The generation benchmark: that it runs, and that what it counts is what it says. No timing is asserted."""
+"""Generation benchmark: it runs, and counts tokens, passes and rows correctly. No timing is asserted."""
 
 import copy
 import importlib
@@ -17,14 +17,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def bench():
-    """The benchmark's own modules; they import each other by their bare names, as a script's neighbours do."""
-    names = ("sections", "workloads", "measures", "rollouts", "generation")
+    """Modules of the benchmark, which import each other by their bare names."""
+    names = ("measures", "workloads", "limits", "rollouts", "generation")
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
         yield {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
-        for name in (*names, "trl_rollouts"):
+        for name in names:
             sys.modules.pop(name, None)
 
 
@@ -88,7 +88,7 @@ CONTENDERS = [
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_every_contender_generates_the_lengths_meant_for_it(bench, small, name):
     model, workload = small
-    with torch.random.fork_rng(devices=[]), bench["measures"].counted(model) as count:
+    with torch.random.fork_rng(devices=[]), bench["limits"].count_forwards(model) as count:
         lengths = bench["rollouts"].build_rollout(name, model, workload).generate(workload)
     bench["rollouts"].check_lengths(name, lengths, workload)
     assert count.passes > 0
@@ -112,7 +112,7 @@ def test_another_length_than_meant_is_an_error(bench, small):
 
 def test_decode_rows_of_fixed_batches_are_rows_times_the_longest_but_one(bench, small):
     model, workload = small
-    with torch.random.fork_rng(devices=[]), bench["measures"].counted(model) as count:
+    with torch.random.fork_rng(devices=[]), bench["limits"].count_forwards(model) as count:
         bench["rollouts"].build_rollout("fixed", model, workload).generate(workload)
     # Four slots hold two prompts of two; the first token of each candidate comes with its prompt.
     longest = [max(max(row) for row in rows) for rows in (workload.lengths[:2], workload.lengths[2:])]
@@ -121,10 +121,10 @@ def test_decode_rows_of_fixed_batches_are_rows_times_the_longest_but_one(bench, 
 
 
 def test_fewest_steps_are_the_longest_answer_or_all_slots_filled(bench):
-    workloads, measures = bench["workloads"], bench["measures"]
+    workloads, limits = bench["workloads"], bench["limits"]
     size = workloads.Size(1, 3, slots=2)
-    assert measures.fewest_steps(workloads.Workload(size, [[2]], [[9, 1, 2]])) == 9  # 12 tokens in 2 slots take 6
-    assert measures.fewest_steps(workloads.Workload(size, [[2]], [[5, 4, 4]])) == 7  # 13 tokens in 2 slots
+    assert limits.fewest_steps(workloads.Workload(size, [[2]], [[9, 1, 2]])) == 9  # 12 tokens in 2 slots take 6
+    assert limits.fewest_steps(workloads.Workload(size, [[2]], [[5, 4, 4]])) == 7  # 13 tokens in 2 slots
 
 
 def test_ratios_keep_the_best_setting_and_the_lesser_of_two_models(bench):
