@@ -35,20 +35,20 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP) ## rewrite the files as `make lint` wants them
+format: $(STAMP) ## apply the formatter and the fixes of ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench-overhead: $(STAMP) ## what an epoch costs beside plain Trainer
+bench-overhead: $(STAMP) ## cost of an epoch against plain Trainer
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
 
-bench-drawing: $(STAMP) ## ten million draws beside torch.randperm
+bench-drawing: $(STAMP) ## ten million draws against torch.randperm
 	$(BIN)/python benchmarks/drawing.py $(ARGS)
 
-bench-generation: $(STAMP) ## what generating candidates costs beside generate, generate_batch and TRL
+bench-generation: $(STAMP) ## cost of generation against generate, generate_batch and TRL
 	$(BIN)/python benchmarks/generation.py $(ARGS)
 
-bench-rounds: $(STAMP) ## what a round of the real recipes costs with each engine (RSFT_MODELS, RSFT_DATA)
+bench-rounds: $(STAMP) ## cost of a round of the real recipes, by engine (RSFT_MODELS, RSFT_DATA)
 	$(BIN)/python benchmarks/rounds.py $(ARGS)
 
 clean: ## remove outputs and caches, keep .venv

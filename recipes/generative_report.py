@@ -32,8 +32,8 @@ COLOURS = {"base": "tab:gray", "supervised": "tab:green", "rejection": "tab:blue
 ROUND_FIGURES = {
     "candidates/reward": "reward, candidates",
     "accepted/reward": "reward, accepted",
-    "acceptance_rate": "accepted",
-    "prompts_without_accepted": "prompts without",
+    "round/acceptance_rate": "accepted",
+    "round/prompts_without_accepted": "prompts without",
     "accepted/length": "length, accepted",
     "candidates/distinct_2": "distinct 2",
 }
@@ -60,10 +60,10 @@ def collect_rounds(log_history: Sequence[dict[str, float]]) -> list[dict[str, fl
     """Returns what a trainer logged of each round, in order; empty if it ran none.
 
     Example:
-        >>> collect_rounds([{"loss": 1.0}, {"acceptance_rate": 0.5, "loss": 0.9, "step": 4}])
-        [{'acceptance_rate': 0.5}]
+        >>> collect_rounds([{"loss": 1.0}, {"round/acceptance_rate": 0.5, "loss": 0.9, "step": 4}])
+        [{'round/acceptance_rate': 0.5}]
     """
-    entries = [entry for entry in log_history if "acceptance_rate" in entry]
+    entries = [entry for entry in log_history if "round/acceptance_rate" in entry]
     return [{name: entry[name] for name in ROUND_FIGURES if name in entry} for entry in entries]
 
 

@@ -142,10 +142,11 @@ def candidate_metrics(
         is_generated: Shape (P, n), bool: the cells that hold a candidate, valid or filtered out. None is every cell.
 
     Returns:
-        `acceptance_rate` (accepted over all generated), `unjudged` (share of the valid ones), `frac_reward_zero_std`,
-        `prompts_without_accepted` and `prompts_all_accepted` (shares of all prompts), `candidates/reward` and
-        `accepted/reward` (means of what was judged), `rewards/<name>/mean` and `/std` (the sample's); with lengths also
-        `candidates/length`, `accepted/length`, `length_reward_correlation`. NaN is a mean of nothing.
+        `round/acceptance_rate` (accepted over all generated), `round/prompts_without_accepted` and
+        `round/prompts_all_accepted` (shares of all prompts), `round/frac_reward_zero_std`, `candidates/unjudged` (share
+        of the valid ones), `candidates/reward` and `accepted/reward` (means of the judged),
+        `rewards/<name>/mean` and `/std` (the sample's); with lengths also
+        `candidates/length`, `accepted/length`, `candidates/length_reward_correlation`. NaN is a mean of nothing.
 
     Raises:
         ValueError: If a mask has another shape or kind, or they contradict each other or the batch.
@@ -161,11 +162,11 @@ def candidate_metrics(
     _check_mask("accepted", accepted, generated, "accepts a cell that holds no candidate")
     is_judged = generated & ~batch.rewards.isnan()
     metrics = {
-        "acceptance_rate": _mean(accepted[generated]),
-        "unjudged": _mean(batch.rewards.isnan()[batch.is_valid]),
-        "prompts_without_accepted": _mean(~accepted.any(dim=1)),
-        "prompts_all_accepted": _mean(is_candidate.any(dim=1) & (accepted | ~is_candidate).all(dim=1)),
-        "frac_reward_zero_std": frac_reward_zero_std(batch),
+        "round/acceptance_rate": _mean(accepted[generated]),
+        "candidates/unjudged": _mean(batch.rewards.isnan()[batch.is_valid]),
+        "round/prompts_without_accepted": _mean(~accepted.any(dim=1)),
+        "round/prompts_all_accepted": _mean(is_candidate.any(dim=1) & (accepted | ~is_candidate).all(dim=1)),
+        "round/frac_reward_zero_std": frac_reward_zero_std(batch),
         "candidates/reward": _mean(batch.rewards[is_judged]),
         "accepted/reward": _mean(batch.rewards[accepted & is_judged]),
     }
@@ -175,7 +176,7 @@ def candidate_metrics(
         metrics["candidates/length"] = _mean(batch.lengths[generated])
         metrics["accepted/length"] = _mean(batch.lengths[accepted])
         pairs = batch.lengths[is_judged].tolist(), batch.rewards[is_judged].tolist()
-        metrics["length_reward_correlation"] = correlation(*pairs)
+        metrics["candidates/length_reward_correlation"] = correlation(*pairs)
     return metrics
 
 
@@ -218,12 +219,12 @@ class Effort:
         """Returns tokens of all processes, tokens per second of the slowest's time, and means of what was logged."""
         efforts = gather_lists(accelerator, [self])
         metrics = {}
-        for stage in ("generate", "score"):
+        for stage, past in (("generate", "generated"), ("score", "scored")):
             tokens = sum(vars(effort)[f"{stage}_tokens"] for effort in efforts)
             seconds = max(vars(effort)[f"{stage}_seconds"] for effort in efforts)
             if tokens:
-                metrics[f"tokens/{stage}"] = float(tokens)
-                metrics[f"tokens_per_second/{stage}"] = tokens / max(seconds, 1e-9)
+                metrics[f"round/{past}_tokens"] = float(tokens)
+                metrics[f"round/{past}_tokens_per_second"] = tokens / max(seconds, 1e-9)
         logged = [values for effort in efforts for values in effort.logged]
         for name in dict.fromkeys(name for values in logged for name in values):
             given = [values[name] for values in logged if name in values]
@@ -251,11 +252,11 @@ def round_metrics(
     is_generated = table.spread([True] * len(verdicts), torch.bool, False)
     metrics = candidate_metrics(batch, accepted, _rewards_by_function(store), is_generated)
     for name in ("filtered", "duplicate", "fallback"):
-        metrics[name] = sum(verdict == name for verdict in verdicts) / len(verdicts)
+        metrics[f"candidates/{name}"] = sum(verdict == name for verdict in verdicts) / len(verdicts)
     reasons = table.columns["finish_reason"]
-    metrics["truncated"] = sum(reason == "length" for reason in reasons) / len(reasons)
+    metrics["candidates/truncated"] = sum(reason == "length" for reason in reasons) / len(reasons)
     if isinstance(rule, (DensityRatio, RSO)):
-        metrics["effective_sample_size"] = _effective_sample_size(rule, batch)
+        metrics["round/effective_sample_size"] = _effective_sample_size(rule, batch)
     metrics |= _pass_at(table) | _diversity(store)
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
@@ -295,7 +296,10 @@ def _pass_at(table: RoundTable) -> dict[str, float]:
     )
     counts = table.spread(is_first, torch.bool, False).sum(1).tolist()
     ks = itertools.takewhile(lambda k: k <= min(counts), (2**power for power in itertools.count()))
-    return {f"pass@{k}": sum(pass_at_k(n, c, k) for n, c in zip(counts, solved, strict=True)) / len(counts) for k in ks}
+    return {
+        f"round/pass@{k}": sum(pass_at_k(n, c, k) for n, c in zip(counts, solved, strict=True)) / len(counts)
+        for k in ks
+    }
 
 
 def _diversity(store: CandidateStore) -> dict[str, float]:

@@ -161,7 +161,7 @@ class CandidateResampler(Resampler):
         if not self._drawn:
             return {}
         tokens, seconds = self.pool.num_tokens(self._drawn), max(time.perf_counter() - self._began, 1e-9)
-        return {"tokens/train": float(tokens), "tokens_per_second/train": tokens / seconds}
+        return {"round/trained_tokens": float(tokens), "round/trained_tokens_per_second": tokens / seconds}
 
     def first_candidates(self, count: int) -> list[Candidate]:
         """Returns up to `count` candidates of the round's first prompts, with rewards and verdicts."""
@@ -319,9 +319,9 @@ class CandidateResampler(Resampler):
         generator = torch.Generator().manual_seed((self.seed + epoch) % 2**62)
         indices = draw_rows(self.pool, self.draws_per_epoch(), self.config.supervised_fraction, generator)
         self._metrics |= {
-            "pool/accepted_rows": float(len(self.pool.accepted)),
-            "pool/repeats": len(indices) / len(indices.unique()),
-            "pool/unused": 1.0 - len(indices.unique()) / len(self.pool),
+            "round/accepted_rows": float(len(self.pool.accepted)),
+            "round/repeats": len(indices) / len(indices.unique()),
+            "round/unused_fraction": 1.0 - len(indices.unique()) / len(self.pool),
         }
         return broadcast_from_main(self._bound().trainer.accelerator, indices)
 

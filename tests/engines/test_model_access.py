@@ -1,6 +1,6 @@
 """What generates is the model as it is trained, out of its wrappers, and training finds it as it was; one process.
 
-Sharded models: test_whole_model_sharded.py. Merged ones: test_merging.py.
+Sharded models: test_model_access_sharded.py. Merged ones: test_merging.py.
 """
 
 import contextlib

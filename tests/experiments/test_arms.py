@@ -85,15 +85,15 @@ def test_arms_differ_in_the_rule_alone():
     arguments = GenerativeArmArguments(acceptance="topk:2", num_candidates=4, temperature=0.7, supervised_fraction=0.25)
     made = {arm: make_resampler(arguments, arm, rewards, supervised_dataset=[{}]) for arm in ARMS}
     assert made["base"] is made["supervised"] is None
-    assert made["rejection"].acceptance == TopKPerPrompt(2)
-    assert made["control"].acceptance == RandomLike(TopKPerPrompt(2))
+    assert made["rejection"].config.acceptance == TopKPerPrompt(2)
+    assert made["control"].config.acceptance == RandomLike(TopKPerPrompt(2))
     for arm in ("rejection", "control"):
-        config = made[arm].generation_config
+        config = made[arm].config.generation_config
         # transformers would sample from 50 tokens where top_k is left open.
         assert (config.do_sample, config.temperature, config.top_k, config.top_p) == (True, 0.7, 0, 1.0)
-        assert (made[arm].num_candidates, made[arm].supervised_fraction) == (4, 0.25)
+        assert (made[arm].config.num_candidates, made[arm].config.supervised_fraction) == (4, 0.25)
     without = make_resampler(GenerativeArmArguments(), "rejection", rewards, supervised_dataset=[{}])
-    assert without.supervised_dataset is None
+    assert without.config.supervised_dataset is None
 
 
 def test_the_control_accepts_as_many_of_each_prompt_but_not_the_best():
@@ -101,7 +101,7 @@ def test_the_control_accepts_as_many_of_each_prompt_but_not_the_best():
     batch = CandidateBatch(rewards_of)
     arguments = GenerativeArmArguments(acceptance="threshold:0.5")
     accepted = {
-        arm: make_resampler(arguments, arm, rewards).acceptance(batch, torch.Generator().manual_seed(1))
+        arm: make_resampler(arguments, arm, rewards).config.acceptance(batch, torch.Generator().manual_seed(1))
         for arm in ("rejection", "control")
     }
     assert torch.equal(accepted["control"].sum(1), accepted["rejection"].sum(1))
@@ -138,7 +138,7 @@ def test_runs_have_their_own_folder_seed_and_configuration(tmp_path):
 
 
 def result(arm: str, seed: int, score: float) -> dict:
-    rounds = [{"acceptance_rate": 0.5, "accepted/reward": 1.0 + seed}] if arm == "rejection" else []
+    rounds = [{"round/acceptance_rate": 0.5, "accepted/reward": 1.0 + seed}] if arm == "rejection" else []
     samples = [{"prompt": "two", "reference": "zwei", "output": f"{arm} {seed}"}]
     curve = [[0, 10.0]] if arm == "base" else [[0, 10.0], [5, score]]
     return {"arm": arm, "seed": seed, "metrics": {"bleu": score}, "curve": curve, "rounds": rounds, "samples": samples}

@@ -78,7 +78,7 @@ def test_four_arms_one_report(run, tmp_path, capsys):
         assert len(result["rounds"]) == (2 if is_sampled else 0)
         assert [set(sample) for sample in result["samples"]] == [{"prompt", "reference", "number", "output"}] * 4
         for figures in result["rounds"]:
-            assert figures["acceptance_rate"] <= 1 / 3
+            assert figures["round/acceptance_rate"] <= 1 / 3
 
     output = tmp_path / "out"
     assert json.loads((output / "results.json").read_text()) == json.loads(json.dumps(results))

@@ -123,7 +123,7 @@ def test_the_manifest_tells_the_facts_and_the_figures(tmp_path: Path) -> None:
     assert facts["filters"] == ["RejectTruncated()"]
     rows = stored(tmp_path)
     assert manifest["reward_names"] == ["share_of_wanted"]
-    assert manifest["metrics"]["truncated"] == sum(row["finish_reason"] == "length" for row in rows) / 36
+    assert manifest["metrics"]["candidates/truncated"] == sum(row["finish_reason"] == "length" for row in rows) / 36
 
 
 def test_a_killed_generation_goes_on_without_generating_again(tmp_path: Path) -> None:

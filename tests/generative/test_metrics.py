@@ -80,11 +80,11 @@ def test_a_round_is_described_by_hand():
     metrics = candidate_metrics(batch, accepted, by_function, is_generated)
     pairs = [(2, 1), (4, 0), (6, 1), (8, 2), (8, 2), (4, 0), (9, 5), (2, 0), (5, 3), (2, 1)]  # length, reward
     expected = {
-        "acceptance_rate": 5 / 11,
-        "unjudged": 1 / 10,
-        "prompts_without_accepted": 1 / 4,
-        "prompts_all_accepted": 1 / 4,  # prompt 1
-        "frac_reward_zero_std": 2 / 4,  # prompts 1 and 2: 2 2, and 0 0 once 5 is filtered out
+        "round/acceptance_rate": 5 / 11,
+        "candidates/unjudged": 1 / 10,
+        "round/prompts_without_accepted": 1 / 4,
+        "round/prompts_all_accepted": 1 / 4,  # prompt 1
+        "round/frac_reward_zero_std": 2 / 4,  # prompts 1 and 2: 2 2, and 0 0 once 5 is filtered out
         "candidates/reward": (2 + 4 + 5 + 4) / 10,
         "accepted/reward": (1 + 1 + 2 + 2 + 3) / 5,
         "rewards/exact/mean": 2.0,
@@ -95,7 +95,7 @@ def test_a_round_is_described_by_hand():
         "rewards/one/std": NAN,
         "candidates/length": (12 + 16 + 15 + 14) / 11,
         "accepted/length": (2 + 6 + 8 + 8 + 5) / 5,
-        "length_reward_correlation": correlation(*zip(*pairs)),
+        "candidates/length_reward_correlation": correlation(*zip(*pairs)),
     }
     assert metrics == pytest.approx(expected, nan_ok=True)
     assert all(type(value) is float for value in metrics.values())
@@ -105,18 +105,18 @@ def test_a_round_without_anything_says_nan_and_raises_nothing():
     batch = CandidateBatch(torch.full((2, 2), NAN), valid=torch.zeros(2, 2, dtype=torch.bool))
     nothing = TopKPerPrompt(1)(batch, torch.Generator().manual_seed(0))
     metrics = candidate_metrics(batch, nothing)
-    assert metrics["acceptance_rate"] == metrics["prompts_all_accepted"] == 0
-    assert metrics["prompts_without_accepted"] == 1
+    assert metrics["round/acceptance_rate"] == metrics["round/prompts_all_accepted"] == 0
+    assert metrics["round/prompts_without_accepted"] == 1
     empty = {name for name, value in metrics.items() if math.isnan(value)}
-    assert empty == {"unjudged", "frac_reward_zero_std", "candidates/reward", "accepted/reward"}
+    assert empty == {"candidates/unjudged", "round/frac_reward_zero_std", "candidates/reward", "accepted/reward"}
     assert "candidates/length" not in metrics
 
 
 def test_a_reference_answer_that_nobody_judged_is_counted_and_not_averaged():
     batch = CandidateBatch(torch.tensor([[1.0, 3.0], [0.0, NAN]]))
     metrics = candidate_metrics(batch, torch.tensor([[False, True], [False, True]]))
-    assert (metrics["acceptance_rate"], metrics["accepted/reward"]) == (2 / 4, 3.0)
-    assert metrics["prompts_without_accepted"] == metrics["prompts_all_accepted"] == 0
+    assert (metrics["round/acceptance_rate"], metrics["accepted/reward"]) == (2 / 4, 3.0)
+    assert metrics["round/prompts_without_accepted"] == metrics["round/prompts_all_accepted"] == 0
 
 
 def test_masks_that_contradict_the_batch_are_refused():

@@ -188,7 +188,7 @@ def test_killed_between_the_verdicts_of_two_shards(tmp_path: Path, monkeypatch: 
 def test_the_figures_of_a_resumed_epoch_are_logged_once(tmp_path: Path) -> None:
     args = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 100}
     whole, cut = whole_and_resumed(tmp_path, resampler, {"callbacks": [KillAt(STEPS + 3)]}, resume=True, **args)
-    for key in ("candidates/reward", "accepted/length", "pool/accepted_rows"):
+    for key in ("candidates/reward", "accepted/length", "round/accepted_rows"):
         assert logged(cut, key) == logged(whole, key)
         assert len(logged(whole, key)) == 3
 
@@ -203,7 +203,7 @@ def test_a_pool_without_accepted_rows_resumes(tmp_path: Path) -> None:
     args = {"save_strategy": "steps", "save_steps": 2}
     whole, cut = whole_and_resumed(tmp_path, make, {"callbacks": [KillAt(STEPS + 3)]}, resume=True, **args)
     assert runs.largest_difference(whole, cut) == 0.0
-    assert logged(whole, "pool/accepted_rows") == [0.0] * 3
+    assert logged(whole, "round/accepted_rows") == [0.0] * 3
 
 
 def test_a_process_killed_by_the_system_is_gone_on_with(tmp_path: Path) -> None:

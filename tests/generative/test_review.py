@@ -73,11 +73,11 @@ def test_the_fallback_of_a_random_control_is_random_and_that_of_a_rule_the_best(
     # 40 prompts of 4: 10 are the best by chance, with a standard deviation of (40 * 1/4 * 3/4)^0.5 = 2.7.
     assert 2 <= num_best <= 18 if is_control else num_best == 40
     assert places == {0, 1, 2, 3}  # not the first of each prompt either
-    (figures,) = (line for line in ours.state.log_history if "fallback" in line)
-    assert (figures["acceptance_rate"], figures["prompts_without_accepted"]) == (0.0, 1.0)
-    assert figures["fallback"] == 0.25  # one of four
+    (figures,) = (line for line in ours.state.log_history if "candidates/fallback" in line)
+    assert (figures["round/acceptance_rate"], figures["round/prompts_without_accepted"]) == (0.0, 1.0)
+    assert figures["candidates/fallback"] == 0.25  # one of four
     assert "accepted/reward" not in figures
-    assert figures["pool/accepted_rows"] == 40
+    assert figures["round/accepted_rows"] == 40
 
 
 def test_fallbacks_beside_accepted_ones_are_counted_apart(tmp_path: Path) -> None:
@@ -86,9 +86,9 @@ def test_fallbacks_beside_accepted_ones_are_counted_apart(tmp_path: Path) -> Non
     rows = stored(tmp_path)
     with_accepted = {row["prompt_id"] for row in rows if row["reward"] > 0.8}
     assert 0 < len(with_accepted) < 20
-    assert logged(ours, "acceptance_rate") == [sum(row["reward"] > 0.8 for row in rows) / 80]
-    assert logged(ours, "prompts_without_accepted") == [(20 - len(with_accepted)) / 20]
-    assert logged(ours, "fallback") == [(20 - len(with_accepted)) / 80]
+    assert logged(ours, "round/acceptance_rate") == [sum(row["reward"] > 0.8 for row in rows) / 80]
+    assert logged(ours, "round/prompts_without_accepted") == [(20 - len(with_accepted)) / 20]
+    assert logged(ours, "candidates/fallback") == [(20 - len(with_accepted)) / 80]
 
 
 def test_pass_at_k_is_of_the_first_attempt_alone(tmp_path: Path) -> None:
@@ -105,7 +105,10 @@ def test_pass_at_k_is_of_the_first_attempt_alone(tmp_path: Path) -> None:
     verdicts = ["accepted" if reward else "rejected" for reward in table.columns["reward"]]
     figures = round_metrics(store, table, verdicts, Threshold(0.5))
     # pass@1 = (1/2 + 0/2) / 2 and pass@2 = (1 + 0) / 2; with all attempts (1/2 + 2/8) / 2.
-    assert {name: value for name, value in figures.items() if "pass@" in name} == {"pass@1": 0.25, "pass@2": 0.5}
+    assert {name: value for name, value in figures.items() if "pass@" in name} == {
+        "round/pass@1": 0.25,
+        "round/pass@2": 0.5,
+    }
 
 
 def test_a_collator_that_makes_its_own_labels_is_refused(tmp_path: Path) -> None:
@@ -202,6 +205,6 @@ def test_a_log_by_epoch_has_the_loss_and_the_figures_of_the_round(tmp_path: Path
     ours.train()
     lines = [line for line in ours.state.log_history if "loss" in line]
     assert [line["epoch"] for line in lines] == [1.0, 2.0]
-    assert all("candidates/reward" in line and "acceptance_rate" in line for line in lines)
-    for key in ("candidates/reward", "tokens/train", "train_loss"):
+    assert all("candidates/reward" in line and "round/acceptance_rate" in line for line in lines)
+    for key in ("candidates/reward", "round/trained_tokens", "train_loss"):
         assert len(logged(ours, key)) == (1 if key == "train_loss" else 2)

@@ -104,7 +104,7 @@ def test_replay_trains_on_the_accepted_of_earlier_rounds_too(tmp_path: Path) -> 
     accepted = [[row["token_ids"] for row in stored(tmp_path, number) if row["is_accepted"]] for number in range(3)]
     answers = [[token for token in row["labels"] if token != -100] for row in made.pool.accepted]
     assert answers == accepted[1] + accepted[2]
-    assert logged(ours, "pool/accepted_rows") == [9, 18, 18]
+    assert logged(ours, "round/accepted_rows") == [9, 18, 18]
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.4, 4), (1.0, 10), (0.05, 0)])

@@ -115,7 +115,7 @@ def test_raise_is_of_the_whole_round_not_of_a_prompt(tmp_path: Path) -> None:
     ours = trained(tmp_path, resampler(acceptance=HALF_OF_THEM))
     accepted = [row for row in stored(tmp_path) if row["is_accepted"]]
     assert 0 < len({row["prompt_id"] for row in accepted}) < NUM_PROMPTS
-    assert generative_runs.logged(ours, "pool/accepted_rows") == [len(accepted)]
+    assert generative_runs.logged(ours, "round/accepted_rows") == [len(accepted)]
 
 
 def test_skip_leaves_prompts_out_and_keeps_the_length_of_the_epoch(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_every_architecture_completes_a_round(tmp_path, name):
 
 
 def test_trap_01_generation_pads_left_and_training_right():
-    """Tokens: test_generate_engine.py, greedy tokens of each prompt alone."""
+    """Tokens: tests/engines/test_generate.py, greedy tokens of each prompt alone."""
     rows = [[A], [A, B, C]]
     assert pad_prompts(rows, g.PAD, "cpu", is_left=True)["input_ids"].tolist() == [[g.PAD, g.PAD, A], [A, B, C]]
     assert pad_prompts(rows, g.PAD, "cpu", is_left=True)["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
@@ -54,7 +54,7 @@ def test_trap_02_sampled_tokens_are_learnt_and_the_prompt_is_not(tmp_path):
 
 
 def test_trap_03_every_end_token_ends_and_is_learnt_also_as_padding(tmp_path):
-    """Ends: test_generate_engine.py. Padding: test_generative_encoding.py."""
+    """Ends: tests/engines/test_generate.py. Padding: test_generative_encoding.py."""
     config = g.sampling(12, eos_token_id=[g.EOS, B], pad_token_id=g.EOS)
     run = g.trainer(tmp_path, g.resampler(generation_config=config, num_candidates=8), num_prompts=6)
     run.train()
@@ -83,7 +83,7 @@ def test_trap_04_a_truncated_candidate_is_in_no_maximum():
 
 
 def test_trap_05_settings_of_the_model_are_said_and_log_q_is_the_processed_one(tmp_path, caplog):
-    """The overriding: test_generation_settings.py. The processing: test_generate_engine.py."""
+    """The overriding: tests/engines/test_generation_config.py. The processing: tests/engines/test_generate.py."""
     model = g.tiny_model()
     model.generation_config.temperature, model.generation_config.top_k = 0.5, 3
     with caplog.at_level(logging.INFO, logger="rsft_hf"):

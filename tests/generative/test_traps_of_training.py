@@ -64,7 +64,7 @@ def test_trap_12_a_judge_that_fails_is_none_and_accepts_nothing(tmp_path):
     assert [one.verdict for one in g.stored(run)] == ["accepted", "unjudged"] * 4
     assert [one.reward for one in g.stored(run)] == [-5.0, None] * 4
     assert source.metrics()["candidates/reward"] == -5.0  # neither -1 nor 0 is in the mean
-    assert source.metrics()["unjudged"] == 0.5
+    assert source.metrics()["candidates/unjudged"] == 0.5
 
 
 @pytest.mark.parametrize("policy", ["skip", "reference"])
@@ -78,11 +78,11 @@ def test_trap_13_the_reference_is_no_candidate_unless_asked_for(tmp_path, policy
     assert len(references) == (2 if policy == "reference" else 0)
     assert {one.verdict for one in references} <= {"fallback"}
     assert all(one.reward is None and one.index == -1 for one in references)
-    assert source.metrics()["acceptance_rate"] == 0.5  # of the 8 generated: references count in no rate
+    assert source.metrics()["round/acceptance_rate"] == 0.5  # of the 8 generated: references count in no rate
 
 
 def test_trap_14_and_15_length_bias_and_collapse_are_logged(tmp_path):
-    """The figures by hand: test_candidate_statistics.py."""
+    """The figures by hand: test_metrics.py."""
 
     def length(completion_ids, **_):
         return [3.0 * len(ids) for ids in completion_ids]
@@ -97,7 +97,7 @@ def test_trap_14_and_15_length_bias_and_collapse_are_logged(tmp_path):
     run = g.trainer(tmp_path, source, eval_dataset=g.prompts(3, first=50))
     run.train()
     logged = {name: value for line in run.state.log_history for name, value in line.items()}
-    assert logged["length_reward_correlation"] == pytest.approx(1)
+    assert logged["candidates/length_reward_correlation"] == pytest.approx(1)
     assert {f"{kind}/distinct_{n}" for kind in ("candidates", "accepted") for n in (1, 2)} <= set(logged)
     assert not held_out  # it selected nothing
     figures = run.evaluate()
