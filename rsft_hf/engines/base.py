@@ -1,11 +1,8 @@
-"""The seam between a round and what generates: an engine is a callable, and yields sequences as they finish.
+"""Interface of generation engines: the request, the generated sequence, the engine and its optional capabilities.
 
-Prompts enter as token ids, each candidate with the seed of its own random stream; token ids, the reason of the end and
-log probabilities leave. An engine knows no text, no reward and no data set.
-
-What an engine may offer beyond its call, each a protocol of its own; without any it is an engine all the same.
-
-A round asks for them by `isinstance`. Nothing here generates.
+An engine is a callable from a model and a `GenerationRequest` (prompts as token ids, one random seed per candidate) to
+`GeneratedSequence`s, yielded as they finish. It handles no text, reward or data set. Optional capabilities are
+protocols: facts that candidates depend on, checks before the run, weight sync.
 """
 
 from collections.abc import Collection, Iterator, Sequence

@@ -1,8 +1,8 @@
-"""The engine of transformers' continuous batching: `model.generate_batch`, with a paged cache of its own.
+"""Engine over transformers' continuous batching, `model.generate_batch`, with its paged KV cache.
 
-It admits waiting candidates as others end, reads a prompt once for all of its candidates, and on a GPU uses flash
-attention and CUDA graphs where they are to be had. It obeys few settings, draws from one stream for all candidates and
-may come back with less than was asked for: the first is refused beforehand, the last is made up for.
+It admits waiting requests as others finish, shares one prefill among the candidates of a prompt, and uses flash
+attention and CUDA graphs on a GPU. It supports few sampling settings (others are refused), draws all candidates from
+one stream, and may return partial results, which are completed.
 """
 
 import contextlib

@@ -1,17 +1,9 @@
-"""The engine that fits every model: `model.generate`, in batches of prompts of like length.
+"""Engine over `model.generate`: works for every model, in length-sorted batches.
 
-`generate` prepares inputs, cache, logits processors and stopping criteria. Three things differ from its own sampling:
-each token is drawn from the candidate's own stream instead of the global generator, its log probabilities are kept as
-the loop goes, and where the model's cache allows it rows that have ended leave the batch and a prompt is read once for
-all of its candidates.
-
-A decoding loop in which finished rows leave the batch, for the models and processors that allow it.
-
-`generate` runs a batch until its longest row has ended: with the long tails of real answers most of what it computes is
-padding. Here the rows that go on are picked out of the cache whenever enough have ended, and a prompt is read once for
-all of its candidates. `generate` still prepares everything: inputs, cache, logits processors and stopping criteria.
-
-What speaks against generating in slots, or in batches at all, for a model and a request: a reason, or nothing.
+`generate` prepares inputs, KV cache, logits processors and stopping criteria. Three things differ from its own
+sampling: each token is drawn from the random stream of its candidate, log probabilities are collected during decoding,
+and, where cache and processors allow it, finished rows leave the batch and a prompt is prefilled once for all of its
+candidates (`sample_and_drop`). `reason_to_go_alone` names the models and settings whose rows cannot share a batch.
 """
 
 import itertools

@@ -1,11 +1,7 @@
-"""How candidates are sampled: the configuration in force, complete and checked before anything is generated.
+"""Generation configuration: the user's over the model's own, completed and validated before anything is generated.
 
-A user's configuration and a model's own enter, one `GenerationConfig` in which nothing is left to a default leaves.
-
-Which settings of a generation configuration shape the distribution that is sampled from.
-
-A configuration and the settings that an engine obeys enter; an error leaves if it would ignore any other. What a
-library ignores without a word gives candidates of another distribution than the one that was asked for.
+`sampling_config` leaves nothing to a default, so that log q is that of a known distribution. `refuse_settings` raises
+for settings that shape the sampled distribution and that an engine does not support.
 """
 
 import copy

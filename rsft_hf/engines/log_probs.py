@@ -1,7 +1,6 @@
-"""Log probabilities of each token of given answers, as the model would have had them had it sampled the answers itself.
+"""Teacher-forced log probabilities of each token of given completions: log p, and log q under the sampling settings.
 
-Token ids enter, one number per token leaves, raw and under the distribution in force; one batch of logits is held at a
-time. For engines whose sampler says nothing, or not what is needed.
+For engines whose sampler returns none. Only one batch of logits is in memory at a time.
 """
 
 import copy

@@ -1,16 +1,9 @@
-"""The model to generate with, whole on each process, however it is wrapped or sharded in training.
+"""Access to the whole model for generation: unwrapped, gathered from shards, adapters merged; restored afterwards.
 
-A model as the trainer has it enters; for the time of a block a plain one leaves, with which no process waits for
-another. Entering and leaving are collective.
-
-A whole model beside one that FSDP2 shards: the same modules, each weight gathered from all processes.
-
-A sharded model enters, a twin without a trace of FSDP leaves. To generate with the sharded one would gather every
-weight again for each token, and wait for ever if another process has fewer tokens to make.
-
-An adapter merged into its base weights for the time of a block, after which every base weight is what it was.
-
-A PEFT model enters, and leaves bit for bit. What cannot be merged, or not be taken out again exactly, is refused.
+`whole_model` yields a plain model on each process, with which no process waits for another; entering and leaving are
+collective. `unsharded_twin` is a copy of an FSDP2 model with the weights gathered from all processes: generating with
+the sharded model would gather every weight for each token, and deadlock on unequal lengths. `merged` merges a LoRA
+adapter into its base weights for the duration of a block and restores every weight bit for bit.
 """
 
 import contextlib

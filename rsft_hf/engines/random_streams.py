@@ -1,7 +1,7 @@
-"""The randomness of a candidate: a stream of its own, keyed by what the candidate is and by nothing else.
+"""Random streams of candidates, keyed by run seed, round, prompt, attempt and index.
 
-Numbers that name a candidate enter, seeds and uniforms leave. Since no stream depends on the batch, the process or the
-order in which candidates are generated, a resumed, retried or distributed round draws the same candidates.
+No stream depends on the batch, the process or the order of generation, so a resumed, retried or distributed round draws
+the same candidates. Philox counters give the uniforms.
 """
 
 import hashlib

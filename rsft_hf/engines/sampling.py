@@ -1,15 +1,9 @@
-"""What is noted while a batch is generated: the tokens drawn, their log probabilities, and where each row ended.
+"""Sampling of tokens, and the logits processors and stopping criteria that `generate` would use.
 
-Scores and streams enter, tokens leave. The records speak of rows by their number in the batch, so that rows may leave.
-
-Logits processors for rows of different ages: the same scores as `generate` gives each candidate alone.
-
-The scores of all rows in flight enter, processed scores leave. Processors that look at nothing but scores run over all
-rows at once; those that look at tokens or at how many there are run over rows of the same age.
-
-What `generate` makes of a configuration: logits processors, stopping criteria, a decoder's first tokens, a cache.
-
-A model and a request enter; the same objects leave that `model.generate` would have run with for one prompt.
+`prepare` builds logits processors, stopping criteria, first decoder tokens and KV cache as `model.generate` does.
+`Chains` runs logits processors over rows of different ages: those that read only scores over all rows at once, the
+others over rows of the same age. `StreamSampler` and `EndRecorder` draw each token from its candidate's stream and
+record log probabilities and ends inside `generate`.
 """
 
 import contextlib

@@ -1,12 +1,8 @@
-"""The engine of vLLM, in the process and on the GPU of training; weights are pushed into it before each round.
+"""Engine over vLLM in the training process, with weight sync into it before each round.
 
-A model enters at `hand_over`, prompts as token ids afterwards, candidates with log probabilities leave. How vLLM lays
-out its memory is its own affair. Tested against a recorded contract of its interface only, never against vLLM itself.
-
-vLLM in the process that trains: how it is started, and how it gets the weights.
-
-A model enters, its weights end in vLLM's own copy. The way is that of TRL's colocate mode (`VLLMGeneration`, TRL 1.16,
-for vLLM 0.22 to 0.31), which is maintained; vLLM's `reload_weights` would read the first checkpoint again.
+`hand_over` copies the weights, in the way of TRL's colocate mode (`VLLMGeneration`, TRL 1.16, for vLLM 0.22 to 0.31);
+vLLM's `reload_weights` would read the first checkpoint again. Tested against a recorded contract of vLLM's interface
+only, never against vLLM itself.
 """
 
 import contextlib

@@ -1,10 +1,10 @@
-"""Candidates: one record each, and the store that keeps a round of them on disk.
+"""Candidates, the prompts they belong to, and the store that keeps a round of them on disk.
 
     <output_dir>/candidates/round-000/manifest.json
                                       attempt-00-shard-00000.parquet      some prompts with all their candidates
 
-A shard is written whole or not at all, and again when its candidates have been scored and judged; every version has the
-same columns. The store knows no model, no reward and no rule.
+A shard is written atomically, and again when its candidates have been scored and judged; every version has the same
+columns.
 """
 
 import json

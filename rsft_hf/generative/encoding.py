@@ -1,7 +1,7 @@
-"""Token ids in, token ids out: prompts for the engine, and training rows from what was sampled.
+"""Tokenization: prompts through the chat template for the engine, and training rows from sampled token ids.
 
-The tokens that were sampled are the tokens that are learnt: decoding and encoding again would change them. The prompt
-is masked from the loss, end-of-sequence tokens are not.
+Training uses the sampled tokens: decoding and encoding again would change them. The prompt is masked from the loss,
+end-of-sequence tokens are not.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
-"""Held-out figures of the model as it stands: generation on prompts that are not trained on, scored, never selected.
+"""Held-out evaluation: one generation per prompt with the current weights, scored by rewards and `compute_metrics`.
 
-Prompts enter, a dict of figures leaves. Every process generates a share of the prompts.
+The prompts are not trained on and the scores select nothing. Each process generates a share of the prompts.
 """
 
 import math

@@ -1,7 +1,4 @@
-"""Stored candidates as data sets: as they are, and in the forms that TRL's trainers read.
-
-The folder of a round, or of several, enters; a `datasets.Dataset` leaves.
-"""
+"""Exports of stored candidates: as a data set, and in the formats of TRL's SFT, DPO and KTO trainers."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,9 +1,7 @@
-"""What is thrown out before any reward counts: filters of single candidates, and what makes two of them the same.
+"""Filters of single candidates, and keys for deduplication, applied before scoring.
 
-A `Candidate` enters, a verdict or a key leaves. A filtered candidate is in no maximum, quantile or envelope. Rewards
-and acceptance are not known here.
-
-The equations of a worked solution, by which two solutions are the same: text enters, a tuple of strings leaves.
+A filtered candidate enters no maximum, quantile or envelope. `solution_equations` is the deduplication key of worked
+solutions: their list of equations.
 """
 
 import functools

@@ -1,14 +1,8 @@
-"""The stages of a round, each a function over a list of candidates: generate, filter, score, encode.
+"""Rollout: generation of candidates, and the preparation of model, reference model and engine for it.
 
-They know no process group and no disk: `rounds.py` runs them shard by shard, a notebook may run them by hand.
-
-Log probabilities of given answers under a model that did not generate them: one pass, teacher-forced.
-
-Token ids enter, sums of log probabilities in nats leave.
-
-What generates a round, made ready for it: a whole model, the reference beside it, an engine that has the weights.
-
-A generator with the model as it is trained enters; for the time of a block one that can be called leaves.
+`Generator` turns prompts into candidates; it needs no process group and no disk. `ready` prepares it for a round: the
+whole model, the reference model for log p, weight sync of the engine. `completion_log_probabilities` is the
+teacher-forced pass of a reference model.
 """
 
 import contextlib

@@ -1,17 +1,6 @@
-"""Numbers that describe a round: what was generated, what was accepted, and how the rewards behave.
+"""Metrics of a round: rewards, acceptance, lengths, diversity, throughput; and the explanation of an empty round.
 
-Tensors of rewards, lengths and log-weights enter, floats leave; NaN is what cannot be said. Models and texts are not
-known here.
-
-Tokens and seconds of a round, over all processes.
-
-What a process did enters, a dict of figures leaves.
-
-What a round is described by in the logs, from its store and its verdicts.
-
-Columns and verdicts enter, a dict of finite floats leaves.
-
-Why a round accepted nothing, and what to change.
+Every value is a finite float; a mean of nothing is left out.
 """
 
 import itertools

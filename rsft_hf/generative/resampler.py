@@ -1,4 +1,4 @@
-"""Draws the rows of each round from what the model itself generates and the rewards accept.
+"""`CandidateResampler`: trains on the model's own accepted candidates, one round per epoch.
 
     prompts -> engine -> candidates -> filters, rewards -> acceptance -> training rows, prompt masked
             -> the pool is replaced -> indices, shuffled, cycled to num_draws

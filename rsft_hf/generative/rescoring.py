@@ -1,6 +1,6 @@
-"""Stored candidates scored or judged again, with other rewards or another rule, without being generated again.
+"""Rescoring: stored candidates scored or judged again, with other rewards or another rule, without generation.
 
-The folder of a round enters, a new folder with the same candidates leaves; the old one stays as it was.
+The candidates are written to a new folder; the old one stays unchanged.
 """
 
 from collections.abc import Sequence

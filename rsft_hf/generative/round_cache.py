@@ -1,10 +1,8 @@
-"""What the candidates of a round depend on, as values that can be written down and compared.
+"""Round cache: which candidates of an earlier run can be reused.
 
-A model and the options enter, JSON values leave. Candidates of one set of facts are never mixed with those of another.
-
-What of an earlier run's round can be used: all of it, its answers without their scores, or nothing.
-
-The store of a round and its facts enter; the store is left ready to go on. Whatever is not used is put aside.
+`round_facts` lists everything that candidates depend on as JSON values: digests of model, prompts and rewards, options,
+seeds. Candidates of different facts are never mixed: `open_round` keeps a stored round, keeps its completions but
+discards their scores, or moves it aside.
 """
 
 import functools

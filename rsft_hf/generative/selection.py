@@ -1,7 +1,7 @@
-"""From the numbers of a round to the verdict on each candidate.
+"""Filtering, scoring and selection of a round's candidates: from numbers to verdicts.
 
-Columns of the store enter, without texts or token ids; verdicts leave. The processes read the same columns and the
-rules draw from seeded generators, so one process decides and the others are told.
+Verdicts depend on columns of the store without texts, and on seeded generators, so that the main process decides and
+broadcasts.
 """
 
 import functools

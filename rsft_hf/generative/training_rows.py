@@ -1,6 +1,6 @@
-"""The rows of a round, as a data set of fixed identity whose content is replaced between rounds.
+"""Training rows of a round: the pool that replaces the prompts in Trainer's loader, and how rows enter it.
 
-Training rows enter, rows by index leave. It takes the place of the prompts in Trainer's loader.
+The pool is a data set of fixed identity; its content is replaced between rounds.
 """
 
 import dataclasses

@@ -1,7 +1,4 @@
-"""Refusals of what cannot be generated from, while nothing has been spent: models, prompts, arguments.
-
-Parts of a run enter; an error with the remedy leaves, or nothing.
-"""
+"""Validation of models, prompts and TrainingArguments before anything is generated."""
 
 from typing import Any
 

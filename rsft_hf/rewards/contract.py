@@ -1,7 +1,4 @@
-"""What can be known of a reward function without calling it: its name, its columns, whether it is `async`.
-
-A callable enters; a name, a set of columns or an error leaves. Nothing here runs a reward function.
-"""
+"""Reward function contract: name, required columns and kind of a function, validated without calling it."""
 
 import functools
 import inspect

@@ -1,17 +1,9 @@
-"""The reward contract: prompts and completions enter, one number per completion leaves.
+"""`RewardFunctions`: calls reward functions by the contract of TRL's GRPO (trl.rewards), and combines their rewards.
 
-It is the contract of TRL's GRPO (trl.rewards), so that functions written for it serve unchanged: they are called with
-keywords only, return one float or None per completion, and may be `async def` or a reward model. How completions are
-made, and which are accepted, is not known here.
-
-Numbers out of what reward functions return: checked one by one, then added up by weight.
-
-A list from a function enters, a tensor or an error that names the function leaves.
-
-An event loop of its own, on which reward functions declared `async def` run.
-
-A coroutine enters, its result leaves. The loop lives in a daemon thread: a notebook already runs one in the main
-thread, and a client that an `async def` function keeps between calls belongs to one loop, which must not be closed.
+Functions written for TRL work unchanged: they are called with keywords only, return one float or None per completion,
+and may be `async def` or a reward model. Returned values are validated one by one, then summed by weight. `async`
+functions run on an event loop in a daemon thread: a notebook already runs one in the main thread, and a client that a
+function keeps between calls belongs to one loop, which must stay open.
 """
 
 import asyncio

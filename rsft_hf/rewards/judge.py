@@ -1,8 +1,6 @@
-"""Rewards from a language model that judges, behind any server that speaks the API of OpenAI.
+"""LLM judge: a score per completion from a language model behind an OpenAI-compatible server.
 
-Prompts and completions enter, one score per completion leaves, None where the judge failed: a failed judge is no
-verdict. Replies are kept on disk, so that a resumed run asks for nothing twice. The judge's score is what it says, in
-[low, high]; whether it is a good one is not known here.
+A failed request is None, not a score. Replies are cached on disk, so that a resumed run repeats no request.
 """
 
 import asyncio

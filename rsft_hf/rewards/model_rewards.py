@@ -1,17 +1,9 @@
-"""Rewards read from a model: a class of a classifier, the cosine of two embeddings, the likelihood of a way back.
+"""Rewards from models: reward model, class probability, embedding similarity, round-trip likelihood.
 
-Texts enter by templates, one number per completion leaves, None where a column named in a template is None. The model
-runs where it is, in evaluation mode, without gradients, in batches sorted by length; nothing of it is changed.
-
-A sequence-classification model with one label, as the reward contract takes it: a model object or its path.
-
-Prompts and completions enter, the logit of each pair leaves. The text is the prompt followed by the completion (by the
-reward model's own chat template if the prompt is a conversation), without further special tokens, as in TRL's GRPO.
-
-Forward passes that score texts: sorted by length, halved when memory runs out, without dropout or gradients.
-
-Encoded texts and a function of one batch enter, one number or vector per text leaves, in the order of the texts.
-What the numbers mean is not known here.
+Texts are built by templates; a completion whose template names a column that is None gets None. Models run where they
+are, in evaluation mode, without gradients, in length-sorted batches. `RewardModel` reads the single logit of a
+sequence-classification model over prompt and completion (through the reward model's chat template if the prompt is a
+conversation), without further special tokens, as TRL's GRPO does.
 """
 
 import contextlib

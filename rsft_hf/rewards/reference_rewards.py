@@ -1,8 +1,7 @@
-"""Rewards from the overlap of a completion with its reference, one sentence at a time.
+"""Rewards from references: chrF, BLEU, ROUGE, exact match, token F1, any `evaluate` metric; per sentence.
 
-Completions and a column of references enter; one number per completion leaves, in [0, 1] for all but `MetricReward`,
-and None where the reference is None. With several references the best counts (BLEU counts them together). A figure
-made for a corpus is another one than the mean of these.
+Values lie in [0, 1] for all but `MetricReward`, None where the reference is None. Of several references the best counts
+(BLEU combines them). A corpus-level figure differs from the mean of these.
 """
 
 import importlib

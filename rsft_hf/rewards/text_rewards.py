@@ -1,8 +1,4 @@
-"""Rewards from the completion's own text, and from what it shares with its context: no model, no reference.
-
-Completions enter, one number per completion leaves. Each rule measures one thing; a weighted sum of reward functions
-joins them.
-"""
+"""Rewards from the completion's text alone or with its context: distinctness, repetition, copying, length, format."""
 
 import re
 from collections.abc import Hashable, Sequence

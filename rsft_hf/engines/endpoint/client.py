@@ -1,10 +1,7 @@
-"""Requests to a completions server: sent, sent again after a passing fault, and given up with a reason.
+"""HTTP client for OpenAI-compatible completions servers: requests, retries, and concurrency.
 
-The body of a request enters, the list of its choices leaves. What they mean is not known here.
-
-Who asks a server for what: the requests that a round is split into, and each one seen through to its last candidate.
-
-A request of the round enters; candidates leave, and with them the failure that kept others from coming.
+`Completions` sends one request and retries transient failures; `Asker` and `Workers` split a generation request into
+HTTP requests and run them concurrently, each until all of its candidates have come back or failed.
 """
 
 import email.utils

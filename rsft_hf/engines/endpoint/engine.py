@@ -1,12 +1,8 @@
-"""The engine that generates elsewhere: candidates from any server with OpenAI's completions API.
+"""Engine that generates on an OpenAI-compatible completions server, and the validation of its arguments.
 
-A request becomes many, under way at once; sequences are yielded as their replies come. The server has weights of its
-own, which `hand_over` brings up to date. What a server does not do well enough (fewer choices than asked for, no log
-probabilities) is made up for here, and what cannot be made up for is an error.
-
-What can be said of an `EndpointEngine`'s arguments before a server is asked for anything.
-
-Arguments enter; an error with the remedy leaves, or nothing.
+A request becomes many concurrent HTTP requests; sequences are yielded as replies arrive. The server holds its own copy
+of the weights, which `hand_over` syncs. Missing choices and missing log probabilities are completed here; anything else
+that the server cannot do is an error.
 """
 
 import copy

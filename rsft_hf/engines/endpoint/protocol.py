@@ -1,12 +1,9 @@
-"""What a request says in the words of a server: prompts and a generation configuration become fields of its body.
+"""Request fields and reply parsing for each server dialect.
 
-Three dialects are spoken. "vllm" (vLLM, SGLang): prompts as token ids, and sampling parameters that OpenAI's API does
-not have. "openai": prompts as text and nothing but OpenAI's own fields. "transformers" (`transformers serve`): prompts
-as text, and the whole generation configuration. What a dialect cannot say is refused, never left out.
-
-From one choice of a server's reply to the tokens that were sampled, checked: what does not fit is refused or named.
-
-The JSON of a choice enters; token ids, the reason of the end and, where the server gave them, log probabilities leave.
+Dialects: "vllm" (vLLM, SGLang) takes prompts as token ids and sampling parameters beyond OpenAI's API; "openai" takes
+text and OpenAI's own fields; "transformers" (`transformers serve`) takes text and the whole generation configuration.
+A setting that a dialect cannot express is refused, never dropped. `ReplyReader` turns one choice of a reply into token
+ids, finish reason and log probabilities, and validates them.
 """
 
 import json

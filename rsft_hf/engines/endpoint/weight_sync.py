@@ -1,6 +1,6 @@
-"""How weights reach a server that generates: saved to a folder that both see, then loaded by a request to the server.
+"""Weight sync to an inference server: save a checkpoint to a shared folder, then request that the server loads it.
 
-A model enters; afterwards the server generates from its weights, or an error says why not.
+Afterwards the server generates from the current weights, or an error says why not.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""A look at a model before it is trusted with slots: rows that enter in mid-flight against the same rows alone.
+"""Compatibility test of a model with continuous batching: rows admitted in mid-flight against the same rows alone.
 
-Positions, masks and caches are where models differ, and a mistake there shows in no error. A few short candidates are
-generated in slots, and their log probabilities compared with a plain pass over each of them.
+Models differ in positions, masks and caches, and a mistake there raises no error. A few short candidates are generated
+with the slot KV cache, and their log probabilities compared with a plain forward pass over each of them.
 """
 
 import copy

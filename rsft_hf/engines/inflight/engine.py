@@ -1,8 +1,8 @@
-"""The engine for most models: a flight of candidates, which those that have ended leave and those that wait enter.
+"""Engine with in-flight (continuous) batching: waiting candidates are admitted as running ones finish.
 
-`generate` runs a batch until its longest row has ended, and reads a prompt once for each of its candidates. Here a
-prompt is read once for all of them, every row that is computed belongs to a candidate that goes on, and the slots are
-filled again while others are still running. What cannot be had that way is left to `GenerateEngine`.
+`generate` runs a batch until its longest row has finished, and prefills a prompt once per candidate. Here a prompt is
+prefilled once for all of its candidates, only running rows are computed, and free slots are refilled during decoding.
+Models and settings that do not allow it go to `GenerateEngine`.
 """
 
 import dataclasses

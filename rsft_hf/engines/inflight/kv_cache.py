@@ -1,7 +1,6 @@
-"""A cache of slots: one row for each candidate in flight; rows leave it and others enter at any time.
+"""KV cache with one row (slot) per running sequence; rows leave and enter during decoding.
 
-Keys and values of read prompts enter, what a model's attention reads leaves. All rows end at one common column, so that
-a step writes one column; how far a row reaches to the left is its own affair, and the mask says it.
+All rows end at one common column, so that a step writes one column; the mask says how far a row reaches to the left.
 
       columns   0 . . . start . . . . write            row 0   . . . p p p p a a a      p prompt, a answer
                                                        row 1   . . . . . p p a a a      . not read: masked

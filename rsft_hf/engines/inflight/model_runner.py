@@ -1,10 +1,8 @@
-"""How a model reads prompts and takes a step for the candidates in flight: decoder-only, and encoder-decoder.
+"""Model runner for continuous batching: prefill and decode steps, decoder-only and encoder-decoder.
 
-Prompts as token ids enter; scores of the next token leave, and keys and values that a slot cache can hold.
-
-Positions of rows of different ages in decoders that take them from the length of the cache, the same for all rows.
-
-The decoders of BART, Marian, M2M100 and their kin have a module `embed_positions`, and no argument for positions.
+Prefill returns next-token logits, and keys and values for the slot KV cache. `row_positions` sets per-row positions in
+decoders without a positions argument: BART, Marian, M2M100 and related models take them from the cache length, in a
+module `embed_positions`.
 """
 
 import contextlib

@@ -1,10 +1,7 @@
-"""The candidates of one request on their way: who enters when, and what leaves.
+"""Scheduler of continuous batching, and the running sequences.
 
-A reader of prompts and the rows in flight enter, sequences leave as they end. The order is a matter of speed alone.
-
-The candidates in flight, row by row: their tokens so far, their streams, what they were drawn with, when they end.
-
-Scores of the next token enter, finished sequences leave. Nothing here knows a model or its cache.
+`Flight` admits prompts and runs decode steps; the order affects speed only. `Rows` holds the running sequences: tokens
+so far, random streams, log probabilities and end conditions.
 """
 
 from collections import deque
