@@ -1,4 +1,4 @@
-"""Rules from rewards to accepted candidates."""
+"""Acceptance rules: from the rewards of candidates to a mask of the accepted ones."""
 
 from rsft_hf.acceptance.batch import Acceptance, CandidateBatch, check_acceptance
 from rsft_hf.acceptance.density import RSO, DensityRatio

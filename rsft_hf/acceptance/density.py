@@ -1,6 +1,6 @@
-"""The rules that follow a law: what they accept is distributed as the target, up to the envelope being known.
+"""Acceptance rules that sample a target density: RSO for q exp(r / beta), DensityRatio for p or p exp(r / beta).
 
-Candidates drawn from q enter; `RSO` accepts towards q exp(r / beta), `DensityRatio` towards p, or p exp(r / beta).
+Candidates are drawn from q. What is accepted follows the target, up to the estimate of the envelope M.
 """
 
 import logging
@@ -15,32 +15,32 @@ from rsft_hf.rejection import effective_sample_size_from_logs
 
 logger = logging.getLogger(__name__)
 
-_LOG_TOLERANCE = 1e-6  # by which a known envelope may be passed where no lengths say how many terms were summed
+_LOG_TOLERANCE = 1e-6  # by which a ratio may exceed a known envelope if the lengths are unknown
 
-_LOG_TOLERANCE_PER_TOKEN = 1e-5  # each token's log-probabilities are rounded in single precision
+_LOG_TOLERANCE_PER_TOKEN = 1e-5  # each token's log-probabilities are rounded to single precision
+
+_MIN_EFFECTIVE_FRACTION, _MIN_CANDIDATES = 0.05, 20  # thresholds of the warning about the effective sample size
 
 _BETA_UNIT = "It is a temperature in units of reward."
-
-_MIN_EFFECTIVE_SHARE, _MIN_JUDGED = 0.05, 20
 
 
 @dataclass(frozen=True, repr=False)
 class RSO(Acceptance):
-    """Accepts k candidates of each prompt towards q(y|x) exp(r / beta), by passes of rejection sampling.
+    """Accepts k candidates of each prompt, distributed as q(y|x) exp(r / beta), by passes of rejection sampling.
 
-    In each pass a candidate that is left is accepted with probability exp((r - r_max) / beta), r_max being the largest
-    reward left; passes go on until k are accepted or the candidates run out. A small beta is top-k, a large one a
+    In each pass a remaining candidate is accepted with probability exp((r - r_max) / beta), where r_max is the largest
+    remaining reward; passes continue until k are accepted or no candidate remains. A small beta is top-k, a large one a
     uniform choice. Few candidates bias the result towards q, since r_max is the maximum of a sample, and so does a k
     near n. Identical candidates count as often as they were drawn: removing duplicates first changes the law.
-    Liu et al. 2023, arXiv:2309.06657, algorithm 1, with the candidates shuffled and told apart by index: there the stop
-    at k favours those that stand first, and equal texts count once.
+    Liu et al. 2023, arXiv:2309.06657, algorithm 1, with candidates shuffled and identified by index: in the original,
+    the stop at k favours the first ones, and equal texts count once.
 
     Attributes:
         beta: Temperature in units of reward, > 0; infinity is a uniform choice.
-        k: Most candidates accepted per prompt.
+        k: Maximum number of accepted candidates per prompt.
 
     Raises:
-        TypeError: If `k` is no integer.
+        TypeError: If `k` is not an integer.
         ValueError: If `beta` is not positive or `k` is below 1.
     """
 
@@ -60,41 +60,43 @@ class RSO(Acceptance):
             [[False, True, True]]
         """
         shape = batch.rewards.shape
-        # Shuffled first: the last pass stops at the k-th acceptance, and must not prefer the first columns.
+        # Shuffled: the last pass stops at the k-th acceptance, and must not prefer the first columns.
         order = torch.rand(shape, dtype=torch.float64, generator=generator).argsort(dim=1)
-        rewards, is_left = batch.rewards.gather(1, order), batch.is_candidate.gather(1, order)
-        accepted = torch.zeros_like(is_left)
+        rewards, is_remaining = batch.rewards.gather(1, order), batch.is_candidate.gather(1, order)
+        accepted = torch.zeros_like(is_remaining)
         while True:
             num_missing = self.k - accepted.sum(dim=1, keepdim=True)
-            is_open = is_left & (num_missing > 0)
+            is_open = is_remaining & (num_missing > 0)
             if not bool(is_open.any()):
                 return torch.zeros_like(accepted).scatter(1, order, accepted)
-            largest = rewards.masked_fill(~is_left, -math.inf).amax(dim=1, keepdim=True)  # r_max over what is left
+            largest = rewards.masked_fill(~is_remaining, -math.inf).amax(
+                dim=1, keepdim=True
+            )  # r_max of the remaining candidates
             uniforms = torch.rand(shape, dtype=torch.float64, generator=generator)
             passed = is_open & (uniforms.log() < (rewards - largest) / self.beta)
             passed &= passed.cumsum(dim=1) <= num_missing
             accepted |= passed
-            is_left &= ~passed
+            is_remaining &= ~passed
 
 
 @dataclass(frozen=True, repr=False)
 class DensityRatio(Acceptance):
-    """Accepts with probability w / M, w = p / q: what is accepted follows p on the support of q, the law itself.
+    """Accepts with probability w / M, w = p / q, so that accepted candidates follow p on the support of q.
 
     p is exp(`log_p`), times exp(r / beta) if `beta` is given, and need not be normalised. Every candidate keeps its u
-    (`CandidateBatch.uniforms`), so that judging it again after a later one has raised M gives the verdict of having
-    known M from the start, in any order of candidates. Ratios of sequences grow exponentially with their length: look
-    at the effective sample size, which is also logged as a warning where it is small.
+    (`CandidateBatch.uniforms`), so that after a later candidate has raised M, a second decision equals that of the
+    final M, in any order of candidates. Ratios of sequences grow exponentially with their length: check the effective
+    sample size; a warning is logged if it is small.
 
     Attributes:
         beta: Temperature in units of reward, > 0, or None for a target without rewards.
-        log_envelope: log M where it is known, nats. With pure top-p or top-k at temperature 1, p / q <= 1 for the raw
-            model, so 0.0 is exact. None takes it from the candidates.
-        quantile: Which quantile of log w serves as log M, in (0, 1]; 1, or None with no `log_envelope`, is the
-            maximum. Below 1, acceptance is with min(1, w / M): more is accepted, and the ratios above M are flattened
-            (quasi-rejection sampling, Eikema et al. 2022).
-        per_prompt: Whether each prompt has its own M. Both follow p within a prompt; one M for all lets prompts with
-            larger ratios have more accepted candidates.
+        log_envelope: log M if it is known, nats. With pure top-p or top-k at temperature 1, p / q <= 1 for the raw
+            model, so 0.0 is exact. None estimates it from the candidates.
+        quantile: Quantile of log w used as log M, in (0, 1]; 1, or None without `log_envelope`, is the maximum. Below
+            1, the acceptance probability is min(1, w / M): more candidates are accepted, and ratios above M are
+            truncated (quasi-rejection sampling, Eikema et al. 2022).
+        per_prompt: Whether each prompt has its own M. Both follow p within a prompt; with one M for all, prompts with
+            larger ratios get more accepted candidates.
 
     Raises:
         ValueError: If `beta` is not positive, `log_envelope` not finite, `quantile` outside (0, 1], or if
@@ -117,8 +119,8 @@ class DensityRatio(Acceptance):
             raise ValueError(f"`log_envelope`={self.log_envelope} must be finite: log M in nats, 0.0 for M = 1.")
         if self.quantile is not None or self.per_prompt:
             raise ValueError(
-                f"`log_envelope`={self.log_envelope} is M for every prompt, so `quantile` and `per_prompt` say nothing "
-                "beside it. Give one or the other."
+                f"`log_envelope`={self.log_envelope} is M for every prompt, so `quantile` and `per_prompt` have no "
+                "effect with it. Give one or the other."
             )
 
     @property
@@ -130,7 +132,7 @@ class DensityRatio(Acceptance):
         """Returns the accepted candidates, shape (P, n), bool.
 
         Raises:
-            ValueError: If `log_q` or `log_p` is absent, or if a ratio passes the known `log_envelope`.
+            ValueError: If `log_q` or `log_p` is absent, or if a ratio exceeds the known `log_envelope`.
 
         Example:
             >>> log_p = torch.tensor([[0.5, 0.5]]).log()
@@ -143,7 +145,7 @@ class DensityRatio(Acceptance):
         """
         log_weights = self.log_weights(batch)
         log_envelopes = self._log_envelopes(batch, log_weights)
-        self._warn_if_few(batch)
+        self._warn_if_inefficient(batch)
         uniforms = batch.uniforms
         if uniforms is None:
             uniforms = torch.rand(batch.rewards.shape, dtype=torch.float64, generator=generator)
@@ -151,7 +153,7 @@ class DensityRatio(Acceptance):
         return batch.is_candidate & (uniforms.log() < log_weights - log_envelopes)
 
     def log_weights(self, batch: CandidateBatch) -> torch.Tensor:
-        """Returns log w = log p - log q, with r / beta where asked for, shape (P, n), nats; -inf for no candidate."""
+        """Returns log w = log p - log q (+ r / beta), shape (P, n), nats; -inf for cells that are no candidates."""
         log_weights = read_column(batch, "log_p", repr(self)) - read_column(batch, "log_q", repr(self))
         if self.beta is not None:
             log_weights = log_weights + batch.rewards / self.beta
@@ -165,27 +167,27 @@ class DensityRatio(Acceptance):
 
     def _log_envelopes(self, batch: CandidateBatch, log_weights: torch.Tensor) -> torch.Tensor:
         if self.log_envelope is not None:
-            _refuse_exceeded(self.log_envelope, batch, log_weights)
+            _check_envelope(self.log_envelope, batch, log_weights)
             return torch.tensor(self.log_envelope, dtype=torch.float64)
         quantile = 1.0 if self.quantile is None else self.quantile
         if self.per_prompt:
             return row_quantiles(log_weights, batch.is_candidate, quantile)
         return row_quantiles(log_weights.reshape(1, -1), batch.is_candidate.reshape(1, -1), quantile)
 
-    def _warn_if_few(self, batch: CandidateBatch) -> None:
+    def _warn_if_inefficient(self, batch: CandidateBatch) -> None:
         num_candidates = int(batch.is_candidate.sum())
         effective = self.effective_sample_size(batch)
-        if num_candidates >= _MIN_JUDGED and effective < _MIN_EFFECTIVE_SHARE * num_candidates:
+        if num_candidates >= _MIN_CANDIDATES and effective < _MIN_EFFECTIVE_FRACTION * num_candidates:
             logger.warning(
                 "The density ratios of %d candidates are worth %.1f equally weighted ones: few will be accepted, and M "
-                "is a guess. Sample closer to the target (temperature 1, no top-k), shorten the completions, raise "
+                "is uncertain. Sample closer to the target (temperature 1, no top-k), shorten the completions, raise "
                 "`beta`, or give a `quantile`.",
                 num_candidates,
                 effective,
             )
 
 
-def _refuse_exceeded(log_envelope: float, batch: CandidateBatch, log_weights: torch.Tensor) -> None:
+def _check_envelope(log_envelope: float, batch: CandidateBatch, log_weights: torch.Tensor) -> None:
     excess = log_weights - log_envelope
     tolerance = torch.full_like(excess, _LOG_TOLERANCE)
     if batch.lengths is not None:
@@ -196,6 +198,7 @@ def _refuse_exceeded(log_envelope: float, batch: CandidateBatch, log_weights: to
         raise ValueError(
             f"`log_envelope`={log_envelope} is no envelope: the log ratio p / q reaches {float(log_weights.max()):.6g} "
             f"({int(is_above.sum())} of {int(batch.is_candidate.sum())} candidates lie above, the first at prompt "
-            f"{prompt}, candidate {candidate}), so what is accepted would not follow p. Raise it, or leave it None "
-            "to take M from the candidates; 0.0 holds only for top-p or top-k at temperature 1 and the raw model."
+            f"{prompt}, candidate {candidate}), so the accepted candidates would not follow p. Raise it, or leave it "
+            "None to estimate M from the candidates; 0.0 holds only for top-p or top-k at temperature 1 and the raw "
+            "model."
         )

@@ -1,13 +1,8 @@
-"""Rules from rewards to accepted candidates: a `CandidateBatch` enters, a mask of the same shape leaves.
+"""Acceptance rules: thresholds, top-k, random controls, caps, difficulty ranges, and sequences of rules.
 
-Every rule is a frozen dataclass called with `(batch, generator)`. None of them ever accepts a candidate that is not
-valid or that nobody could judge, and none looks at the order of candidates. The rules that only rank stand here; those
-that follow a law stand in `density.py`, those around other rules in `controls.py`, and all can be imported from here.
-How a candidate was generated or scored, and what becomes of it, is not known here.
-
-Rules around rules: random controls of equal size, a cap, the difficulty of prompts, one rule after another.
-
-They take and give what the rules in `acceptance.py` do, and know none of those by name.
+A rule is a frozen dataclass called with `(batch, generator)` that returns a mask of the shape of the batch. No rule
+accepts a candidate that is not valid or has no reward, and none depends on the order of candidates. The rules that
+sample a target density are in `density.py`.
 """
 
 import math
@@ -28,10 +23,12 @@ from rsft_hf.checks import check_fraction, check_integer
 
 TieBreak = Literal["random", "shortest"]
 
+Keep = Literal["random", "best"]
+
 
 @dataclass(frozen=True, repr=False)
 class Threshold(Acceptance):
-    """Accepts the rewards above a threshold: a number, or a quantile of the rewards themselves.
+    """Accepts rewards above a threshold: a number, or a quantile of the rewards.
 
     Exactly one of the four is given. `minimum` and `schedule` accept r > t; the quantiles accept r >= t, so that equal
     rewards are all accepted instead of none. Few distinct rewards make a quantile coarse: among 90 zeros and 10 ones
@@ -39,11 +36,11 @@ class Threshold(Acceptance):
 
     Attributes:
         minimum: Accepts r > minimum, in units of reward.
-        quantile: Accepts the top share 1 - quantile of all candidates of the round, and what ties with it. Favours
-            easy prompts.
-        prompt_quantile: The same for each prompt, which accepts at least its best candidate.
-        schedule: The minimum of each round; the last one serves all later rounds. ReST raises it over its improve
-            steps, Gulcehre et al. 2023, arXiv:2308.08998. Without `for_round` it is the first.
+        quantile: Accepts the top fraction 1 - quantile of all candidates of the round, and ties with it. Favours easy
+            prompts.
+        prompt_quantile: The same within each prompt, which accepts at least its best candidate.
+        schedule: Minimum of each round; the last one holds for all later rounds. ReST raises it over its improve
+            steps, Gulcehre et al. 2023, arXiv:2308.08998. Without `for_round`, the first one.
 
     Raises:
         ValueError: If not exactly one is given, a minimum is not finite, `schedule` is empty or a quantile is outside
@@ -74,7 +71,7 @@ class Threshold(Acceptance):
                 check_fraction(name, given[name])
 
     def for_round(self, round_number: int) -> "Threshold":
-        """Returns the threshold of that round, counted from 0; itself without a schedule.
+        """Returns the threshold of a round, counted from 0; itself without a schedule.
 
         Example:
             >>> Threshold(schedule=(0.0, 0.5)).for_round(7)
@@ -110,12 +107,12 @@ class TopKPerPrompt(Acceptance):
     """Accepts the k largest rewards of each prompt; k = 1 is best-of-n. RAFT, Dong et al. 2023, arXiv:2304.06767.
 
     Attributes:
-        k: Most candidates accepted per prompt.
-        tie_break: What decides between equal rewards, which binary rewards make the rule: "random", or "shortest", the
-            fewest tokens and at random among those. Never the index.
+        k: Maximum number of accepted candidates per prompt.
+        tie_break: Order of equal rewards, which are common with binary rewards: "random", or "shortest", the fewest
+            tokens first and at random among those. Never the index.
 
     Raises:
-        TypeError: If `k` is no integer.
+        TypeError: If `k` is not an integer.
         ValueError: If `k` is below 1 or `tie_break` is neither.
     """
 
@@ -142,14 +139,14 @@ class TopKPerPrompt(Acceptance):
 
 @dataclass(frozen=True, repr=False)
 class TopKOverall(Acceptance):
-    """Accepts the k largest rewards of the whole round, wherever they stand: it favours easy prompts.
+    """Accepts the k largest rewards of the whole round, over all prompts; favours easy prompts.
 
     Attributes:
-        k: Most candidates accepted in the round.
+        k: Maximum number of accepted candidates in the round.
         tie_break: As in `TopKPerPrompt`.
 
     Raises:
-        TypeError: If `k` is no integer.
+        TypeError: If `k` is not an integer.
         ValueError: If `k` is below 1 or `tie_break` is neither.
     """
 
@@ -177,27 +174,15 @@ class TopKOverall(Acceptance):
         return chosen.reshape(batch.rewards.shape)
 
 
-def _keys(batch: CandidateBatch, rule: TopKPerPrompt | TopKOverall) -> tuple[torch.Tensor, ...]:
-    """What ranks the candidates, smallest first: the rewards reversed, then the lengths if those break ties."""
-    if rule.tie_break == "random":
-        return (-batch.rewards,)
-    return -batch.rewards, read_column(batch, "lengths", repr(rule))
-
-
-def _check_tie_break(tie_break: str) -> None:
-    if tie_break not in get_args(TieBreak):
-        raise ValueError(f"`tie_break`={tie_break!r} must be 'random' or 'shortest'.")
-
-
-Keep = Literal["random", "best"]
-
-
 @dataclass(frozen=True, repr=False)
 class RandomPerPrompt(Acceptance):
-    """Accepts k candidates of each prompt at random: the control that shows what the rewards are worth.
+    """Accepts k random candidates of each prompt: the control for the value of the rewards.
+
+    Attributes:
+        k: Maximum number of accepted candidates per prompt.
 
     Raises:
-        TypeError: If `k` is no integer.
+        TypeError: If `k` is not an integer.
         ValueError: If `k` is below 1.
     """
 
@@ -218,7 +203,10 @@ class RandomPerPrompt(Acceptance):
 
 @dataclass(frozen=True, repr=False)
 class RandomLike(Acceptance):
-    """Accepts as many candidates of each prompt as `rule` would, but at random: the control matched prompt by prompt.
+    """Accepts as many candidates of each prompt as `rule`, but at random: the control matched per prompt.
+
+    Attributes:
+        rule: The rule to match.
 
     Raises:
         TypeError: If `rule` is not a rule.
@@ -231,15 +219,21 @@ class RandomLike(Acceptance):
 
     @property
     def requires(self) -> frozenset[str]:
-        """What the rule that is matched needs."""
+        """Log-probabilities that the matched rule reads."""
         return self.rule.requires
 
     def for_round(self, round_number: int) -> "RandomLike":
-        """Returns the control of the rule as it stands in that round."""
+        """Returns the control of the rule of that round."""
         return RandomLike(self.rule.for_round(round_number))
 
     def __call__(self, batch: CandidateBatch, generator: torch.Generator) -> torch.Tensor:
-        """Returns the accepted candidates, shape (P, n), bool, with the row sums of the rule."""
+        """Returns the accepted candidates, shape (P, n), bool, with the row sums of the rule.
+
+        Example:
+            >>> batch = CandidateBatch(torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]))
+            >>> RandomLike(Threshold(minimum=0.5))(batch, torch.Generator().manual_seed(0)).sum(dim=1).tolist()
+            [2, 0]
+        """
         counts = self.rule(batch, generator).sum(dim=1, keepdim=True)
         return choose_first(batch.is_candidate, counts, generator)
 
@@ -248,14 +242,15 @@ class RandomLike(Acceptance):
 class PerPromptCap(Acceptance):
     """Accepts at most k candidates of each prompt, so that easy prompts do not fill the round.
 
-    ReST-EM keeps at most 10 solutions per problem (Singh et al. 2023, arXiv:2312.06585): the last rule of a `Sequence`.
+    ReST-EM keeps at most 10 solutions per problem (Singh et al. 2023, arXiv:2312.06585). Use it as the last rule of a
+    `Sequence`.
 
     Attributes:
-        k: Most candidates accepted per prompt.
-        keep: "random", or "best" by reward with ties at random.
+        k: Maximum number of accepted candidates per prompt.
+        keep: Candidates to keep: "random", or "best" by reward with ties at random.
 
     Raises:
-        TypeError: If `k` is no integer.
+        TypeError: If `k` is not an integer.
         ValueError: If `k` is below 1 or `keep` is neither.
     """
 
@@ -268,23 +263,29 @@ class PerPromptCap(Acceptance):
             raise ValueError(f"`keep`={self.keep!r} must be 'random' or 'best'.")
 
     def __call__(self, batch: CandidateBatch, generator: torch.Generator) -> torch.Tensor:
-        """Returns the accepted candidates, shape (P, n), bool: min(k, candidates) in each row."""
+        """Returns the accepted candidates, shape (P, n), bool: min(k, candidates) in each row.
+
+        Example:
+            >>> batch = CandidateBatch(torch.tensor([[1.0, 3.0, 2.0]]))
+            >>> PerPromptCap(2, keep="best")(batch, torch.Generator().manual_seed(0)).tolist()
+            [[False, True, True]]
+        """
         keys = (-batch.rewards,) if self.keep == "best" else ()
         return choose_first(batch.is_candidate, self.k, generator, *keys)
 
 
 @dataclass(frozen=True, repr=False)
 class DifficultyRange(Acceptance):
-    """Accepts all candidates of the prompts that are neither too hard nor too easy.
+    """Accepts all candidates of the prompts of medium difficulty.
 
-    The share of a prompt's candidates with a reward above `solved_above` must lie in [low, high]. Put it first in a
-    `Sequence`: after a threshold, every prompt that is left looks solved. Candidates filtered out or not judged are in
-    neither part of the share.
+    The fraction of a prompt's candidates with a reward above `solved_above` must lie in [low, high]. Put it first in a
+    `Sequence`: after a threshold, every remaining prompt looks solved. Candidates that are filtered or without reward
+    are not counted.
 
     Attributes:
-        low: Least share solved, in [0, 1].
-        high: Largest share solved, in [low, 1].
-        solved_above: The reward above which a candidate solves its prompt.
+        low: Smallest solved fraction, in [0, 1].
+        high: Largest solved fraction, in [low, 1].
+        solved_above: Reward above which a candidate solves its prompt.
 
     Raises:
         ValueError: If not 0 <= low <= high <= 1, or if `solved_above` is NaN.
@@ -310,14 +311,17 @@ class DifficultyRange(Acceptance):
         """
         is_candidate = batch.is_candidate
         num_solved = (is_candidate & (batch.rewards > self.solved_above)).sum(dim=1, keepdim=True).double()
-        shares = num_solved / is_candidate.sum(dim=1, keepdim=True)  # NaN without candidates: in no range
-        # 1e-9 wide of the limits, so that a third of three candidates lies in a range that ends at 1/3 or .333333333.
-        return is_candidate & (shares >= self.low - 1e-9) & (shares <= self.high + 1e-9)
+        fractions = num_solved / is_candidate.sum(dim=1, keepdim=True)  # NaN without candidates, which is in no range
+        # With a tolerance of 1e-9, so that one of three candidates lies in a range that ends at 1/3 or .333333333.
+        return is_candidate & (fractions >= self.low - 1e-9) & (fractions <= self.high + 1e-9)
 
 
 @dataclass(frozen=True, init=False, repr=False)
 class Sequence(Acceptance):
-    """Applies several rules in turn, each to what the one before has accepted.
+    """Sequence of rules, each applied to the candidates that the one before accepted.
+
+    Attributes:
+        rules: The rules.
 
     Raises:
         TypeError: If one of them is not a rule.
@@ -341,20 +345,38 @@ class Sequence(Acceptance):
 
     @property
     def requires(self) -> frozenset[str]:
-        """The log-probabilities that any of the rules reads."""
+        """Log-probabilities that any of the rules reads."""
         return frozenset[str]().union(*(rule.requires for rule in self.rules))
 
     def for_round(self, round_number: int) -> "Sequence":
-        """Returns the sequence of its rules as they stand in that round."""
+        """Returns the sequence of the rules of that round."""
         return Sequence(*(rule.for_round(round_number) for rule in self.rules))
 
     def __call__(self, batch: CandidateBatch, generator: torch.Generator) -> torch.Tensor:
-        """Returns the candidates that every rule has accepted, shape (P, n), bool."""
+        """Returns the candidates that every rule accepted, shape (P, n), bool.
+
+        Example:
+            >>> batch = CandidateBatch(torch.tensor([[1.0, 3.0, 2.0]]))
+            >>> Sequence(Threshold(minimum=1), PerPromptCap(1, "best"))(batch, torch.Generator()).tolist()
+            [[False, True, False]]
+        """
         accepted = batch.is_candidate
         for rule in self.rules:
             accepted = accepted & rule(batch.restricted_to(accepted), generator)
         return accepted
 
     def __repr__(self) -> str:
-        """The rules in their order."""
+        """The rules in order."""
         return f"Sequence({', '.join(map(repr, self.rules))})"
+
+
+def _keys(batch: CandidateBatch, rule: TopKPerPrompt | TopKOverall) -> tuple[torch.Tensor, ...]:
+    """Sort keys of the candidates, smallest first: the negative rewards, then the lengths if they break ties."""
+    if rule.tie_break == "random":
+        return (-batch.rewards,)
+    return -batch.rewards, read_column(batch, "lengths", repr(rule))
+
+
+def _check_tie_break(tie_break: str) -> None:
+    if tie_break not in get_args(TieBreak):
+        raise ValueError(f"`tie_break`={tie_break!r} must be 'random' or 'shortest'.")

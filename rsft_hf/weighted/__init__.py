@@ -1,4 +1,4 @@
-"""Weighted half: rows resampled by loss-derived weights."""
+"""Weighted half: resampling of a labelled training set by loss-derived weights."""
 
 from rsft_hf.weighted.measurement import Measurement, NotPerExampleError, measure_losses
 from rsft_hf.weighted.resampler import LossResampler

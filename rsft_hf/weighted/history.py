@@ -1,7 +1,4 @@
-"""What was measured and drawn in every epoch, for those who want to look.
-
-Vectors in data-set order enter once per epoch; data sets to filter, sort and plot leave.
-"""
+"""EpochHistory: losses, margins, weights and counts of every row in every epoch, and the suspected label errors."""
 
 import datasets
 import numpy as np
@@ -13,7 +10,18 @@ _TABLE_COLUMNS = ("loss", "margin", "weight", "count")
 
 
 class EpochHistory:
-    """Losses, margins, weights and counts of every epoch, in single precision."""
+    """History of losses, margins, weights and counts of every epoch, in single precision.
+
+    Attributes:
+        epochs: Numbers of the recorded epochs.
+
+    Example:
+        >>> history = EpochHistory()
+        >>> losses = torch.tensor([0.1, 3.0, 0.2])
+        >>> history.append(0, losses, -losses, losses, indices=torch.tensor([1, 1, 2]))
+        >>> history.table()["count"][:], history.suspects(1)["row"][:]
+        ([0, 2, 1], [1])
+    """
 
     def __init__(self) -> None:
         self.epochs: list[int] = []
@@ -28,16 +36,16 @@ class EpochHistory:
         indices: torch.Tensor,
         is_fresh: torch.Tensor | None = None,
     ) -> None:
-        """Notes an epoch.
+        """Records an epoch.
 
         Args:
-            epoch: Its number.
-            losses: Known when it began, shape (N,), NaN where unknown.
-            margins: Shape (N,), NaN where there is none.
+            epoch: Number of the epoch.
+            losses: Losses at its start, shape (N,), NaN if unknown.
+            margins: Shape (N,), NaN if not defined.
             weights: Shape (N,).
-            indices: The rows drawn, shape (num_draws,).
-            is_fresh: Whether a row's loss was measured since the epoch before, shape (N,), bool; all where None.
-                `suspects` counts only those, as a stale loss rises over the others by standing still.
+            indices: Drawn rows, shape (num_draws,).
+            is_fresh: Whether a row's loss was measured since the epoch before, shape (N,), bool; all by default.
+                `suspects` uses only those, because a stale loss exceeds the falling losses of the others.
         """
         counts = torch.bincount(indices, minlength=len(weights))
         for values, column in zip(
@@ -61,10 +69,10 @@ class EpochHistory:
         return datasets.Dataset.from_dict(columns)
 
     def suspects(self, num_suspects: int) -> datasets.Dataset:
-        """Returns the rows whose loss stays highest over the median of its epoch, worst first.
+        """Returns the rows with the largest mean excess of the loss over the epoch's median, largest first.
 
-        A row that is merely hard is learnt in the end; one whose loss stays high while the others fall is often
-        mislabelled. The margins tell the same story as the area under them (Pleiss et al. 2020, arXiv:2001.10528).
+        A hard row is learnt eventually; a row whose loss stays high while the others fall is often mislabelled. The
+        area under the margins is a similar measure (Pleiss et al. 2020, arXiv:2001.10528).
 
         Args:
             num_suspects: Number of rows to return, at least 1.
@@ -75,6 +83,7 @@ class EpochHistory:
 
         Raises:
             RuntimeError: If no epoch has been measured.
+            TypeError: If `num_suspects` is not an integer.
             ValueError: If `num_suspects` is below 1.
         """
         check_integer("num_suspects", num_suspects, minimum=1)
@@ -107,7 +116,7 @@ class EpochHistory:
         return {f"history_{name}": torch.stack(values) for name, values in self._columns.items()}
 
     def load(self, epochs: list[int], state: dict[str, torch.Tensor]) -> None:
-        """Takes up the epochs of another history and the columns that its `state` returned."""
+        """Restores the epochs and the columns that `state` returned."""
         self.epochs = list(epochs)
         for name in self._columns:
             self._columns[name] = list(state[f"history_{name}"].unbind(0)) if epochs else []

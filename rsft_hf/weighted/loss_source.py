@@ -1,11 +1,7 @@
-"""Knows the loss of every row, from scoring passes or from the training steps.
+"""LossSource: the current loss of every row, from scoring passes or from the training steps.
 
-The options of a resampler and a trainer enter; losses in data-set order leave. Weights and draws are not known here.
-
-The losses that the training steps have seen, one entry per row of the data set.
-
-Rows and their losses enter micro-batch by micro-batch and wait; at the end of an epoch the mean of each row's losses
-enters its moving average, summed over the processes so that their number and order do not matter.
+`LossLedger` holds the losses, one entry per row of the data set. Losses of training steps are queued per micro-batch;
+at the end of an epoch the mean of each row's losses, summed over the processes, updates its moving average.
 """
 
 import contextlib
@@ -27,16 +23,18 @@ from rsft_hf.weighted.losses import (
     RowLosses,
     given_losses,
     record_loss,
-    refuse_unusable,
     row_losses,
+    validate_losses,
 )
 from rsft_hf.weighted.measurement import PREDICTION_STATISTICS, find_reading, measure_losses
 
 logger = logging.get_logger(__name__)
 
+_QUEUE_LENGTH = 64  # micro-batches kept on the device before their losses are copied, in one synchronisation
+
 
 class LossSource:
-    """Keeps the losses of one run.
+    """Source of the losses of one run.
 
     Args:
         trainer: Trainer whose training set is measured.
@@ -79,16 +77,16 @@ class LossSource:
         self._is_measured = False
 
     def losses_at(self, epoch: int, seed: int, may_measure: bool) -> torch.Tensor:
-        """Returns the loss of every row as it is known when the epoch begins. Collective.
+        """Returns the known loss of every row at the start of an epoch. Collective.
 
         Args:
-            epoch: Number of epochs begun before.
+            epoch: Number of epochs begun before this one.
             seed: Seed of a random collator in a scoring pass.
-            may_measure: Whether a scoring pass is made if it is due.
+            may_measure: Whether a scoring pass may run if it is due.
 
         Returns:
-            Shape (N,), float64, NaN for a row without a label; a row that no step has read yet counts as an average
-            one. All NaN if nothing is known.
+            Shape (N,), float64, NaN for a row without a label; the mean of the others for a row not read yet. All NaN
+            before any loss is known.
         """
         if self._is_from_training:
             self.ledger.merge(self.trainer.accelerator)
@@ -108,15 +106,15 @@ class LossSource:
             self.predictions, self._is_measured = measurement.predictions, True
         losses, is_unlabelled = self.ledger.losses, self.ledger.is_unlabelled
         if self._reading is not None and self._reading.is_collator_random:
-            is_unlabelled = torch.zeros_like(is_unlabelled)  # hidden by chance, so not for good
+            is_unlabelled = torch.zeros_like(is_unlabelled)  # masked at random, so only temporarily
         return torch.where(losses.isnan() & ~is_unlabelled, losses.nanmean(), losses)
 
     @contextlib.contextmanager
     def observe(self, model: torch.nn.Module, rows: list[int], factors: torch.Tensor | None) -> Iterator[None]:
-        """Notes the losses of the training step inside the block, and scales them by `factors`, shape (len(rows),).
+        """Records the losses of the training step inside the block, and scales them by `factors`, shape (len(rows),).
 
         Raises:
-            RuntimeError: If the step shows no loss that can be read or scaled.
+            RuntimeError: If the step has no loss that can be read or scaled.
         """
         with record_loss(self.trainer, model, len(rows), factors) as recording:
             yield
@@ -134,7 +132,7 @@ class LossSource:
             losses = row_losses(recording, self._reading, len(rows))
         if losses is None:
             raise RuntimeError(
-                f'losses="training" captured nothing in a step of {len(rows)} rows, so the ledger would stand still '
+                f'losses="training" captured nothing in a step of {len(rows)} rows, so the ledger would not be updated '
                 '(a compiled model or a fused loss makes no call that can be read). Use losses="forward" or pass '
                 "`per_example_loss`."
             )
@@ -151,7 +149,7 @@ class LossSource:
         return numbers, tensors
 
     def load(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        """Takes up what `state` returned."""
+        """Restores what `state` returned."""
         self._is_measured = numbers["is_measured"]
         self._reading = None if numbers["reading"] is None else Reading(**numbers["reading"])
         self.predictions = {
@@ -166,17 +164,17 @@ class LossSource:
         return not self._is_measured or bool(missing) or (epoch - self._warmup_epochs) % self._every_n_epochs == 0
 
     def _trained_model(self) -> torch.nn.Module:
-        # DeepSpeed alone computes through its wrapper; DDP's would only add communication.
+        # DeepSpeed needs its wrapper for the forward pass; DDP's would only add communication.
         return self.trainer.model_wrapped if self.trainer.is_deepspeed_enabled else self.trainer.model
 
     def _training_loader(self) -> Any:
         return self.trainer.callback_handler.train_dataloader or self.trainer.get_train_dataloader()
 
     def _find_reading(self, seed: int) -> None:
-        """Looks at a few rows before every epoch, so that what cannot work fails before a step is made.
+        """Finds the reading from a few rows before every epoch, so that an unreadable loss fails before the first step.
 
-        Once is not enough: a term that is zero at the start (a penalty on the distance from the start, say) shows
-        only later.
+        Once is not enough: a term that is zero at the start (a penalty on the distance from the initial weights, say)
+        appears later.
         """
         if self._per_example_loss is not None:
             reading = Reading("given")
@@ -184,32 +182,51 @@ class LossSource:
             model, loader = self._trained_model(), self._training_loader()
             with forked_rng(seed), preserved_trainer_state(self.trainer), in_evaluation_mode(model):
                 reading = find_reading(self.trainer, model, loader.dataset, loader.collate_fn, seed)
-        # The main process's word: at the edge of a tolerance the processes might choose differently, and then wait.
+        # The main process decides: near a tolerance the processes might choose differently, and deadlock.
         (reading,) = broadcast_object_list([reading])
         check_reading(reading, self._is_from_training, self._importance_correction)
         if self._reading is not None and self._reading.kind != reading.kind:
             logger.warning(
                 f"The losses can no longer be read by {self._reading.kind!r} and are read by {reading.kind!r} from "
-                "here on: a term of the loss appeared that was zero before."
+                "now on: a term of the loss appeared that was zero before."
             )
         self._reading = reading
 
 
-_QUEUE_LENGTH = 64  # micro-batches kept on the device before their losses are fetched: one wait instead of many
+def check_reading(reading: Reading, is_from_training: bool, importance_correction: float) -> None:
+    """Raises ValueError if the reading does not support training losses or an importance correction."""
+    if is_from_training and reading.kind == "single":
+        raise ValueError(
+            'losses="training" needs losses that can be read from the training step, and those of this model cannot '
+            '(see the warning above). Use losses="forward", or pass `per_example_loss`.'
+        )
+    if importance_correction > 0 and reading.kind != "criterion":
+        raise ValueError(
+            "`importance_correction` scales the losses of torch.nn.functional inside the model or the loss function, "
+            "and this loss is computed another way (label smoothing, an added term, a fused head). Set "
+            "importance_correction=0."
+        )
 
 
 class LossLedger:
-    """Keeps an exponential moving average of the loss of each row.
+    """Exponential moving average of the loss of each row.
 
     Args:
         num_rows: Number of rows N of the data set.
-        ema_decay: Weight of the old average when a new loss comes, in [0, 1).
+        ema_decay: Weight of the old average in an update, in [0, 1).
 
     Attributes:
-        losses: Shape (N,), float64; NaN where the row has not been seen or has no label.
-        logit_margins: As last seen, shape (N,), float64, NaN where there is none.
-        is_unlabelled: Whether a row was seen without a label, shape (N,), bool.
-        is_fresh: Whether a loss came in since the epoch before, shape (N,), bool.
+        losses: Shape (N,), float64; NaN for a row not read yet or without a label.
+        logit_margins: Last margins, shape (N,), float64, NaN if not defined.
+        is_unlabelled: Whether a row was read without a label, shape (N,), bool.
+        is_fresh: Whether a loss was recorded since the epoch before, shape (N,), bool.
+
+    Example:
+        >>> ledger = LossLedger(num_rows=2, ema_decay=0.75)
+        >>> for loss in (4.0, 8.0):
+        ...     ledger.replace(torch.full((2,), loss).double(), torch.zeros(2))
+        >>> ledger.losses.tolist()  # .75 * 4 + .25 * 8
+        [5.0, 5.0]
     """
 
     def __init__(self, num_rows: int, ema_decay: float) -> None:
@@ -223,18 +240,18 @@ class LossLedger:
         self._margin_sums = torch.zeros(num_rows, dtype=torch.float64)
         self._counts = torch.zeros(num_rows, dtype=torch.int64)
         self._unlabelled_counts = torch.zeros(num_rows, dtype=torch.int64)
-        self._broken_sums = torch.zeros(num_rows, dtype=torch.float64)
+        self._invalid_sums = torch.zeros(num_rows, dtype=torch.float64)
 
     def record(self, rows: list[int], losses: RowLosses, margins: torch.Tensor | None) -> None:
-        """Notes the losses of one micro-batch; all of shape (len(rows),)."""
+        """Queues the losses of one micro-batch; all of shape (len(rows),)."""
         self._queue.append((rows, losses, None if margins is None else margins.detach()))
         if len(self._queue) >= _QUEUE_LENGTH:
-            self._fetch()
+            self._empty_queue()
 
     def replace(self, losses: torch.Tensor, logit_margins: torch.Tensor) -> None:
-        """Averages in a measurement of the whole data set, shapes (N,), NaN where a row has no label.
+        """Updates the averages by a scoring pass, shapes (N,), NaN for a row without a label.
 
-        A row whose label was hidden this time, as by random masking, keeps what is known of it.
+        A row whose label is masked at random this time keeps its average.
         """
         self.is_fresh = ~losses.isnan()
         self.losses = torch.where(self.is_fresh, self._averaged(losses), self.losses)
@@ -242,25 +259,25 @@ class LossLedger:
         self.logit_margins = logit_margins
 
     def merge(self, accelerator: Accelerator) -> None:
-        """Moves what has waited into the averages. Collective.
+        """Updates the averages by the queued losses of the epoch. Collective.
 
         Raises:
-            ValueError: If every loss of a labelled row was NaN or infinite; one such loss among others is passed over,
-                as Trainer's gradient scaler does.
+            ValueError: If every loss of a labelled row was NaN or infinite; one such loss among others is skipped, as
+                Trainer's gradient scaler does.
         """
-        sums, margin_sums, counts, unlabelled, broken = self._gathered(accelerator)
-        is_seen = counts > 0
-        refuse_unusable(broken, ~broken.isfinite() & ~is_seen, range(len(counts)))
-        self.is_fresh = is_seen
+        sums, margin_sums, counts, unlabelled, invalid = self._summed_over_processes(accelerator)
+        is_read = counts > 0
+        validate_losses(invalid, ~invalid.isfinite() & ~is_read, range(len(counts)))
+        self.is_fresh = is_read
         means = sums / counts.clamp(min=1)
-        self.losses = torch.where(is_seen, self._averaged(means), self.losses)
-        self.logit_margins = torch.where(is_seen, margin_sums / counts.clamp(min=1), self.logit_margins)
+        self.losses = torch.where(is_read, self._averaged(means), self.losses)
+        self.logit_margins = torch.where(is_read, margin_sums / counts.clamp(min=1), self.logit_margins)
         self.is_unlabelled |= unlabelled > 0
-        self._forget_waiting()
+        self._reset_sums()
 
     def state(self, accelerator: Accelerator) -> dict[str, torch.Tensor]:
-        """Returns all that `load` needs. Collective: what waits on other processes is counted in."""
-        sums, margin_sums, counts, unlabelled, broken = self._gathered(accelerator)
+        """Returns the state for `load`, with the sums of all processes. Collective."""
+        sums, margin_sums, counts, unlabelled, invalid = self._summed_over_processes(accelerator)
         return {
             "ledger_losses": self.losses,
             "ledger_margins": self.logit_margins,
@@ -269,61 +286,46 @@ class LossLedger:
             "ledger_margin_sums": margin_sums,
             "ledger_counts": counts,
             "ledger_unlabelled_counts": unlabelled,
-            "ledger_broken_sums": broken,
+            "ledger_invalid_sums": invalid,
         }
 
     def load(self, state: dict[str, torch.Tensor], is_main_process: bool) -> None:
-        """Takes up a state; what waited goes to the main process, as it already is the sum over all."""
+        """Restores a state; the sums go to the main process, as they already are over all processes."""
         self.losses, self.logit_margins = state["ledger_losses"], state["ledger_margins"]
         self.is_unlabelled = state["ledger_is_unlabelled"]
-        self._forget_waiting()
+        self._reset_sums()
         if is_main_process:
             self._loss_sums, self._margin_sums = state["ledger_loss_sums"], state["ledger_margin_sums"]
             self._counts, self._unlabelled_counts = state["ledger_counts"], state["ledger_unlabelled_counts"]
-            self._broken_sums = state["ledger_broken_sums"]
+            self._invalid_sums = state["ledger_invalid_sums"]
 
     def _averaged(self, losses: torch.Tensor) -> torch.Tensor:
         average = self.ema_decay * self.losses + (1 - self.ema_decay) * losses
         return torch.where(self.losses.isnan(), losses, average)
 
-    def _gathered(self, accelerator: Accelerator) -> tuple[torch.Tensor, ...]:
-        self._fetch()
-        counts = (self._counts, self._unlabelled_counts, self._broken_sums)
-        waiting = (self._loss_sums, self._margin_sums, *counts)
-        return tuple(sum_over_processes(accelerator, values) for values in waiting)
+    def _summed_over_processes(self, accelerator: Accelerator) -> tuple[torch.Tensor, ...]:
+        self._empty_queue()
+        counts = (self._counts, self._unlabelled_counts, self._invalid_sums)
+        sums = (self._loss_sums, self._margin_sums, *counts)
+        return tuple(sum_over_processes(accelerator, values) for values in sums)
 
-    def _fetch(self) -> None:
+    def _empty_queue(self) -> None:
         for rows, measured, margins in self._queue:
             losses, is_labelled = measured.losses.cpu(), measured.is_labelled.cpu()
-            indices, is_broken = torch.tensor(rows), is_labelled & ~losses.isfinite()
-            self._broken_sums.index_add_(0, indices, torch.where(is_broken, losses, 0.0).double())
+            indices, is_invalid = torch.tensor(rows), is_labelled & ~losses.isfinite()
+            self._invalid_sums.index_add_(0, indices, torch.where(is_invalid, losses, 0.0).double())
             self._unlabelled_counts.index_add_(0, indices, (~is_labelled).long())
-            is_labelled &= ~is_broken
+            is_labelled &= ~is_invalid
             self._loss_sums.index_add_(0, indices, torch.where(is_labelled, losses, 0.0).double())
             self._counts.index_add_(0, indices, is_labelled.long())
             values = torch.full((len(rows),), float("nan")) if margins is None else margins.cpu()
             self._margin_sums.index_add_(0, indices, torch.where(is_labelled, values, 0.0).double())
         self._queue.clear()
 
-    def _forget_waiting(self) -> None:
+    def _reset_sums(self) -> None:
         self._queue.clear()
         self._loss_sums = torch.zeros_like(self._loss_sums)
         self._margin_sums = torch.zeros_like(self._margin_sums)
         self._counts = torch.zeros_like(self._counts)
         self._unlabelled_counts = torch.zeros_like(self._unlabelled_counts)
-        self._broken_sums = torch.zeros_like(self._broken_sums)
-
-
-def check_reading(reading: Reading, is_from_training: bool, importance_correction: float) -> None:
-    """Raises ValueError if the way the losses can be read does not allow what was asked for."""
-    if is_from_training and reading.kind == "single":
-        raise ValueError(
-            'losses="training" needs losses that can be read from the training step, and those of this model cannot '
-            '(see the warning above). Use losses="forward", or pass `per_example_loss`.'
-        )
-    if importance_correction > 0 and reading.kind != "criterion":
-        raise ValueError(
-            "`importance_correction` scales the losses of torch.nn.functional inside the model or the loss function, "
-            "and this loss is computed another way (label smoothing, an added term, a fused head). Set "
-            "importance_correction=0."
-        )
+        self._invalid_sums = torch.zeros_like(self._invalid_sums)

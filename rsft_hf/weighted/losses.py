@@ -1,16 +1,15 @@
-"""The loss of each example of a batch, for any model and any loss function.
+"""Per-example losses of a batch, for any model and any loss function, by intercepting the criterion.
 
-The definition is the loss that the trainer reports for the example alone, in a batch of one. Three readings reach it:
-`criterion` (the calls of `torch.nn.functional` made while the loss is computed), `outputs` (a loss function that
-stands outside the model, called on one row of the outputs at a time) and `single` (a batch of one: exact for every
-model, slow). `probe.find_reading` takes the first that reproduces batches of one on rows of the data set itself. A
-batch enters, its losses leave; which rows the batch holds, and what the losses are for, is not known here.
+The loss of an example is the loss that the trainer reports for a batch of that example alone. `CriterionCapture` is
+active while the trainer computes a batch's loss: it intercepts the calls of the losses of `torch.nn.functional` and
+keeps the unreduced losses. `Reading` tells how per-example losses follow from them:
 
-Reads the losses of single elements out of a criterion that returns only their mean.
+- `criterion`: from the intercepted calls;
+- `outputs`: from a loss function outside of the model, called on one row of the outputs at a time;
+- `given`: from the user's `per_example_loss`;
+- `single`: from batches of one example, exact for every model, but slow.
 
-A `CriterionCapture` is active while a model computes its loss. It sees every call of a loss of
-`torch.nn.functional`, lets it happen, and keeps the unreduced losses, so that any model and any loss function built
-on these calls can be read. Which element belongs to which example is decided in `losses.py`.
+`measurement.find_reading` takes the first that reproduces batches of one on rows of the data set.
 """
 
 import contextlib
@@ -23,19 +22,25 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import Trainer
 
-_MAX_MARGIN_CLASSES = 1024  # beyond that a margin is no longer cheap beside the loss itself
+_MAX_MARGIN_CLASSES = 1024  # with more classes, a margin is not cheap compared with the loss
+
+Batch = Mapping[str, Any]
+
+Collate = Callable[[Sequence[Any]], Any]
+
+PerExampleLoss = Callable[[Any, Any], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class CriterionCall:
-    """One call of a criterion: the losses of its elements and what their mean divides by.
+    """Intercepted call of a criterion: the losses of its elements and the denominators of their mean.
 
     Attributes:
         losses: Unreduced losses, shape (elements,), class weights included, 0 where there is no label.
         normalisers: Share of each element in the denominator of the mean, shape (elements,): 1, or its class weight,
             or 0 where there is no label.
         num_classes: Size of the class dimension, None for a criterion without classes.
-        margins: Logit of the label less the largest other logit, shape (elements,), None where not cheap.
+        margins: Logit of the label minus the largest other logit, shape (elements,), None if not cheap.
     """
 
     losses: torch.Tensor
@@ -45,13 +50,23 @@ class CriterionCall:
 
 
 class CriterionCapture(TorchFunctionMode):
-    """Records the criterion calls made while it is active, and scales the losses of rows if asked to.
+    """Intercepts the calls of criteria while it is active, and scales the losses of rows by factors.
 
-    Without `row_factors` every call returns exactly what it would have returned, gradient included.
+    Without `row_factors` every call returns exactly what it returns without the interception, gradient included.
 
     Args:
         num_rows: Number of examples in the batch; elements are grouped by row, row-major.
-        row_factors: Factor for the loss of each row, shape (num_rows,), >= 0. None leaves the loss as it is.
+        row_factors: Factor for the loss of each row, shape (num_rows,), >= 0. None leaves the loss unchanged.
+
+    Attributes:
+        calls: The intercepted calls, in order.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0], [0.0, 50.0]])
+        >>> with CriterionCapture(num_rows=2) as capture:
+        ...     loss = F.cross_entropy(logits, torch.tensor([0, 0]))  # the mean of ln 2 and 50
+        >>> [round(value, 3) for value in capture.calls[0].losses.tolist()]
+        [0.693, 50.0]
     """
 
     def __init__(self, num_rows: int, row_factors: torch.Tensor | None = None) -> None:
@@ -63,7 +78,7 @@ class CriterionCapture(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Returns what `func` returns, after reading it if it is a criterion."""
+        """Returns what `func` returns, after recording its losses if it is a criterion."""
         kwargs = kwargs or {}
         read = _CRITERIA.get(func)
         if read is None or kwargs.get("size_average") is not None or kwargs.get("reduce") is not None:
@@ -95,18 +110,18 @@ class CriterionCapture(TorchFunctionMode):
         rows = normalisers.reshape(self.num_rows, -1).sum(1)
         is_even = bool((rows == rows[0]).all())
         if reduction == "mean":
-            # Rows that count alike: the mean of c L is unbiased. Others (tokens, class weights): numerator and
-            # denominator each estimate the uniform epoch's sum, and so does their ratio, up to O(1/batch).
+            # Rows of equal count: the mean of c L is unbiased. Others (tokens, class weights): numerator and
+            # denominator each estimate the uniform epoch's sum, so their ratio is unbiased up to O(1/batch).
             return losses.sum() / (normalisers if is_even else normalisers * factors).sum()
         if not is_even:
             raise RuntimeError(
                 "`importance_correction` cannot correct a loss that is summed over tokens and divided by their number "
-                "elsewhere (`num_items_in_batch`): rows of different length would be weighed wrongly. Set "
+                "elsewhere (`num_items_in_batch`): rows of different length would be weighted wrongly. Set "
                 "importance_correction=0."
             )
         return losses.sum()
 
-    def _keep(self, losses: torch.Tensor, normalisers: torch.Tensor, **extra: Any) -> None:
+    def _record(self, losses: torch.Tensor, normalisers: torch.Tensor, **extra: Any) -> None:
         losses = losses.detach().float().flatten()
         normalisers = normalisers.detach().float().expand(losses.shape)
         self.calls.append(CriterionCall(torch.where(normalisers > 0, losses, 0.0), normalisers, **extra))
@@ -122,11 +137,11 @@ class CriterionCapture(TorchFunctionMode):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> torch.Tensor:
-        """Returns `F.cross_entropy` of the same arguments and keeps its elements."""
+        """Returns `F.cross_entropy` of the same arguments and records its elements."""
         options: dict[str, Any] = {"weight": weight, "ignore_index": ignore_index}
         has_indices = not target.is_floating_point()
         if has_indices and label_smoothing == 0.0 and not torch.is_autocast_enabled(input.device.type):
-            # The two halves of F.cross_entropy, bit for bit; the log-softmax serves the loss and its elements.
+            # The two steps of F.cross_entropy, bit for bit; loss and elements share the log-softmax.
             log_probs = F.log_softmax(input, dim=min(1, input.ndim - 1))
             loss = F.nll_loss(log_probs, target, reduction=reduction, **options)
             with torch.no_grad():
@@ -137,7 +152,7 @@ class CriterionCapture(TorchFunctionMode):
             with torch.no_grad():
                 losses = F.cross_entropy(input.detach(), target, reduction="none", **options)
         normalisers = _class_normalisers(target, weight, ignore_index) if has_indices else losses.new_ones(())
-        self._keep(
+        self._record(
             losses,
             normalisers,
             num_classes=input.shape[-1 if input.ndim == 1 else 1],
@@ -155,11 +170,11 @@ class CriterionCapture(TorchFunctionMode):
         reduce: None = None,
         reduction: str = "mean",
     ) -> torch.Tensor:
-        """Returns `F.nll_loss` of the same arguments and keeps its elements."""
+        """Returns `F.nll_loss` of the same arguments and records its elements."""
         options: dict[str, Any] = {"weight": weight, "ignore_index": ignore_index}
         with torch.no_grad():
             losses = F.nll_loss(input.detach(), target, reduction="none", **options)
-        self._keep(
+        self._record(
             losses,
             _class_normalisers(target, weight, ignore_index),
             num_classes=input.shape[1 if input.ndim > 1 else 0],
@@ -167,13 +182,13 @@ class CriterionCapture(TorchFunctionMode):
         return F.nll_loss(input, target, reduction=reduction, **options)
 
     def ctc_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Returns `F.ctc_loss` of the same arguments and keeps its elements, one per sequence."""
+        """Returns `F.ctc_loss` of the same arguments and records its elements, one per sequence."""
         reduction = kwargs.get("reduction", "mean")
         with torch.no_grad():
             losses = F.ctc_loss(*args, **{**kwargs, "reduction": "none"})
             if reduction == "mean":
                 losses = losses / _ctc_lengths(args, kwargs).to(losses)  # F.ctc_loss divides by length, then averages
-        self._keep(losses, losses.new_ones(()))
+        self._record(losses, losses.new_ones(()))
         return F.ctc_loss(*args, **kwargs)
 
     def _margins(self, logits: torch.Tensor, target: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
@@ -182,21 +197,21 @@ class CriterionCapture(TorchFunctionMode):
         if not 2 <= logits.shape[1] <= _MAX_MARGIN_CLASSES:
             return None
         with torch.no_grad():
-            # Question answering ignores the index one beyond the last class.
+            # Question-answering heads ignore the index one beyond the last class.
             labels = target.masked_fill(target.eq(ignore_index), 0).unsqueeze(1)
             label_logits = logits.gather(1, labels).squeeze(1)
             return (label_logits - logits.scatter(1, labels, float("-inf")).amax(1)).float()
 
 
 def _elementwise(criterion: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A reader for criteria whose mean is the plain mean over elements; a NaN target is an element without label."""
+    """Recording function for criteria with a plain mean over elements; a NaN target is an element without label."""
 
     def read(
         capture: CriterionCapture, input: torch.Tensor, target: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         with torch.no_grad():
             losses = criterion(input.detach(), target, *args, **{**kwargs, "reduction": "none"})
-            capture._keep(losses, (~target.isnan()).expand(losses.shape).flatten())
+            capture._record(losses, (~target.isnan()).expand(losses.shape).flatten())
         return criterion(input, target, *args, **kwargs)
 
     return read
@@ -231,25 +246,23 @@ _CRITERIA: dict[Callable[..., Any], Callable[..., torch.Tensor]] = {
     },
 }
 
-Batch = Mapping[str, Any]
-
-Collate = Callable[[Sequence[Any]], Any]
-
-PerExampleLoss = Callable[[Any, Any], torch.Tensor]
-
 
 @dataclass(frozen=True)
 class Reading:
-    """How the losses of the rows are read from one computation of the loss.
+    """Method of reading per-example losses from the computation of a batch's loss.
 
     Attributes:
         kind: "criterion", "outputs", "given" (the user's `per_example_loss`) or "single".
         is_mean: Whether a row's loss is the mean over its elements, not their sum ("criterion" only).
         is_averaged: Whether the losses of several criterion calls are averaged, not added ("criterion" only).
         depends_on_padding: Whether the loss of a row changes with the padding of its batch. A training step then
-            says what the row cost there; a scoring pass takes batches of one.
-        is_collator_random: Whether the same rows are collated differently each time, as by random masking: a row
-            that shows no label in one batch may show one in the next.
+            gives the row's loss in its batch; a scoring pass takes batches of one.
+        is_collator_random: Whether the collator is random, as with masking: a row without a label in one batch may
+            have one in the next.
+
+    Example:
+        >>> Reading("criterion", is_mean=False).is_averaged
+        False
     """
 
     kind: str
@@ -259,20 +272,41 @@ class Reading:
     is_collator_random: bool = False
 
 
+class RowLosses(NamedTuple):
+    """Losses of the rows of a batch, on the model's device.
+
+    Attributes:
+        losses: Shape (num_rows,), float32; 0 for a row without a label. NaN and infinity come from the model.
+        is_labelled: Shape (num_rows,), bool.
+    """
+
+    losses: torch.Tensor
+    is_labelled: torch.Tensor
+
+
 @dataclass
 class Recording:
-    """What was seen while a loss was computed."""
+    """Record of the computation of one batch's loss.
+
+    Attributes:
+        capture: The intercepted criterion calls.
+        outputs: Model outputs.
+        labels: Labels passed to the model or to the loss function.
+        loss_function: The trainer's loss function outside of the model, as `(outputs, labels) -> loss`.
+        loss_arguments: The outputs and labels it was called with.
+        fused_calls: Token log-probabilities of a fused head, as criterion calls.
+    """
 
     capture: CriterionCapture
     outputs: Any = None
     labels: Any = None
-    outside_call: Callable[[Any, Any], torch.Tensor] | None = None
-    outside_arguments: tuple[Any, Any] | None = None
+    loss_function: Callable[[Any, Any], torch.Tensor] | None = None
+    loss_arguments: tuple[Any, Any] | None = None
     fused_calls: list[CriterionCall] = field(default_factory=list)
 
     @property
     def calls(self) -> list[CriterionCall]:
-        """The criterion calls; where there were none, the token log-probabilities that a fused head returned."""
+        """The criterion calls; without any, the token log-probabilities of a fused head."""
         return self.capture.calls or self.fused_calls
 
     def row_margins(self) -> torch.Tensor | None:
@@ -287,85 +321,73 @@ def record_loss(
     """Records the loss that `trainer` computes inside the block, without changing it.
 
     Args:
-        trainer: Its `compute_loss_func` and `label_smoother` are listened to, and put back afterwards.
-        model: The model whose outputs are kept.
+        trainer: Trainer whose `compute_loss_func` and `label_smoother` are recorded, and restored afterwards.
+        model: Model whose outputs are recorded.
         num_rows: Number of examples in the batch.
         row_factors: As in `CriterionCapture`: scales the loss of each row.
     """
     recording = Recording(CriterionCapture(num_rows, row_factors))
 
-    def keep_outputs(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
+    def record_outputs(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
         recording.outputs = outputs
         recording.labels = kwargs.get("labels")
         recording.fused_calls = _fused_calls(outputs)
 
-    def listen(criterion: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def recorded(criterion: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def call(outputs: Any, labels: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-            recording.outside_arguments, recording.labels = (outputs, labels), labels
+            recording.loss_arguments, recording.labels = (outputs, labels), labels
             row_kwargs = {**kwargs, "num_items_in_batch": None}
-            recording.outside_call = lambda outputs, labels: criterion(outputs, labels, *args, **row_kwargs)
+            recording.loss_function = lambda outputs, labels: criterion(outputs, labels, *args, **row_kwargs)
             return criterion(outputs, labels, *args, **kwargs)
 
         return call
 
-    outside = {
+    loss_functions = {
         name: criterion
         for name in ("compute_loss_func", "label_smoother")
         if (criterion := vars(trainer).get(name)) is not None
     }
-    hook = model.register_forward_hook(keep_outputs, with_kwargs=True)
+    hook = model.register_forward_hook(record_outputs, with_kwargs=True)
     try:
-        for name, criterion in outside.items():
-            setattr(trainer, name, listen(criterion))
+        for name, criterion in loss_functions.items():
+            setattr(trainer, name, recorded(criterion))
         with recording.capture:
             yield recording
     finally:
         hook.remove()
-        for name, criterion in outside.items():
+        for name, criterion in loss_functions.items():
             setattr(trainer, name, criterion)
 
 
-class RowLosses(NamedTuple):
-    """The losses of the rows of a batch, on the model's device.
-
-    Attributes:
-        losses: Shape (num_rows,), float32; NaN or infinite only if the model says so, 0 for a row without a label.
-        is_labelled: Shape (num_rows,), bool.
-    """
-
-    losses: torch.Tensor
-    is_labelled: torch.Tensor
-
-
-def row_losses(recording: Recording, reading: Reading, num_rows: int) -> RowLosses | None:
-    """Returns the loss of each row of a recorded batch, without waiting for the device.
-
-    Args:
-        recording: From `record_loss`.
-        reading: From `probe.find_reading`; its kind is "criterion" or "outputs".
-        num_rows: Number of examples in the batch.
-
-    Returns:
-        The losses, or None if nothing was recorded, or not in a form that splits into rows.
-    """
-    if reading.kind == "criterion":
-        return _from_calls(recording.calls, reading, num_rows)
-    if reading.kind == "outputs" and recording.outside_call is not None and recording.outside_arguments is not None:
-        with torch.no_grad():
-            return _from_outputs(recording.outside_call, recording.outside_arguments, num_rows)
-    return None
-
-
 def compute_loss(trainer: Trainer, model: torch.nn.Module, batch: Batch, num_rows: int) -> tuple[float, Recording]:
-    """Returns the trainer's own loss of a collated batch, as a number, and its recording; no gradient is kept."""
+    """Returns the trainer's own loss of a collated batch, as a number, and its recording; without gradient."""
     inputs = dict(trainer._prepare_inputs(dict(batch)))
     with torch.no_grad(), trainer.compute_loss_context_manager(), record_loss(trainer, model, num_rows) as recording:
         loss = trainer.compute_loss(model, inputs)
     return float(loss), recording
 
 
+def row_losses(recording: Recording, reading: Reading, num_rows: int) -> RowLosses | None:
+    """Returns the loss of each row of a recorded batch, without synchronising with the device.
+
+    Args:
+        recording: From `record_loss`.
+        reading: From `measurement.find_reading`; its kind is "criterion" or "outputs".
+        num_rows: Number of examples in the batch.
+
+    Returns:
+        The losses, or None if no call was recorded or its elements do not split into rows.
+    """
+    if reading.kind == "criterion":
+        return _from_calls(recording.calls, reading, num_rows)
+    if reading.kind == "outputs" and recording.loss_function is not None and recording.loss_arguments is not None:
+        with torch.no_grad():
+            return _from_outputs(recording.loss_function, recording.loss_arguments, num_rows)
+    return None
+
+
 def given_losses(per_example_loss: PerExampleLoss, recording: Recording, num_rows: int) -> RowLosses:
-    """Returns what the user's `per_example_loss(outputs, labels)` says.
+    """Returns the losses of the user's `per_example_loss(outputs, labels)`.
 
     Raises:
         ValueError: If it does not return one loss per row.
@@ -380,16 +402,41 @@ def given_losses(per_example_loss: PerExampleLoss, recording: Recording, num_row
     return _labelled(losses, has_label(recording.labels, num_rows))
 
 
+def has_label(labels: Any, num_rows: int) -> torch.Tensor:
+    """Returns the mask of rows with a label that is not ignored (-100) or NaN, shape (num_rows,), bool."""
+    if not isinstance(labels, torch.Tensor) or labels.numel() % num_rows:
+        return torch.ones(num_rows, dtype=torch.bool)
+    is_ignored = labels.isnan() if labels.is_floating_point() else labels.eq(-100)
+    return (~is_ignored).reshape(num_rows, -1).any(1)
+
+
 def slice_rows(values: Any, row: int, num_rows: int) -> Any:
-    """Returns row `row` of a batch or of model outputs: every tensor whose first dimension is `num_rows` is cut."""
+    """Returns row `row` of a batch or of model outputs: every tensor with first dimension `num_rows` is sliced."""
     if isinstance(values, torch.Tensor):
         return values[row : row + 1] if values.ndim and len(values) == num_rows else values
     if isinstance(values, Mapping):
-        cut = {key: slice_rows(value, row, num_rows) for key, value in values.items()}
-        return type(values)(**cut) if type(values) is not dict else cut
+        sliced = {key: slice_rows(value, row, num_rows) for key, value in values.items()}
+        return type(values)(**sliced) if type(values) is not dict else sliced
     if isinstance(values, (tuple, list)):
         return type(values)(slice_rows(value, row, num_rows) for value in values)
     return values
+
+
+def logits_of(outputs: Any) -> torch.Tensor | None:
+    """Returns the logits of model outputs, or None without an entry of that name."""
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    return logits if isinstance(logits, torch.Tensor) else None
+
+
+def validate_losses(losses: torch.Tensor, is_labelled: torch.Tensor, rows: Sequence[int]) -> None:
+    """Raises ValueError with the row if a labelled row's loss is NaN or infinite. All of shape (len(rows),)."""
+    is_invalid = is_labelled & ~losses.isfinite()
+    if bool(is_invalid.any()):
+        position = int(is_invalid.nonzero()[0])
+        raise ValueError(
+            f"Row {rows[position]} of the training set has loss {float(losses[position])}, which cannot be a weight. "
+            "Repair or remove the row, or train in a wider number format if the loss overflows."
+        )
 
 
 def _from_calls(calls: list[CriterionCall], reading: Reading, num_rows: int) -> RowLosses | None:
@@ -411,7 +458,7 @@ def _from_outputs(
     losses = [
         criterion(slice_rows(outputs, row, num_rows), slice_rows(labels, row, num_rows)) for row in range(num_rows)
     ]
-    # A guarded mean is 0 for a row without labels: it has no loss all the same.
+    # A mean guarded against division by zero is 0 for a row without labels, which has no loss nevertheless.
     return _labelled(torch.stack([loss.detach() for loss in losses]), has_label(labels, num_rows))
 
 
@@ -420,34 +467,9 @@ def _labelled(losses: torch.Tensor, is_labelled: torch.Tensor) -> RowLosses:
     return RowLosses(torch.where(is_labelled, losses.float(), 0.0), is_labelled)
 
 
-def has_label(labels: Any, num_rows: int) -> torch.Tensor:
-    """Returns which rows have a label that is not ignored (-100) or NaN, shape (num_rows,), bool."""
-    if not isinstance(labels, torch.Tensor) or labels.numel() % num_rows:
-        return torch.ones(num_rows, dtype=torch.bool)
-    is_ignored = labels.isnan() if labels.is_floating_point() else labels.eq(-100)
-    return (~is_ignored).reshape(num_rows, -1).any(1)
-
-
 def _fused_calls(outputs: Any) -> list[CriterionCall]:
     # TRL's fused language-model head calls no criterion: it returns token log-probabilities, 0 where ignored.
     if not isinstance(outputs, Mapping) or outputs.get("log_probs") is None or outputs.get("label_mask") is None:
         return []
     mask = outputs["label_mask"].detach().float()
     return [CriterionCall(-(outputs["log_probs"].detach().float() * mask).flatten(), mask.flatten())]
-
-
-def logits_of(outputs: Any) -> torch.Tensor | None:
-    """Returns the logits of model outputs, or None where there are none by that name."""
-    logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
-    return logits if isinstance(logits, torch.Tensor) else None
-
-
-def refuse_unusable(losses: torch.Tensor, is_labelled: torch.Tensor, rows: Sequence[int]) -> None:
-    """Raises ValueError, naming the row, if a labelled row's loss is NaN or infinite. All of shape (len(rows),)."""
-    wrong = is_labelled & ~losses.isfinite()
-    if bool(wrong.any()):
-        position = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"Row {rows[position]} of the training set has loss {float(losses[position])}, which cannot be a weight. "
-            "Repair or remove the row, or train in a wider number format if the loss overflows."
-        )

@@ -1,16 +1,8 @@
-"""Measures every example of a data set by forward passes, leaving no trace in the model, the trainer or the RNGs.
+"""Scoring pass: losses, margins and prediction statistics of every example of a data set, by forward passes.
 
-A trainer, a model and a data set enter; losses, margins and prediction statistics in data-set order leave. The pass
-runs longest rows first, in batches of similar length, without gradient, shared out over the processes. What the
-measurements are for is not known here.
-
-Chooses how per-example losses are read, by trying it on rows of the data set.
-
-A trainer, a model and a data set enter, a `Reading` leaves, or an error if the loss belongs to no example.
-
-What a model's prediction says of its own certainty, from the logits alone.
-
-Model outputs of one batch enter, one number per example and statistic leaves.
+The pass runs in evaluation mode without gradient, longest rows first in batches of similar length, on all processes,
+and changes neither the model nor the trainer nor the RNGs. `find_reading` chooses the method of reading per-example
+losses by trying it on rows of the data set.
 """
 
 import dataclasses
@@ -38,27 +30,49 @@ from rsft_hf.weighted.losses import (
     given_losses,
     has_label,
     logits_of,
-    refuse_unusable,
     row_losses,
     slice_rows,
+    validate_losses,
 )
 
 logger = logging.get_logger(__name__)
 
+PREDICTION_STATISTICS = ("entropies", "margins", "confidences")
+
+_NUM_PROBED = 4  # rows in a probe batch
+
+_MAX_PROBES = 16  # batches until one with a label is found
+
+_NUM_SEEDS = 4  # seeds by which a random collator is detected
+
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a pass over the data set found, in data-set order.
+    """Result of a scoring pass, in data-set order.
 
     Attributes:
         losses: Loss of each example, shape (N,), float64, nats for a likelihood, NaN for a row without a label.
-        logit_margins: Logit of the label less the largest other logit, shape (N,), float64, NaN where there is none.
-        predictions: The prediction statistics asked for, each of shape (N,), float64.
+        logit_margins: Logit of the label minus the largest other logit, shape (N,), float64, NaN if not defined.
+        predictions: The requested prediction statistics by name, each of shape (N,), float64.
+
+    Example:
+        >>> losses = torch.tensor([0.5, 2.0], dtype=torch.float64)
+        >>> int(Measurement(losses, -losses, {}).losses.argmax())
+        1
     """
 
     losses: torch.Tensor
     logit_margins: torch.Tensor
     predictions: dict[str, torch.Tensor]
+
+
+class NotPerExampleError(ValueError):
+    """Error for a loss that compares the examples of a batch with each other, so that no per-example loss exists.
+
+    Example:
+        >>> issubclass(NotPerExampleError, ValueError)
+        True
+    """
 
 
 def measure_losses(
@@ -75,18 +89,18 @@ def measure_losses(
     """Returns the loss of every example of the trainer's training set. Collective.
 
     Args:
-        trainer: Any `transformers.Trainer`; its loss, its collator and its processes are used.
-        model: The model to measure, such as a reference model; the trainer's own where None.
-        loader: Its data set is measured and its collator makes the batches; the training loader where None.
-        reading: How losses are read; found by a probe where None.
-        per_example_loss: Called as `per_example_loss(outputs, labels)`, returns one loss per example, shape (B,).
-        batch_size: Rows per forward pass and process; `per_device_eval_batch_size` where None. Halved when the device
+        trainer: Any `transformers.Trainer`; its loss, collator and processes are used.
+        model: Model to measure, such as a reference model; the trainer's own by default.
+        loader: Data loader with the data set and the collator; the training loader by default.
+        reading: Method of reading per-example losses; found by `find_reading` by default.
+        per_example_loss: Function `(outputs, labels) -> losses`, one loss per example, shape (B,).
+        batch_size: Rows per forward pass and process; `per_device_eval_batch_size` by default. Halved when the device
             runs out of memory.
-        statistics: Names of prediction statistics to take as well, of "entropies", "margins", "confidences".
+        statistics: Names of prediction statistics to measure as well, of "entropies", "margins", "confidences".
         seed: Seed of a random collator or data set during the pass.
 
     Raises:
-        NotPerExampleError: If the loss has no meaning for a single example.
+        NotPerExampleError: If the loss is not defined for a single example.
         ValueError: If no row has a label, a labelled row has a NaN or infinite loss (it is named), or a statistic is
             not defined for the model's outputs.
     """
@@ -101,11 +115,11 @@ def measure_losses(
         if scorer.reading.kind == "single" or scorer.reading.depends_on_padding:
             batch_size = 1
         _score_all(scorer, dataset, collate, batch_size or trainer.args.per_device_eval_batch_size, seed)
-    return scorer.gathered()
+    return scorer.summed()
 
 
 class _Scorer:
-    """Scores collated batches and keeps the results of this process, 0 for the rows of others."""
+    """Scorer of collated batches with the results of this process, 0 for the rows of the others."""
 
     def __init__(
         self,
@@ -124,11 +138,11 @@ class _Scorer:
     def score(self, batch: Batch, rows: list[int]) -> None:
         scalar, recording = compute_loss(self.trainer, self.model, batch, len(rows))
         losses, is_labelled = (value.cpu() for value in self._losses(scalar, recording, rows))
-        refuse_unusable(losses, is_labelled, rows)
-        nothing = torch.full((len(rows),), float("nan"), dtype=torch.float64)
+        validate_losses(losses, is_labelled, rows)
+        undefined = torch.full((len(rows),), float("nan"), dtype=torch.float64)
         margins = recording.row_margins()
-        self.values["losses"][rows] = torch.where(is_labelled, losses.double(), nothing)
-        self.values["logit_margins"][rows] = nothing if margins is None else margins.cpu().double()
+        self.values["losses"][rows] = torch.where(is_labelled, losses.double(), undefined)
+        self.values["logit_margins"][rows] = undefined if margins is None else margins.cpu().double()
         if len(self.values) > 2:
             predictions = prediction_statistics(recording.outputs, batch)
             for name in list(self.values)[2:]:
@@ -148,7 +162,7 @@ class _Scorer:
             )
         return losses
 
-    def gathered(self) -> Measurement:
+    def summed(self) -> Measurement:
         values = {name: sum_over_processes(self.trainer.accelerator, value) for name, value in self.values.items()}
         return Measurement(values.pop("losses"), values.pop("logit_margins"), values)
 
@@ -167,19 +181,19 @@ def _score_all(scorer: _Scorer, dataset: Any, collate: Collate, batch_size: int,
     with progress:
         while first < len(order):
             batches = [order[start : start + batch_size] for start in range(first, len(order), batch_size)]
-            mine, num_mine = _share(batches, accelerator.process_index, accelerator.num_processes)
+            own_batches, num_own = _batches_of_process(batches, accelerator.process_index, accelerator.num_processes)
             generator = torch.Generator().manual_seed(seed)  # iter(DataLoader) would draw from the global one
             loader = torch.utils.data.DataLoader(
                 dataset,
-                batch_sampler=mine,
+                batch_sampler=own_batches,
                 collate_fn=collate,
                 num_workers=args.dataloader_num_workers,
                 generator=generator,
             )
             try:
-                for number, (rows, batch) in enumerate(zip(mine, loader, strict=True)):
-                    # A repeated batch keeps the processes in step; its rows are another process's to report.
-                    if number < num_mine:
+                for number, (rows, batch) in enumerate(zip(own_batches, loader, strict=True)):
+                    # A padding batch keeps the processes in step; its rows belong to another process.
+                    if number < num_own:
                         scorer.score(batch, rows)
                     else:
                         compute_loss(scorer.trainer, scorer.model, batch, len(rows))
@@ -197,11 +211,11 @@ def _score_all(scorer: _Scorer, dataset: Any, collate: Collate, batch_size: int,
                 batch_size = halve_batch_size(batch_size, error)
 
 
-def _share(batches: list[list[int]], process: int, num_processes: int) -> tuple[list[list[int]], int]:
-    """This process's batches, padded so that every process has as many, and the number of its own among them."""
+def _batches_of_process(batches: list[list[int]], process: int, num_processes: int) -> tuple[list[list[int]], int]:
+    """Batches of this process, padded to an equal number on every process, and the number without padding."""
     num_each = -(-len(batches) // num_processes)
-    mine = batches[process::num_processes]
-    return mine + [batches[0]] * (num_each - len(mine)), len(mine)
+    own_batches = batches[process::num_processes]
+    return own_batches + [batches[0]] * (num_each - len(own_batches)), len(own_batches)
 
 
 def _longest_first(dataset: Sized, length_column: str) -> list[int]:
@@ -212,32 +226,21 @@ def _longest_first(dataset: Sized, length_column: str) -> list[int]:
     return torch.tensor(lengths).argsort(descending=True, stable=True).tolist()
 
 
-_NUM_PROBED = 4
-
-_MAX_PROBES = 16
-
-_NUM_SEEDS = 4
-
-
-class NotPerExampleError(ValueError):
-    """The loss compares the examples of a batch with each other, so no example has a loss of its own."""
-
-
 def find_reading(
     trainer: Trainer, model: torch.nn.Module, dataset: Sequence[Any], collate: Collate, seed: int
 ) -> Reading:
-    """Returns the fastest reading that reproduces batches of one, tried on a few labelled rows of the data set.
+    """Returns the fastest reading that reproduces batches of one on a few labelled rows of the data set.
 
     Args:
-        trainer: Computes the loss.
-        model: In evaluation mode.
-        dataset: Rows as the training loader sees them.
-        collate: The collator of the training loader. If it is random (masking, say), rows of the collated batch
-            stand for batches of one.
-        seed: Seed of the collator's randomness while it is probed.
+        trainer: Trainer that computes the loss.
+        model: Model in evaluation mode.
+        dataset: Data set of the training loader.
+        collate: Collator of the training loader. If it is random (masking, say), slices of the collated batch are used
+            as batches of one.
+        seed: Seed of the collator during the probe.
 
     Raises:
-        NotPerExampleError: If the loss belongs to the batch and not to its examples.
+        NotPerExampleError: If the loss compares the examples of a batch with each other.
         ValueError: If none of the probed rows has a label.
     """
     width = min(_NUM_PROBED, len(dataset))
@@ -252,9 +255,9 @@ def find_reading(
             if is_random
             else [_collated([example], collate, seed)[0] for example in examples]
         )
-        expected, alone = _losses_alone(trainer, model, singles)
+        expected, recordings = _single_losses(trainer, model, singles)
         scalar, recording = compute_loss(trainer, model, batch, width)
-        _refuse_batch_losses(scalar, recording, expected, alone)
+        _validate_per_example(scalar, recording, expected, recordings)
         if bool((expected.isfinite() & (expected != 0)).any()) or not _is_unlabelled([recording]):
             break
     else:
@@ -263,11 +266,11 @@ def find_reading(
             "ignored. Check that the label column survives `remove_unused_columns` and the collator."
         )
     is_half = trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype != torch.float32
-    if reading := _first_that_agrees(recording, expected, width, is_half):
+    if reading := _matching_reading(recording, expected, width, is_half):
         return dataclasses.replace(reading, is_collator_random=is_random)
-    # Cut from the batch, the rows keep its padding: if they agree now, it is the padding that the loss depends on.
-    cut, _ = _losses_alone(trainer, model, [slice_rows(batch, row, width) for row in range(width)])
-    reading = _first_that_agrees(recording, cut, width, is_half)
+    # Sliced from the batch, the rows keep its padding: a match now means that the loss depends on the padding.
+    sliced, _ = _single_losses(trainer, model, [slice_rows(batch, row, width) for row in range(width)])
+    reading = _matching_reading(recording, sliced, width, is_half)
     _warn_of_batches_of_one("the padding" if reading else "a term")
     reading = dataclasses.replace(reading, depends_on_padding=True) if reading else Reading("single")
     return dataclasses.replace(reading, is_collator_random=is_random)
@@ -281,21 +284,21 @@ def _warn_of_batches_of_one(cause: str) -> None:
     )
 
 
-def _losses_alone(
+def _single_losses(
     trainer: Trainer, model: torch.nn.Module, singles: list[Batch]
 ) -> tuple[torch.Tensor, list[Recording]]:
     losses, recordings = zip(*(compute_loss(trainer, model, single, 1) for single in singles), strict=True)
     return torch.tensor(losses, dtype=torch.float64), list(recordings)
 
 
-def _first_that_agrees(recording: Recording, expected: torch.Tensor, width: int, is_half: bool) -> Reading | None:
+def _matching_reading(recording: Recording, expected: torch.Tensor, width: int, is_half: bool) -> Reading | None:
     relative, absolute = (3e-2, 1e-3) if is_half else (1e-4, 1e-5)
     candidates = [
         Reading("criterion", is_mean, is_averaged) for is_averaged in (False, True) for is_mean in (True, False)
     ]
     for reading in [*candidates, Reading("outputs")]:
         losses = row_losses(recording, reading, width)
-        # A row without a label is 0 here, and NaN or 0 in a batch of one, as its mean is guarded or not.
+        # A row without a label is 0 here, and NaN or 0 in a batch of one, depending on a guard of its mean.
         if losses is not None and torch.allclose(
             losses.losses.double().cpu(), expected.nan_to_num(0.0), rtol=relative, atol=absolute
         ):
@@ -303,31 +306,34 @@ def _first_that_agrees(recording: Recording, expected: torch.Tensor, width: int,
     return None
 
 
-def _refuse_batch_losses(scalar: float, recording: Recording, expected: torch.Tensor, ones: list[Recording]) -> None:
+def _validate_per_example(
+    scalar: float, recording: Recording, expected: torch.Tensor, singles: list[Recording]
+) -> None:
+    """Raises NotPerExampleError if classes come from the batch, or if the loss vanishes for a single example."""
     has_candidates_from_batch = len(expected) > 1 and any(
         call.num_classes is not None
         and all(
-            len(one.calls) > number and call.num_classes == len(expected) * (one.calls[number].num_classes or 0)
-            for one in ones
+            len(single.calls) > number and call.num_classes == len(expected) * (single.calls[number].num_classes or 0)
+            for single in singles
         )
         for number, call in enumerate(recording.calls)
     )
     vanishes_alone = scalar > 0 and bool((expected == 0).all())
-    if has_candidates_from_batch or (vanishes_alone and recording.calls and not _is_unlabelled(ones)):
+    if has_candidates_from_batch or (vanishes_alone and recording.calls and not _is_unlabelled(singles)):
         raise NotPerExampleError(
             f"The loss compares the examples of a batch with each other: {len(expected)} examples together have loss "
-            f"{scalar:.4g}, alone {expected[0]:.4g}. Such a loss (contrastive, triplet) belongs to no example; train "
-            "with the plain Trainer, or pass `per_example_loss` with a score of your own."
+            f"{scalar:.4g}, alone {expected[0]:.4g}. Such a loss (contrastive, triplet) is not defined for one "
+            "example; train with the plain Trainer, or pass `per_example_loss` with a score of your own."
         )
 
 
 def _is_unlabelled(recordings: list[Recording]) -> bool:
-    """Whether none of the elements that a criterion saw has a label; True where no criterion was seen."""
+    """Whether no element of the recorded criterion calls has a label; True without any call."""
     return all(float(call.normalisers.sum()) == 0 for one in recordings for call in one.calls)
 
 
 def _collated(examples: list[Any], collate: Collate, seed: int) -> tuple[Batch, bool]:
-    """The batch that a seed gives, and whether another seed gives another one."""
+    """The collated batch of a seed, and whether other seeds give other batches."""
 
     def collated(shift: int = 0) -> Batch:
         with forked_rng(seed + shift):
@@ -341,15 +347,12 @@ def _same(left: Batch, right: Batch) -> bool:
     return all(torch.equal(left[key], right[key]) for key in left if isinstance(left[key], torch.Tensor))
 
 
-PREDICTION_STATISTICS = ("entropies", "margins", "confidences")
-
-
 def prediction_statistics(outputs: Any, batch: Batch) -> dict[str, torch.Tensor]:
-    """Returns entropy (nats), margin and confidence of each example, averaged over labelled positions for tokens.
+    """Returns entropy (nats), margin and confidence of each example's prediction; for tokens, means over positions.
 
     Args:
         outputs: Model outputs with `logits`, shape (B, C) or (B, T, C), C >= 2 exclusive classes.
-        batch: The inputs, for the positions that count: those with a label, else those attended to.
+        batch: Model inputs, which give the positions to average: those with a label, else those attended to.
 
     Returns:
         The statistics named in `PREDICTION_STATISTICS`, each of shape (B,), float64, on the CPU.

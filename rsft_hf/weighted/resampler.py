@@ -1,10 +1,6 @@
-"""Draws the rows of each epoch in proportion to weights derived from their losses.
+"""LossResampler: rejection sampling of the rows of each epoch with loss-derived weights.
 
-    losses (N,) in data-set order -> weighting -> weights (N,) -> rejection_sample on the main process -> broadcast
-
-This file holds the order of the stages; every stage stands in a file of its own.
-
-What the options of the weighted half may be, alone and together.
+losses (N,) in data-set order -> weighting -> weights (N,) -> rejection_sample on the main process -> broadcast
 """
 
 import contextlib
@@ -35,30 +31,36 @@ logger = logging.get_logger(__name__)
 
 
 class LossResampler(Resampler):
-    """Resamples a labelled training set each epoch by rejection sampling with loss-derived weights.
+    """Resampler that draws the rows of a labelled training set each epoch with loss-derived weights.
 
     Args:
         weighting: Rule from losses to weights, or a plain function: losses, shape (N,), float64, of the labelled rows
             in data-set order, to weights, shape (N,), >= 0. w = L by default. With noisy labels take a softer one: see
             the card `rsft_hf/weighted/README.md`.
-        losses: "forward" measures every row in a pass of its own before the epoch; "training" uses the losses that
-            the training steps compute anyway, so that a row's loss is as old as its last draw.
-        num_draws: Rows per epoch, in [1, 2**31]; the size of the data set where None. Fewer saves compute.
-        every_n_epochs: Epochs from one measuring pass to the next. None is 1 for "forward" and never for "training",
-            where a number re-measures all rows so often.
-        warmup_epochs: Epochs at the start that read the data set uniformly, at least 0.
-        uniform_final_epochs: Epochs at the end that do, at least 0 (InfoBatch, arXiv:2303.04947, ends so).
-        importance_correction: Exponent b in [0, 1] of the factor (1 / (N p_i)) ** b on each row's loss; at 1 the
-            gradient is unbiased where every row has one label; where a batch averages over tokens or class
-            weights it is so up to O(1/batch), and a loss divided by `num_items_in_batch` is refused.
-        per_example_loss: Called as `per_example_loss(outputs, labels)`, returns shape (B,); for models whose losses
-            cannot be read otherwise.
-        ema_decay: Weight of a row's old loss when a new one comes, in [0, 1); 0 keeps the last.
-        batch_size: Rows per scoring pass and process; `per_device_eval_batch_size` where None.
+        losses: "forward" measures every row in a scoring pass before the epoch; "training" uses the losses of the
+            training steps, so that a row's loss is as old as its last draw.
+        num_draws: Rows per epoch, in [1, 2**31]; the size of the data set by default. Fewer draws save compute.
+        every_n_epochs: Epochs from one scoring pass to the next. By default 1 for "forward" and never for "training".
+        warmup_epochs: Number of epochs at the start that read the data set uniformly, at least 0.
+        uniform_final_epochs: Number of such epochs at the end, at least 0 (as InfoBatch, arXiv:2303.04947).
+        importance_correction: Exponent b in [0, 1] of the factor (1 / (N p_i)) ** b on each row's loss. At 1 the
+            gradient is unbiased if every row has one label, and unbiased up to O(1/batch) if a batch averages over
+            tokens or class weights; a loss divided by `num_items_in_batch` raises an error.
+        per_example_loss: Function `(outputs, labels) -> losses` of shape (B,), for models whose losses cannot be read
+            otherwise.
+        ema_decay: Weight of a row's old loss in an update, in [0, 1); 0 keeps the last loss.
+        batch_size: Rows per forward pass and process; `per_device_eval_batch_size` by default.
 
     Raises:
         TypeError: If `weighting` is a class, an object without `requires`, or a function of more than the losses.
-        ValueError: If an argument is out of its range, or the rule needs what the source cannot give.
+        ValueError: If an argument is out of range, or the rule needs statistics that are not measured.
+
+    Example:
+        >>> from rsft_hf import Tempered
+        >>> LossResampler(Tempered(0.5), losses="training", warmup_epochs=1).weighting
+        Tempered(alpha=0.5)
+        >>> LossResampler(lambda losses: losses.clamp(max=2.0)).weighting(torch.tensor([1.0, 5.0])).tolist()
+        [1.0, 2.0]
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class LossResampler(Resampler):
         self.history = EpochHistory()
 
     def bind(self, trainer: Trainer) -> Any:
-        """Returns the trainer's own training set, after a first look at it. Collective."""
+        """Returns the trainer's own training set, after validation. Collective."""
         dataset = trainer.train_dataset
         self.num_rows, self.seed = len(dataset), run_seed(trainer)
         self._labels: torch.Tensor | None = None
@@ -108,7 +110,7 @@ class LossResampler(Resampler):
         self.history = EpochHistory()
         self._row_factors: torch.Tensor | None = None
         self._metrics: dict[str, float] = {}
-        self._seconds, self._began = 0.0, time.perf_counter()
+        self._seconds, self._start = 0.0, time.perf_counter()
         return dataset
 
     def draws_per_epoch(self) -> int:
@@ -118,7 +120,7 @@ class LossResampler(Resampler):
 
     def resample(self, epoch: int) -> torch.Tensor:
         """Returns the rows of the epoch: measured, weighted, drawn and broadcast. Collective."""
-        began, source = time.perf_counter(), self._bound()
+        start, source = time.perf_counter(), self._bound()
         num_epochs = source.trainer.state.num_train_epochs
         is_uniform = epoch < self.warmup_epochs or epoch >= num_epochs - self.uniform_final_epochs
         losses = source.losses_at(epoch, self.seed + epoch, may_measure=not is_uniform)
@@ -139,14 +141,14 @@ class LossResampler(Resampler):
         if not bool(losses.isnan().all()):
             self._metrics["mean_loss"] = float(losses.nanmean())
         self._metrics["excluded_rows"] = 0 if is_uniform else int(losses.isnan().sum())
-        self._metrics["seconds"] = time.perf_counter() - began
+        self._metrics["seconds"] = time.perf_counter() - start
         self._seconds += self._metrics["seconds"]
         return indices
 
     def metrics(self) -> dict[str, float]:
-        """Returns the figures of the current epoch, and the share of the time since the start spent resampling."""
+        """Returns the metrics of the current epoch, and the fraction of the run's time spent on resampling."""
         self._bound()
-        overhead = self._seconds / max(time.perf_counter() - self._began, 1e-9)
+        overhead = self._seconds / max(time.perf_counter() - self._start, 1e-9)
         return {f"resampling/{name}": value for name, value in {**self._metrics, "overhead_fraction": overhead}.items()}
 
     def table(self) -> datasets.Dataset:
@@ -154,17 +156,17 @@ class LossResampler(Resampler):
         return self.history.table()
 
     def suspects(self, num_suspects: int = 100) -> datasets.Dataset:
-        """Returns the rows whose loss stays high while the rest falls, worst first: see `EpochHistory.suspects`."""
+        """Returns the rows whose loss stays high while the others fall, largest first: see `EpochHistory.suspects`."""
         return self.history.suspects(num_suspects)
 
     @property
     def observes_rows(self) -> bool:
-        """Whether training steps fill the ledger or are corrected."""
+        """Whether training steps update the ledger or are corrected."""
         return self.losses == "training" or self.importance_correction > 0
 
     @contextlib.contextmanager
     def observe_loss(self, model: torch.nn.Module, rows: Sequence[int]) -> Iterator[None]:
-        """Fills the ledger from a training step, and scales its loss where a correction is asked for."""
+        """Updates the ledger from a training step, and scales its loss by the importance correction."""
         if self.losses == "forward" and self._row_factors is None:
             yield
             return
@@ -189,7 +191,7 @@ class LossResampler(Resampler):
             save_state(directory, "weighted", numbers, tensors)
 
     def load(self, directory: Path) -> None:
-        """Takes up what `save` wrote; the draws go on with the seed of the saved run.
+        """Restores what `save` wrote; the draws continue with the seed of the saved run.
 
         Raises:
             ValueError: If the state is absent, or was saved with another source of losses.
@@ -202,7 +204,7 @@ class LossResampler(Resampler):
             )
         if numbers["weighting"] != repr(self.weighting):
             logger.warning(
-                f"The checkpoint was saved with {numbers['weighting']}; from here on {self.weighting!r} holds."
+                f"The checkpoint was saved with {numbers['weighting']}; the run continues with {self.weighting!r}."
             )
         self.seed, self._metrics = numbers["seed"], numbers["metrics"]
         self._row_factors = tensors.get("row_factors")
@@ -218,19 +220,19 @@ class LossResampler(Resampler):
         accelerator = self._bound().trainer.accelerator
         indices = torch.empty(self.draws_per_epoch(), dtype=torch.int64)
         if accelerator.is_main_process:
-            # A plain Trainer permutes epoch e with this seed too: equal weights read what it reads.
+            # A plain Trainer permutes epoch e with this seed, too: equal weights read the same rows.
             generator = torch.Generator().manual_seed(self.seed + epoch)
             indices = rejection_sample(weights, self.draws_per_epoch(), generator)
-        # Broadcast: the processes must read one order, and sums may differ in the last bit between machines.
+        # Broadcast: all processes must read one order, and sums may differ in the last bit between machines.
         return broadcast_from_main(accelerator, indices)
 
 
 def check_options(resampler: "LossResampler") -> None:
-    """Raises if an option of a LossResampler is out of its range, or two of them exclude each other.
+    """Validate the options of a LossResampler.
 
     Raises:
         TypeError: If a count is not an integer.
-        ValueError: If a value is out of range, or the rule needs what the source of losses cannot give.
+        ValueError: If a value is out of range, or the rule needs statistics that are not measured.
     """
     if resampler.losses not in ("forward", "training"):
         raise ValueError(f'`losses`={resampler.losses!r} must be "forward" or "training".')

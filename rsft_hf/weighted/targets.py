@@ -1,7 +1,4 @@
-"""From what was measured of a data set to one weight per row, and from weights to what is reported of them.
-
-Losses in data-set order, NaN for rows that cannot be scored, and a rule enter; checked weights leave.
-"""
+"""Target weights of the rows from their losses and a weighting; metrics of the draws and importance correction."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,15 +19,16 @@ logger = logging.get_logger(__name__)
 def target_weights(
     weighting: Weighting, losses: torch.Tensor, predictions: Mapping[str, torch.Tensor], labels: torch.Tensor | None
 ) -> torch.Tensor:
-    """Returns the weight of every row, 0 for those without a loss; uniform over the others if the rule gives all 0.
+    """Returns the weight of every row: 0 for rows without a loss, uniform over the others if the rule gives only 0.
 
     Args:
-        weighting: The rule.
-        losses: Shape (N,), float64, NaN where a row has no label.
+        weighting: Rule from losses to weights.
+        losses: Shape (N,), float64, NaN for a row without a label.
         predictions: Prediction statistics by name, each of shape (N,).
         labels: Class of each row, shape (N,), if the rule needs it.
 
     Raises:
+        TypeError: If the rule returns no numbers.
         ValueError: If no row has a loss, or the rule returns another shape, a negative, NaN or infinite weight.
     """
     rows = (~losses.isnan()).nonzero().squeeze(1)
@@ -44,9 +42,9 @@ def target_weights(
 
 
 def try_weighting(weighting: Weighting, num_rows: int, labels: torch.Tensor | None) -> None:
-    """Calls the rule on made-up losses, so that one that returns nonsense is found before the first step.
+    """Validate a rule on artificial losses, so that invalid weights are found before the first step.
 
-    A rule that reads `rows` knows something of each row that made-up losses may contradict, and is not tried.
+    A rule that reads `rows` depends on the real losses of each row, and is not tried.
     """
     if "rows" in weighting.requires:
         return
@@ -56,7 +54,7 @@ def try_weighting(weighting: Weighting, num_rows: int, labels: torch.Tensor | No
 
 
 def class_labels(trainer: Trainer, dataset: Any) -> torch.Tensor:
-    """Returns the class of every row, shape (N,), int64; -100 where a row has none.
+    """Returns the class of every row, shape (N,), int64; -100 for a row without one.
 
     Raises:
         ValueError: If the rows have no label column, or labels that are not single classes.
@@ -82,11 +80,11 @@ def class_labels(trainer: Trainer, dataset: Any) -> torch.Tensor:
 
 
 def draw_metrics(weights: torch.Tensor, indices: torch.Tensor) -> dict[str, float]:
-    """Returns the figures to log of one epoch's draws.
+    """Returns the metrics of one epoch's draws.
 
     Args:
         weights: Shape (N,), >= 0.
-        indices: The rows drawn, shape (num_draws,).
+        indices: Drawn rows, shape (num_draws,).
 
     Returns:
         `envelope_M`, `acceptance_rate` (1/M), `effective_sample_size` (rows), `unique_fraction` (distinct rows over
@@ -127,15 +125,6 @@ def correction_factors(weights: torch.Tensor, exponent: float) -> torch.Tensor:
     return torch.where(weights > 0, relative.clamp(min=1e-300) ** -exponent, 0.0).float()
 
 
-def _as_class(value: Any) -> int | None:
-    """The class as an integer, -100 where there is none, None where it is something else."""
-    if value is None:
-        return -100
-    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and np.ndim(value) == 0:
-        value = value.item()
-    return int(value) if isinstance(value, (int, bool)) else None
-
-
 def _weights_of(
     weighting: Weighting,
     losses: torch.Tensor,
@@ -149,10 +138,10 @@ def _weights_of(
         rows=rows,
         num_rows=len(losses),
     )
-    return _checked(weighting, weighting(losses[rows], statistics), rows)
+    return _validated(weighting, weighting(losses[rows], statistics), rows)
 
 
-def _checked(weighting: Weighting, weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def _validated(weighting: Weighting, weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     try:
         weights = torch.as_tensor(weights).detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -162,11 +151,20 @@ def _checked(weighting: Weighting, weights: torch.Tensor, rows: torch.Tensor) ->
             f"{weighting!r} returned weights of shape {tuple(weights.shape)} for {len(rows)} losses. It must return "
             f"one weight per loss, shape ({len(rows)},)."
         )
-    wrong = ~(weights.isfinite() & (weights >= 0))
-    if bool(wrong.any()):
-        position = int(wrong.nonzero()[0])
+    is_invalid = ~(weights.isfinite() & (weights >= 0))
+    if bool(is_invalid.any()):
+        position = int(is_invalid.nonzero()[0])
         raise ValueError(
             f"{weighting!r} gave row {int(rows[position])} the weight {float(weights[position])}. Weights must be "
             "finite and >= 0: end the rule with a clamp, or use Softmax for scores of either sign."
         )
     return weights
+
+
+def _as_class(value: Any) -> int | None:
+    """The class as an integer, -100 for a missing one, None for a value that is not a class."""
+    if value is None:
+        return -100
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and np.ndim(value) == 0:
+        value = value.item()
+    return int(value) if isinstance(value, (int, bool)) else None

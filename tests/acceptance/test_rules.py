@@ -199,7 +199,7 @@ REFUSED = [
     (lambda: DensityRatio(beta=-1.0), "`beta`=-1.0"),
     (lambda: DensityRatio(quantile=0.0), "`quantile`=0.0"),
     (lambda: DensityRatio(log_envelope=math.inf), "`log_envelope`=inf must be finite"),
-    (lambda: DensityRatio(log_envelope=0.0, per_prompt=True), "say nothing beside it"),
+    (lambda: DensityRatio(log_envelope=0.0, per_prompt=True), "have no effect with it"),
     (lambda: DensityRatio()(CandidateBatch(REWARDS), seeded()), r"DensityRatio\(\) reads `log_p`"),
     (lambda: PerPromptCap(1, "worst"), "`keep`='worst'"),
     (lambda: DifficultyRange(0.6, 0.5), "0 <= low <= high <= 1"),
