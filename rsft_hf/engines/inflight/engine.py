@@ -1,4 +1,4 @@
-"""Engine with in-flight (continuous) batching: waiting candidates are admitted as running ones finish.
+"""Continuous batching engine (in-flight batching): waiting candidates are admitted as running ones finish.
 
 `generate` runs a batch until its longest row has finished, and prefills a prompt once per candidate. Here a prompt is
 prefilled once for all of its candidates, only running rows are computed, and free slots are refilled during decoding.
