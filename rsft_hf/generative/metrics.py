@@ -134,8 +134,7 @@ def candidate_metrics(
         `round/acceptance_rate` (accepted over all generated), `round/prompts_without_accepted` and
         `round/prompts_all_accepted` (shares of all prompts), `round/frac_reward_zero_std`, `candidates/unjudged` (share
         of the valid ones), `candidates/reward` and `accepted/reward` (means of the judged),
-        `rewards/<name>/mean` and `/std` (the sample's); with lengths also
-        `candidates/length`, `accepted/length`, `candidates/length_reward_correlation`. NaN is a mean of nothing.
+        `rewards/<name>/mean`, `/std` (sample); lengths: `candidates/length`, `accepted/length`, their correlation.
 
     Raises:
         ValueError: If a mask has another shape or kind, or they contradict each other or the batch.
