@@ -1,4 +1,4 @@
-"""A few candidates of every round, on the terminal and in the trackers that take tables."""
+"""Table of each round's candidates, on the terminal and in the trackers that support tables."""
 
 import sys
 import types
@@ -19,7 +19,7 @@ class Table:
 
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """What a tracker of the name is told."""
+    """Logged dictionaries of a fake tracker."""
     told: list[dict] = []
     module = types.ModuleType("wandb")
     module.Table, module.log = Table, told.append

@@ -1,4 +1,4 @@
-"""A checkpoint of another run is refused by a message with both numbers, before the first step."""
+"""Validation of a checkpoint against the resuming run, before the first step; incomplete checkpoints."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ def saved(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(saved, tmp_path) -> Path:
-    """A copy that a test may spoil."""
+    """A copy that a test may damage."""
     return shutil.copytree(saved, tmp_path / "run")
 
 
@@ -137,7 +137,7 @@ def test_a_checkpoint_of_a_plain_trainer_is_refused(tmp_path):
     assert_refused(r"No complete checkpoint in .* \(1 checkpoint folders found\)", tmp_path, True)
 
 
-def test_a_checkpoint_whose_resampler_was_deleted_is_refused_by_name_and_passed_over_unnamed(run):
+def test_a_checkpoint_whose_resampler_was_deleted_is_refused_by_name_and_skipped_unnamed(run):
     shutil.rmtree(run / LAST / "resampler")
     assert_refused(r"resampler holds no progress.json and progress.safetensors", run, str(run / LAST))
     assert train(run, True) == 5  # from checkpoint-1
@@ -153,7 +153,7 @@ def test_a_checkpoint_with_a_file_missing_is_refused_by_name(file, run):
     assert_refused(rf"resampler holds no {stem}\.json and {stem}\.safetensors", run, str(run / LAST))
 
 
-def test_a_clock_that_was_cut_off_is_passed_over_unnamed_and_refused_with_its_folder(run):
+def test_a_damaged_progress_file_is_skipped_unnamed_and_refused_with_its_folder(run):
     progress = run / LAST / "resampler" / "progress.json"
     progress.write_text(progress.read_text()[:20])
     assert_refused(str(run / LAST), run, str(run / LAST))

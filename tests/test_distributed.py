@@ -1,4 +1,4 @@
-"""Two processes are plain Trainer's two processes, agree with each other, and measure what one process does."""
+"""Two processes: equal to plain Trainer's two processes, to each other, and to the measurement of one process."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from rsft_hf import measure_losses
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], Path]:
-    """What each of two gloo processes saw, from one launch."""
+    """Results of each of two gloo processes, from one launch."""
     output_dir = tmp_path_factory.mktemp("two_processes")
     script = Path(__file__).parent / "helpers" / "distributed_runs.py"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -1,4 +1,4 @@
-"""With equal weights the trainers are plain Trainer, bit for bit: same rows, same noise, same parameters."""
+"""Drop-in equality: with equal weights the trainers equal plain Trainer bit for bit, in rows, noise and parameters."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The shape of the repository: layers, sizes and docstrings, read from the source without importing it."""
+"""Layout of the repository: import layers, file sizes and docstrings, read from the source without importing it."""
 
 import ast
 import graphlib
@@ -23,7 +23,7 @@ KNOWS_TRAINER = ("trainer.py", "callbacks.py", "checkpointing.py", "training_set
 HALVES = ("weighted", "generative")
 PUBLIC = ("rsft_hf", *(f"rsft_hf.{name}" for name in ("acceptance", "engines", "generative", "rewards", "weighted")))
 
-# Files and folders of the package from the lowest to the highest: imports go to the same line or to one above it.
+# Files and folders of the package from the lowest layer to the highest: imports go to the same line or to one above.
 LAYERS = (
     ("checks.py",),
     ("rejection.py", "distributed.py", "isolation.py", "memory.py"),

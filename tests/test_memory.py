@@ -1,4 +1,4 @@
-"""Batches that shrink when memory runs out."""
+"""Out-of-memory handling: halved batches, released memory, other errors unchanged."""
 
 import pytest
 import torch

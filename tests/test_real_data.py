@@ -1,4 +1,4 @@
-"""Real reviews through a real pretrained encoder: what the configs and made-up rows of the other tests cannot show."""
+"""Real reviews and a real pretrained encoder, instead of the small configs and artificial rows of the other tests."""
 
 from pathlib import Path
 

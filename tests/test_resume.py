@@ -1,4 +1,4 @@
-"""A run that is killed and goes on from its last checkpoint ends where an uninterrupted one does, to the bit."""
+"""Exact resume: a run killed and resumed from its last checkpoint equals an uninterrupted one bit for bit."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ STEPS_PER_EPOCH = 7  # 26 rows in batches of 4
 
 
 class Killed(Exception):
-    """Stands for a killed process: nothing of the trainer is used again."""
+    """Simulates a killed process: the trainer is not used again."""
 
 
 class KillAfter(hf.TrainerCallback):

@@ -1,4 +1,4 @@
-"""The one-line class over TRL's SFTTrainer, whose fused head calls no criterion and whose loss keeps metrics."""
+"""The mixin over TRL's SFTTrainer, whose fused head calls no criterion and whose loss updates metrics."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ WORDS = ["<pad>", "<eos>", *"a b c d e f g h i j k l m n o p".split()]
 
 
 class RejectionSamplingSFTTrainer(RejectionSamplingMixin, trl.SFTTrainer):
-    """What a user writes."""
+    """The class as a user writes it."""
 
 
 def tokenizer() -> hf.PreTrainedTokenizerFast:

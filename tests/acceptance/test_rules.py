@@ -24,7 +24,7 @@ from rsft_hf.acceptance import (
 )
 
 NAN = math.nan
-# Five prompts, four candidates: two ties for the first place, a plain row, all equal, and a row nobody could judge.
+# Five prompts, four candidates: two ties for the first place, a plain row, all equal, and a row without rewards.
 REWARDS = torch.tensor(
     [
         [0.9, 0.1, 0.9, 0.5],

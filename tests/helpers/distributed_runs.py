@@ -1,4 +1,4 @@
-"""What two gloo processes train, for `test_distributed.py`: started by torchrun, writes what each run ended with.
+"""Training runs on two gloo processes for `test_distributed.py`, started by torchrun; writes each run's results.
 
 torchrun --nproc_per_node 2 tests/helpers/distributed_runs.py OUTPUT_DIR
 """
@@ -20,7 +20,7 @@ ARGS = {"use_cpu": True, "per_device_train_batch_size": 2}
 
 
 def train(name: str, output_dir: Path, trainer_class: type = RejectionSamplingTrainer, **keywords) -> dict:
-    """Returns what one run ended with, as this process sees it."""
+    """Returns the losses, parameters and draws of one run on this process."""
     torch.manual_seed(99)
     keywords["args"] = {**ARGS, **keywords.get("args", {})}
     trainer = runs.trained(trainer_class, output_dir / name, **keywords)
@@ -35,14 +35,14 @@ def train(name: str, output_dir: Path, trainer_class: type = RejectionSamplingTr
 
 
 def resumed(output_dir: Path, source: str) -> dict:
-    """Returns what a run ended with that goes on from its second-but-last checkpoint."""
+    """Returns the results of a run resumed from its second-but-last checkpoint."""
     args = {"save_strategy": "steps", "save_steps": 5}
     folder = output_dir / f"weighted_{source}" / "checkpoint-10"
     return train(f"resumed_{source}", output_dir, args=args, resampler=LossResampler(losses=source), resume=str(folder))
 
 
 def main() -> None:
-    """Trains plainly, with equal weights, with loss weights, and on from a checkpoint."""
+    """Trains with plain Trainer, equal weights, loss weights, and from a checkpoint."""
     output_dir = Path(sys.argv[1])
     results = {"plain": train("plain", output_dir, hf.Trainer)}
     for source in ("forward", "training"):

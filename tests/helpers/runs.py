@@ -1,7 +1,6 @@
-"""Small training runs shared by the tests of the trainer: what to train, how, and what to compare.
+"""Small training runs shared by the tests of the trainer: rows, model, arguments, and comparison of two runs.
 
-In: nothing; every model comes from a config and one seed. Out: trainers over a BERT classifier with dropout, so that
-an RNG moved by measuring would show, and the losses and parameters a run ends with.
+The model is a BERT classifier with dropout, so that a change of the RNG state by a scoring pass would show.
 """
 
 from pathlib import Path

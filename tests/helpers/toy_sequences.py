@@ -1,4 +1,4 @@
-"""A toy model of sequences whose every probability is known, for the laws of acceptance.
+"""Toy sequence model with known probabilities, for the tests of acceptance rules.
 
 Strings over {a, b} end by a token E, after three letters at the latest. q is the model at temperature 0.7 with top-p
 0.9, which cannot make every string; p is the model itself.
@@ -19,7 +19,7 @@ BETA = 0.5  # temperature of the rewards
 
 
 def processed(probabilities: tuple[float, ...], temperature: float, top_p: float) -> tuple[float, ...]:
-    """One step as it is sampled from: tempered, then the smallest set that holds `top_p`, normalised."""
+    """Distribution of one step after temperature and top-p."""
     tempered = np.array(probabilities) ** (1 / temperature)
     tempered /= tempered.sum()
     order = np.argsort(-tempered)
@@ -30,13 +30,15 @@ def processed(probabilities: tuple[float, ...], temperature: float, top_p: float
 
 
 def log_probabilities(temperature: float = 1.0, top_p: float = 1.0) -> torch.Tensor:
-    """Of each string of STRINGS, nats, -inf where it cannot be sampled."""
+    """Log-probability of each of STRINGS, nats, -inf if it cannot be sampled."""
     steps = {state: processed(row, temperature, top_p) for state, row in RAW.items()}
     found = []
     for string in STRINGS:
         states = ["", *string]
         probability = math.prod(steps[state]["ab".index(letter)] for state, letter in zip(states, string))
-        found.append(probability * (steps[states[-1]][2] if len(string) < 3 else 1.0))  # after three letters E is sure
+        found.append(
+            probability * (steps[states[-1]][2] if len(string) < 3 else 1.0)
+        )  # after three letters E has probability 1
     return torch.tensor(found, dtype=torch.float64).log()
 
 
@@ -55,7 +57,7 @@ def normalised(log_weights: torch.Tensor) -> torch.Tensor:
 
 
 def on_support(log_target: torch.Tensor, log_q: torch.Tensor = LOG_Q) -> torch.Tensor:
-    """The target restricted to what q can make, normalised."""
+    """The target restricted to the support of q, normalised."""
     return normalised(log_target.masked_fill(log_q == -math.inf, -math.inf))
 
 
@@ -70,7 +72,7 @@ def batch_of(strings: torch.Tensor, log_q: torch.Tensor = LOG_Q, log_p: torch.Te
 
 
 def p_value(strings: torch.Tensor, target: torch.Tensor) -> float:
-    """How likely counts at least as far from the target are under it; 0 if a string outside it came."""
+    """p-value of the counts under the target by chi-square; 0 if a string outside its support occurs."""
     counts = torch.bincount(strings, minlength=len(target)).double()
     if bool(counts[target == 0].any()):
         return 0.0

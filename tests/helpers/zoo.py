@@ -1,8 +1,7 @@
-"""Small models of many kinds, and the slow oracle of their per-example losses.
+"""Zoo of 26 small models with a slow oracle of their per-example losses, built offline from configs and one seed.
 
-In: nothing; every case is built from configs and one seed, offline. Out: `CASES`, each the parts of a plain Trainer
-over seven examples of different lengths, and `Case.batch_of_one_losses`. No case has dropout or any other noise, so a
-loss read in training equals the same loss read in evaluation. The file knows nothing of the package under test.
+Each of `CASES` has the parts of a plain Trainer over seven examples of different lengths. No case has dropout or other
+noise, so losses in training and in evaluation are equal. Independent of the package under test.
 """
 
 from collections.abc import Callable
@@ -23,7 +22,7 @@ CLASS_WEIGHTS = (0.5, 1.0, 4.0)
 
 @dataclass(frozen=True)
 class Parts:
-    """What a Trainer is made of: `arguments` go to TrainingArguments, `keywords` to the Trainer."""
+    """Arguments of a Trainer: `arguments` go to TrainingArguments, `keywords` to the Trainer."""
 
     model: nn.Module
     dataset: list[Example]
@@ -34,13 +33,13 @@ class Parts:
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the zoo.
+    """One model of the zoo.
 
     Attributes:
         name: Unique; the id of a parametrised test.
         build: Returns fresh parts, equal at every call.
         unlabelled: Examples without a label, whose loss is NaN in a batch of one.
-        has_batch_term: Whether the loss adds a term that belongs to the batch (router balance), not to its examples.
+        has_batch_term: Whether the loss adds a term of the whole batch (router balance).
         is_in_batch: Whether an example's loss depends on its neighbours, so that no per-example loss exists.
     """
 
@@ -63,7 +62,7 @@ class Case:
         )
 
     def batch_of_one_losses(self, output_dir: Path) -> list[float]:
-        """Returns what plain Trainer's own `compute_loss` says of each example alone, in nats, in data-set order."""
+        """Returns plain Trainer's `compute_loss` of each example alone, in nats, in data-set order."""
         trainer = self.trainer(output_dir)
         model = trainer.model.eval()
         with torch.no_grad():
@@ -95,7 +94,7 @@ SMOOTH = {"label_smoothing_factor": 0.1}
 
 
 class InBatchContrastive(nn.Module):
-    """A text must find its own label among those of its neighbours: the loss of an example alone is zero."""
+    """Contrastive model: each text is classified among the labels of its batch; a single example has loss zero."""
 
     def __init__(self):
         super().__init__()
@@ -121,13 +120,13 @@ def focal_loss(outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
 
 
 def focal_loss_by_hand(outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
-    """Returns the focal loss from log-probabilities, with no criterion of torch to be seen."""
+    """Returns the focal loss from log-probabilities, without a call of a criterion of torch."""
     log_p = outputs.logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     return -((1 - log_p.exp()) ** 2 * log_p).mean()
 
 
 def parts(model_class: type, config, examples: Callable, arguments=None, **keywords) -> Callable[[], Parts]:
-    """Returns the builder of a case. It draws the weights from one seed and leaves the global generator as it was."""
+    """Returns the function that builds a case, with weights from one seed and without changing the global RNG."""
 
     def build() -> Parts:
         with torch.random.fork_rng(devices=[]):

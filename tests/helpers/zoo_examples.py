@@ -1,8 +1,4 @@
-"""Seven examples for each kind of model in the zoo, of different lengths and from one seed.
-
-In: nothing. Out: rows as a data set would give them, and the one collator that fits all of them. The file knows nothing
-of models.
-"""
+"""Seven examples of different lengths for each kind of model in the zoo, and a collator for all of them."""
 
 import random
 from collections.abc import Callable

@@ -14,8 +14,8 @@ NAN = math.nan
 ALONE = SimpleNamespace(num_processes=1)
 
 
-def seen(ledger: LossLedger, rows: list[int], losses: list[float | None], margins: list[float] | None = None) -> None:
-    """Notes a micro-batch; None is a row without a label."""
+def record(ledger: LossLedger, rows: list[int], losses: list[float | None], margins: list[float] | None = None) -> None:
+    """Records a micro-batch; None is a row without a label."""
     is_labelled = torch.tensor([loss is not None for loss in losses])
     values = torch.tensor([0.0 if loss is None else loss for loss in losses])
     ledger.record(rows, RowLosses(values, is_labelled), None if margins is None else torch.tensor(margins))
@@ -28,16 +28,16 @@ def equal(left: torch.Tensor, right: list[float]) -> bool:
 def test_losses_are_averaged_over_epochs_by_hand():
     ledger = LossLedger(4, ema_decay=0.75)
     assert equal(ledger.losses, [NAN] * 4)
-    seen(ledger, [0, 2], [8.0, 4.0])
+    record(ledger, [0, 2], [8.0, 4.0])
     assert equal(ledger.losses, [NAN] * 4)  # it waits for the end of the epoch
     ledger.merge(ALONE)
     assert equal(ledger.losses, [8, NAN, 4, NAN])  # the first loss counts whole
-    seen(ledger, [2, 1], [0.0, 5.0])
+    record(ledger, [2, 1], [0.0, 5.0])
     ledger.merge(ALONE)
     assert equal(ledger.losses, [8, 5, 3, NAN])  # .75 * 4 + .25 * 0 = 3; row 0 was not seen
     ledger.merge(ALONE)
     assert equal(ledger.losses, [8, 5, 3, NAN])  # an epoch without a step changes nothing
-    seen(ledger, [2], [1.0])
+    record(ledger, [2], [1.0])
     ledger.merge(ALONE)
     assert equal(ledger.losses, [8, 5, 2.5, NAN])  # .75 * 3 + .25 * 1
 
@@ -45,19 +45,19 @@ def test_losses_are_averaged_over_epochs_by_hand():
 def test_without_decay_the_last_epoch_counts():
     ledger = LossLedger(2, ema_decay=0.0)
     for loss in (4.0, 1.0):
-        seen(ledger, [0], [loss])
+        record(ledger, [0], [loss])
         ledger.merge(ALONE)
     assert equal(ledger.losses, [1, NAN])
 
 
 def test_a_row_drawn_several_times_enters_with_the_mean_of_its_losses():
     ledger = LossLedger(3, ema_decay=0.5)
-    seen(ledger, [1, 1, 0], [1.0, 3.0, 7.0], margins=[0.0, 1.0, -2.0])
-    seen(ledger, [1], [8.0], margins=[5.0])
+    record(ledger, [1, 1, 0], [1.0, 3.0, 7.0], margins=[0.0, 1.0, -2.0])
+    record(ledger, [1], [8.0], margins=[5.0])
     ledger.merge(ALONE)
     assert equal(ledger.losses, [7, 4, NAN])  # (1 + 3 + 8) / 3
     assert equal(ledger.logit_margins, [-2, 2, NAN])  # (0 + 1 + 5) / 3
-    seen(ledger, [1, 1], [0.0, 4.0])
+    record(ledger, [1, 1], [0.0, 4.0])
     ledger.merge(ALONE)
     assert equal(ledger.losses, [7, 3, NAN])  # .5 * 4 + .5 * (0 + 4) / 2: one epoch is one step of the average
     assert equal(ledger.logit_margins, [-2, NAN, NAN])  # seen, but by a criterion without margins
@@ -75,7 +75,7 @@ def test_neither_the_order_nor_the_size_of_the_batches_matters():
     ):
         ledger = LossLedger(11, ema_decay=0.9)
         for batch in order.split(size):  # 200 batches of one: more than the queue holds
-            seen(ledger, rows[batch].tolist(), losses[batch].tolist())
+            record(ledger, rows[batch].tolist(), losses[batch].tolist())
         ledger.merge(ALONE)
         results.append(ledger.losses)
     expected = [losses[rows == row].double().mean().item() for row in range(10)] + [NAN]
@@ -85,8 +85,8 @@ def test_neither_the_order_nor_the_size_of_the_batches_matters():
 
 def test_rows_without_a_label_are_known_and_have_no_loss():
     ledger = LossLedger(4, ema_decay=0.5)
-    seen(ledger, [0, 1, 2], [2.0, None, None])
-    seen(ledger, [2], [6.0])
+    record(ledger, [0, 1, 2], [2.0, None, None])
+    record(ledger, [2], [6.0])
     ledger.merge(ALONE)
     assert equal(ledger.losses, [2, NAN, 6, NAN])  # row 2 had a label once of twice: the mean is over that once
     assert ledger.is_unlabelled[1]
@@ -96,7 +96,7 @@ def test_rows_without_a_label_are_known_and_have_no_loss():
 def test_a_label_that_comes_later_makes_the_row_known():
     ledger = LossLedger(2, ema_decay=0.5)
     for loss in (None, 3.0, None):  # as when words are masked at random, and a short row has none
-        seen(ledger, [0], [loss])
+        record(ledger, [0], [loss])
         ledger.merge(ALONE)
     assert equal(ledger.losses, [3, NAN])
 
@@ -114,8 +114,8 @@ def test_a_measurement_of_all_rows_enters_the_average():
 @pytest.mark.parametrize("loss", [NAN, math.inf, -math.inf])
 def test_a_loss_that_cannot_be_a_weight_is_named_with_its_row(loss):
     ledger = LossLedger(100, ema_decay=0.0)
-    seen(ledger, [5, 6], [1.0, None])
-    seen(ledger, [40, 73], [1.0, loss])
+    record(ledger, [5, 6], [1.0, None])
+    record(ledger, [40, 73], [1.0, loss])
     with pytest.raises(ValueError, match=rf"Row 73 of the training set has loss {loss}, which cannot be a weight"):
         ledger.merge(ALONE)
 
@@ -123,11 +123,11 @@ def test_a_loss_that_cannot_be_a_weight_is_named_with_its_row(loss):
 def test_a_ledger_goes_on_from_its_state_as_if_never_stopped(tmp_path):
     def steps(ledger: LossLedger, part: int) -> LossLedger:
         if part == 0:
-            seen(ledger, [0, 1, 1], [3.0, 1.0, None], margins=[1.0, 2.0, 3.0])
+            record(ledger, [0, 1, 1], [3.0, 1.0, None], margins=[1.0, 2.0, 3.0])
             ledger.merge(ALONE)
-            seen(ledger, [1, 2], [5.0, 0.5], margins=[0.5, 0.25])  # in the middle of an epoch
+            record(ledger, [1, 2], [5.0, 0.5], margins=[0.5, 0.25])  # in the middle of an epoch
         else:
-            seen(ledger, [2, 3], [1.5, None], margins=[0.75, 0.0])
+            record(ledger, [2, 3], [1.5, None], margins=[0.75, 0.0])
             ledger.merge(ALONE)
         return ledger
 

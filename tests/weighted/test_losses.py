@@ -94,7 +94,7 @@ def test_unlabelled_rows_are_excluded_and_counted(tmp_path: Path) -> None:
 
 
 class Silent(torch.nn.Module):
-    """Computes its loss by hand, so that no criterion is seen and the batch cannot be split."""
+    """Model that computes its loss without a criterion, so that the losses of the rows cannot be read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ def test_per_example_loss_of_the_wrong_shape_is_named(tmp_path: Path) -> None:
 
 
 def test_a_ledger_that_captures_nothing_raises(tmp_path: Path) -> None:
-    """The probe sees a criterion, the training step none, as with a model compiled in between."""
+    """The probe intercepts a criterion, the training step none, as with a model compiled in between."""
 
     class Changes(Silent):
         def forward(self, input_ids, attention_mask, labels):
@@ -292,7 +292,7 @@ def test_learnability_takes_a_measured_reference_that_is_nan_where_there_is_no_l
 
 
 class Hiding:
-    """A collator that hides each label with probability .4, as one that masks words at random may do to short rows."""
+    """Collator that removes each label with probability .4, as random masking does to short rows."""
 
     def __init__(self, collate: Any) -> None:
         self.collate = collate

@@ -16,7 +16,7 @@ CASE = {case.name: case for case in CASES}
 
 
 class Silent:
-    """Callable, but says nothing of what it reads."""
+    """Callable object without `requires`."""
 
     def __call__(self, scores, statistics=None):
         return scores
@@ -27,7 +27,7 @@ class Silent:
 
 @dataclass(frozen=True)
 class Softer(Tempered):
-    """A user's rule that inherits everything."""
+    """User-defined rule that inherits everything."""
 
     alpha: float = 0.25
 
@@ -92,7 +92,7 @@ def rows() -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Returns:
-    """A rule that multiplies by a factor and returns another shape, if told to."""
+    """Rule that multiplies by a factor and may return another shape."""
 
     factor: float = 1.0
     shape: tuple[int, ...] = (-1,)
@@ -104,7 +104,7 @@ class Returns:
 
 @dataclass(frozen=True)
 class FailsOnRealLosses:
-    """A rule that no trial on evenly spaced losses shows to be wrong."""
+    """Rule that is valid on the evenly spaced losses of the trial, and invalid on real losses."""
 
     requires: ClassVar[frozenset[str]] = frozenset()
 

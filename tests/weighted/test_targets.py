@@ -1,4 +1,4 @@
-"""From losses and a rule to one weight per row, to the figures that are logged, and to unbiased factors."""
+"""Target weights of the rows, class labels, metrics of the draws, and importance correction."""
 
 import logging
 import math
@@ -21,7 +21,7 @@ LOGGER = "rsft_hf.weighted.targets"
 
 @dataclass(frozen=True)
 class Returns:
-    """A rule that returns what it is told to, and keeps what it was given."""
+    """Rule that returns the given weights."""
 
     weights: Any
     requires: ClassVar[frozenset[str]] = frozenset()

@@ -1,4 +1,4 @@
-"""The oracle itself: as many cases as said, equal at every call, and a loss wherever there is a label."""
+"""Oracle of per-example losses: number of cases, reproducibility, and a finite loss for every label."""
 
 import math
 
