@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-sentiment demo-translation test lint format bench-overhead bench-drawing bench-generation \
-	bench-rounds clean
+	bench-rounds experiments clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -22,10 +22,10 @@ help: ## list the targets
 demo: demo-sentiment demo-translation ## both halves, offline, in minutes on a CPU
 
 demo-sentiment: $(STAMP) ## the weighted half: a small sentiment classifier, trained three ways
-	HF_HUB_OFFLINE=1 $(BIN)/python recipes/imdb_sentiment.py --dataset builtin --output_dir outputs/demo/sentiment $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m experiments.sentiment --dataset builtin --output_dir outputs/demo/sentiment $(ARGS)
 
 demo-translation: $(STAMP) ## the generative half: number words into German, trained four ways
-	HF_HUB_OFFLINE=1 $(BIN)/python recipes/translation.py --dataset builtin --output_dir outputs/demo/translation $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m experiments.translation --dataset builtin --output_dir outputs/demo/translation $(ARGS)
 
 test: lint ## lint, then run every test and doctest, in WORKERS processes
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
@@ -48,8 +48,12 @@ bench-drawing: $(STAMP) ## ten million draws against torch.randperm
 bench-generation: $(STAMP) ## cost of generation against generate, generate_batch and TRL
 	$(BIN)/python benchmarks/generation.py $(ARGS)
 
-bench-rounds: $(STAMP) ## cost of a round of the real recipes, by engine (RSFT_MODELS, RSFT_DATA)
+bench-rounds: $(STAMP) ## cost of a round of the experiments, by engine (RSFT_MODELS, RSFT_DATA)
 	$(BIN)/python benchmarks/rounds.py $(ARGS)
+
+experiments: $(STAMP) ## the comparisons of arms on the built-in data, seeds 1 to 3
+	$(BIN)/python -m experiments.sentiment --dataset builtin --seeds 1 2 3 --output_dir outputs/experiments/sentiment $(ARGS)
+	$(BIN)/python -m experiments.translation --dataset builtin --seeds 1 2 3 --output_dir outputs/experiments/translation $(ARGS)
 
 clean: ## remove outputs and caches, keep .venv
 	rm -rf outputs build .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,12 +1,12 @@
-"""Cost of generating a round of the real recipes, by engine: real models, real prompts, real lengths.
+"""Cost of generating a round of the experiments, by engine: real models, real prompts, real lengths.
 
     RSFT_MODELS=... RSFT_DATA=... make bench-rounds       # or: make bench-rounds ARGS="--prompts 32 --json -"
 
 `plain` is the usual loop: `model.generate` over batches of 64 sequences in the order of the data. `generate` and
 `inflight` are engines of this package, which draw the same candidates (the script compares them); the candidates of
 `plain` come from the same distribution and another random stream, so ratios are of seconds per token. Contenders
-alternate within one process, on one thread. Without the two folders the hub names of the recipes are used. About ten
-minutes.
+alternate within one process, on one thread. Without the two folders the hub names of the experiments are used. About
+ten minutes.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recipes.dialogue import CONTEXT, as_messages, load_dialogues
-from recipes.translation import TranslationArguments
-from recipes.translation_data import TranslationSource
+from experiments.chat_data import CONTEXT, as_messages, load_dialogues
+from experiments.translation import TranslationArguments
+from experiments.translation_data import TranslationSource
 from rsft_hf.engines import Engine, GenerateEngine, GenerationRequest, InFlightEngine
 from rsft_hf.engines.generation_config import sampling_config
 from rsft_hf.engines.random_streams import candidate_seed
@@ -40,7 +40,7 @@ def named_folder(variable: str, folder: str, hub_name: str) -> str:
 
 
 def open_task(task: str, num_prompts: int) -> tuple:
-    """Returns model, tokenizer, prompts as token ids, and the recipe's generation configuration."""
+    """Returns model, tokenizer, prompts as token ids, and the experiment's generation configuration."""
     if task == "translation":
         name = named_folder("RSFT_MODELS", "multi30k-en-de", "Helsinki-NLP/opus-mt-en-de")
         data = named_folder("RSFT_DATA", "multi30k", "bentrevett/multi30k")

@@ -39,7 +39,9 @@ layer_of = lambda file: LAYER_OF[file.split("/")[0]]  # noqa: E731 - the layer o
 
 PACKAGE_FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 SOURCES = sorted(
-    path for folder in (PACKAGE, ROOT / "tests", ROOT / "recipes", ROOT / "benchmarks") for path in folder.rglob("*.py")
+    path
+    for folder in (PACKAGE, *(ROOT / name for name in ("tests", "recipes", "experiments", "benchmarks")))
+    for path in folder.rglob("*.py")
 )
 name_of = lambda path: path.relative_to(ROOT).as_posix()  # noqa: E731 - the id of a parametrised case
 

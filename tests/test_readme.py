@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_README_LINES = 150
 MAKEFILE_TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
-FOLDERS = ("", "docs", "rsft_hf", "recipes", "benchmarks", "tests")
+FOLDERS = ("", "docs", "rsft_hf", "recipes", "experiments", "benchmarks", "tests")
 DOCUMENTS = sorted({path for folder in FOLDERS for path in (ROOT / folder).glob("**/*.md" if folder else "*.md")})
 name_of = lambda path: path.relative_to(ROOT).as_posix()  # noqa: E731 - the id of a parametrised case
 

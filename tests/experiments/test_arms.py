@@ -1,25 +1,22 @@
-"""The arms of the generative recipes and their report: rules by name, the matched control, equal steps, tables."""
+"""The arms of the generative half and their report: rules by name, the matched control, equal steps, tables."""
 
-import doctest
-import importlib
 import json
 
 import pytest
 import torch
 from transformers import TrainingArguments
 
-from recipes.common import RecipeError
-from recipes.generative_arms import (
+from experiments.harness.arguments import ExperimentError
+from experiments.harness.arms import (
     ACCEPTANCES,
-    ARMS,
+    GENERATIVE_ARMS,
     GenerativeArmArguments,
     acceptance_from_name,
-    arguments_of_run,
-    make_resampler,
-    open_folders,
+    make_candidate_resampler,
     supervised_schedule,
 )
-from recipes.generative_report import GenerativeReport, paired_table, write_report
+from experiments.harness.reporting import GenerativeReport, paired_table, write_generative_report
+from experiments.harness.runs import arguments_of_run, open_folders
 from rsft_hf import RSO, Threshold, TopKOverall, TopKPerPrompt
 from rsft_hf.acceptance import CandidateBatch, PerPromptCap, RandomLike, RandomPerPrompt, Sequence
 
@@ -37,13 +34,6 @@ EXPECTED = {
 
 def rewards(completions, **kwargs):
     return [0.0] * len(completions)
-
-
-@pytest.mark.parametrize("name", ["generative_arms", "generative_report", "translation_measures"])
-def test_the_examples_in_the_docstrings_hold(name):
-    outcome = doctest.testmod(importlib.import_module(f"recipes.{name}"))
-    assert outcome.attempted > 0
-    assert outcome.failed == 0
 
 
 @pytest.mark.parametrize(("name", "rule"), EXPECTED.items())
@@ -72,18 +62,18 @@ def test_every_name_is_tested_and_names_chain():
     ],
 )
 def test_impossible_options_are_refused(options, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(ExperimentError, match=message):
         GenerativeArmArguments(**options)
 
 
-def test_what_the_resampler_refuses_is_a_recipe_error():
-    with pytest.raises(RecipeError, match="`num_candidates`=0 must be an integer of at least 1"):
-        make_resampler(GenerativeArmArguments(num_candidates=0), "rejection", rewards)
+def test_what_the_resampler_refuses_is_an_experiment_error():
+    with pytest.raises(ExperimentError, match="`num_candidates`=0 must be an integer of at least 1"):
+        make_candidate_resampler(GenerativeArmArguments(num_candidates=0), "rejection", rewards)
 
 
 def test_arms_differ_in_the_rule_alone():
     arguments = GenerativeArmArguments(acceptance="topk:2", num_candidates=4, temperature=0.7, supervised_fraction=0.25)
-    made = {arm: make_resampler(arguments, arm, rewards, supervised_dataset=[{}]) for arm in ARMS}
+    made = {arm: make_candidate_resampler(arguments, arm, rewards, supervised_dataset=[{}]) for arm in GENERATIVE_ARMS}
     assert made["base"] is made["supervised"] is None
     assert made["rejection"].config.acceptance == TopKPerPrompt(2)
     assert made["control"].config.acceptance == RandomLike(TopKPerPrompt(2))
@@ -92,7 +82,7 @@ def test_arms_differ_in_the_rule_alone():
         # transformers would sample from 50 tokens where top_k is left open.
         assert (config.do_sample, config.temperature, config.top_k, config.top_p) == (True, 0.7, 0, 1.0)
         assert (made[arm].config.num_candidates, made[arm].config.supervised_fraction) == (4, 0.25)
-    without = make_resampler(GenerativeArmArguments(), "rejection", rewards, supervised_dataset=[{}])
+    without = make_candidate_resampler(GenerativeArmArguments(), "rejection", rewards, supervised_dataset=[{}])
     assert without.config.supervised_dataset is None
 
 
@@ -101,7 +91,9 @@ def test_the_control_accepts_as_many_of_each_prompt_but_not_the_best():
     batch = CandidateBatch(rewards_of)
     arguments = GenerativeArmArguments(acceptance="threshold:0.5")
     accepted = {
-        arm: make_resampler(arguments, arm, rewards).config.acceptance(batch, torch.Generator().manual_seed(1))
+        arm: make_candidate_resampler(arguments, arm, rewards).config.acceptance(
+            batch, torch.Generator().manual_seed(1)
+        )
         for arm in ("rejection", "control")
     }
     assert torch.equal(accepted["control"].sum(1), accepted["rejection"].sum(1))
@@ -128,10 +120,10 @@ def test_runs_have_their_own_folder_seed_and_configuration(tmp_path):
     training = TrainingArguments(str(tmp_path / "out"), use_cpu=True, learning_rate=1e-3)
     arms = GenerativeArmArguments(seeds=[3])
     folders = open_folders(GenerativeReport("title", (), "label"), arms, training)
-    assert list(folders) == [(arm, 3) for arm in ARMS]
-    written = {arm: json.loads((folders[arm, 3].path / "configuration.json").read_text()) for arm in ARMS}
-    assert ["acceptance" in written[arm] for arm in ARMS] == [False, False, True, True]
-    assert ["learning_rate" in written[arm] for arm in ARMS] == [False, True, True, True]
+    assert list(folders) == [(arm, 3) for arm in GENERATIVE_ARMS]
+    written = {arm: json.loads((folders[arm, 3].path / "configuration.json").read_text()) for arm in GENERATIVE_ARMS}
+    assert ["acceptance" in written[arm] for arm in GENERATIVE_ARMS] == [False, False, True, True]
+    assert ["learning_rate" in written[arm] for arm in GENERATIVE_ARMS] == [False, True, True, True]
     arguments = arguments_of_run(training, folders["control", 3].path, 3)
     assert (arguments.seed, arguments.output_dir) == (3, str(tmp_path / "out" / "control" / "seed_3"))
     assert training.seed == 42
@@ -148,8 +140,8 @@ def test_the_report_states_paired_differences_and_both_their_signs(tmp_path, cap
     scores = {("base", 1): 10.0, ("base", 2): 10.0, ("rejection", 1): 13.0, ("rejection", 2): 9.0}
     results = [result(arm, seed, score) for (arm, seed), score in scores.items()]
     # 13 - 10 = 3 and 9 - 10 = -1: mean 1, deviation sqrt((2^2 + 2^2) / 1) = 2.828.
-    assert "+1.000 +- 2.828 (1/2)" in paired_table(results, ["base"], ["bleu"])
-    write_report(results, tmp_path, GenerativeReport("Title", ("bleu",), "BLEU", ("signature x",)))
+    assert "+1.000 +- 2.828 (1/2)" in paired_table(results, "rejection", ["base"], ["bleu"])
+    write_generative_report(results, tmp_path, GenerativeReport("Title", ("bleu",), "BLEU", ("signature x",)))
     report, printed = (tmp_path / "report.md").read_text(), capsys.readouterr().out
     for text in (report, printed):
         assert "2 seed(s): too few to call an arm better." in text

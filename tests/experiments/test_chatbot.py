@@ -1,4 +1,4 @@
-"""The chat recipe from end to end on a toy world: four arms, their figures, resume, and its errors."""
+"""The chatbot experiment from end to end on a toy world: four arms, their figures, resume, and its errors."""
 
 import csv
 import json
@@ -9,10 +9,10 @@ import pytest
 import transformers as hf
 
 import toy_chat
-from recipes import chatbot
-from recipes.chat_data import load_prompts, supervised_rows
-from recipes.chat_report import NUM_SAMPLES
-from recipes.common import RecipeError
+from experiments import chatbot
+from experiments.chat_data import load_prompts, supervised_rows
+from experiments.chatbot import NUM_SAMPLES
+from experiments.harness.arguments import ExperimentError
 
 NUM_CONTEXTS = 12
 BATCH_SIZE = 4
@@ -34,7 +34,7 @@ def world(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def run(world, tmp_path):
-    """Calls the recipe on two rounds of twelve contexts; more options may follow."""
+    """Calls the experiment on two rounds of twelve contexts; more options may follow."""
     options = {
         **world,
         "eval_split": "dev",
@@ -140,7 +140,7 @@ def test_a_finished_run_is_read_again_and_another_one_refused(run, capsys):
     (again,) = run("--arms", "rejection", "--logging_steps", 3)
     assert again == json.loads(json.dumps(first))
     assert "rejection, seed 1: finished earlier" in capsys.readouterr().out
-    with pytest.raises(RecipeError, match=r"other options: relevance_weight was 1.0, is 2.0"):
+    with pytest.raises(ExperimentError, match=r"other options: relevance_weight was 1.0, is 2.0"):
         run("--arms", "rejection", "--relevance_weight", 2)
 
 
@@ -176,13 +176,13 @@ def test_a_killed_run_goes_on_from_its_checkpoint(run, tmp_path, capsys, arm):
     ],
 )
 def test_wrong_options_are_refused_before_a_folder_is_made(run, tmp_path, more, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(ExperimentError, match=message):
         run(*more)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_model_does_not_judge_what_it_selected(run, world):
-    with pytest.raises(RecipeError, match="is the model that selects"):
+    with pytest.raises(ExperimentError, match="is the model that selects"):
         run("--judge_model", world["reward_model"])
 
 

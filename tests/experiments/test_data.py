@@ -1,4 +1,4 @@
-"""What the recipes read and write: data sets of every kind, chosen rows, the metric, tables, runs on disk."""
+"""Harness: data sets of every kind, chosen rows, the metric, tables, runs on disk."""
 
 import json
 import random
@@ -7,11 +7,21 @@ from types import SimpleNamespace
 import datasets
 import pytest
 
-from recipes.common import RecipeError, load_metric
-from recipes.data import choose_splits, class_names, load_splits, load_task, with_class_ids
-from recipes.reporting import aggregate, arm_table, difference_table, mean_and_deviation, write_results
-from recipes.runs import RunFolder
-from recipes.selection import choose_training_rows, flip_labels, imbalanced_rows, minority_class, stratified_rows
+from experiments.harness.arguments import ExperimentError, load_metric
+from experiments.harness.data import (
+    choose_splits,
+    choose_training_rows,
+    class_names,
+    flip_labels,
+    imbalanced_rows,
+    load_splits,
+    load_task,
+    minority_class,
+    stratified_rows,
+    with_class_ids,
+)
+from experiments.harness.reporting import aggregate, arm_table, mean_and_deviation, paired_table, write_results
+from experiments.harness.runs import RunFolder
 
 ROWS = datasets.Dataset.from_list([{"text": f"text {number}", "label": number % 2} for number in range(10)])
 
@@ -68,14 +78,14 @@ def test_the_builtin_reviews_are_a_data_set():
 )
 def test_a_data_set_that_is_not_there_is_named(tmp_path, source, message):
     (tmp_path / "notes.txt").write_text("nothing")
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(ExperimentError, match=message):
         load_splits(source.replace("{tmp}", str(tmp_path)))
 
 
 def test_two_files_for_one_split_are_refused(tmp_path):
     ROWS.to_csv(str(tmp_path / "train.csv"))
     ROWS.to_json(str(tmp_path / "train.json"))
-    with pytest.raises(RecipeError, match=r"two files for one split: train.csv, train.json"):
+    with pytest.raises(ExperimentError, match=r"two files for one split: train.csv, train.json"):
         load_splits(str(tmp_path))
 
 
@@ -85,7 +95,7 @@ def test_a_fifth_is_held_out_and_no_row_is_on_both_sides():
     assert sorted(held_out["label"]) == [0, 1]
     assert sorted(train["text"][:] + held_out["text"][:]) == sorted(ROWS["text"][:])
     with pytest.raises(
-        RecipeError, match=r"`--eval_split` 'test' is not in the data set. Use one of train, or 'holdout'"
+        ExperimentError, match=r"`--eval_split` 'test' is not in the data set. Use one of train, or 'holdout'"
     ):
         choose_splits(datasets.DatasetDict(train=ROWS), "train", "test", "label")
 
@@ -104,7 +114,7 @@ def test_labels_become_class_ids():
     [([1, 1], r"holds only \['1'\]"), ([0, 2], r"holds the classes \[0, 2\]; integers must count from 0 to 1")],
 )
 def test_labels_that_are_no_classes_are_refused(labels, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(ExperimentError, match=message):
         class_names(datasets.Dataset.from_dict({"label": labels}), "label")
 
 
@@ -118,14 +128,14 @@ def test_labels_that_are_no_classes_are_refused(labels, message):
 )
 def test_absent_columns_are_named(tmp_path, change, message):
     source = write_folder(tmp_path / "r", lambda rows, split: rows.to_csv(str(tmp_path / "r" / f"{split}.csv")))
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(ExperimentError, match=message):
         load_task(task_options(source, **change))
 
 
 def test_hidden_labels_are_refused(tmp_path):
     ROWS.to_csv(str(tmp_path / "train.csv"))
     datasets.Dataset.from_list([{"text": "a", "label": -1}]).to_csv(str(tmp_path / "test.csv"))
-    with pytest.raises(RecipeError, match="Row 0 has the label -1, which is none of the classes 0, 1"):
+    with pytest.raises(ExperimentError, match="Row 0 has the label -1, which is none of the classes 0, 1"):
         load_task(task_options(str(tmp_path)))
 
 
@@ -158,9 +168,9 @@ def test_an_imbalance_is_exact():
     assert len(rows) == 40
     rows = imbalanced_rows(labels, 0.2, None, random.Random(0))
     assert (len(rows), sum(labels[row] for row in rows)) == (62, 12)  # 50 / .8 = 62.5 rows; round(.2 * 62) = 12
-    with pytest.raises(RecipeError, match="asks for 60 rows of class 1, and there are 50"):
+    with pytest.raises(ExperimentError, match="asks for 60 rows of class 1, and there are 50"):
         imbalanced_rows(labels, 0.6, 100, random.Random(0))
-    with pytest.raises(RecipeError, match=r"needs the two classes 0 and 1; the training rows have \[0, 1, 2\]"):
+    with pytest.raises(ExperimentError, match=r"needs the two classes 0 and 1; the training rows have \[0, 1, 2\]"):
         imbalanced_rows([0, 1, 2], 0.5, None, random.Random(0))
 
 
@@ -191,13 +201,13 @@ def test_the_rows_of_a_seed_are_the_same_for_every_arm():
 
 
 def test_the_metric_agrees_with_a_sum_by_hand():
-    metric = load_metric("classification_report_metric")
+    metric = load_metric("classification_report")
     values = metric.compute(predictions=[0, 0, 0, 1, 0], references=[0, 0, 0, 1, 1], minority_label=1)
     # Class 0: precision 3/4, recall 1, F1 6/7. Class 1: precision 1, recall 1/2, F1 2/3. Mean 16/21.
     assert values == pytest.approx({"accuracy": 4 / 5, "macro_f1": 16 / 21, "minority_recall": 1 / 2})
     values = metric.compute(predictions=[0, 0], references=[0, 1], minority_label=1)
     assert values == pytest.approx({"accuracy": 1 / 2, "macro_f1": 1 / 3, "minority_recall": 0})
-    with pytest.raises(RecipeError, match=r"No metric 'nothing' .*There are: .*classification_report_metric"):
+    with pytest.raises(ExperimentError, match=r"No metric 'nothing' .*There are: .*classification_report"):
         load_metric("nothing")
 
 
@@ -215,9 +225,9 @@ def test_means_and_spreads_over_seeds(tmp_path):
     assert table["plain"]["accuracy"] == pytest.approx((0.85, 0.005**0.5))
     assert table["rejection"]["seconds"] == (None, None)  # unknown for one seed
     assert mean_and_deviation([0.5]) == (0.5, None)
-    assert arm_table(RESULTS).splitlines()[2].split() == "plain 2 0.850 +- 0.071 13 +- 1".split()
+    assert arm_table(RESULTS).splitlines()[2].split() == "plain 2 0.850 +- 0.071 13.00 +- 1.41".split()
     # Pairs: +.02 and -.04, mean -.01, deviation sqrt(2 * .03^2) = .0424; higher on the first of two.
-    difference = difference_table(RESULTS, "rejection", ["plain"], ["accuracy"]).splitlines()[2]
+    difference = paired_table(RESULTS, "rejection", ["plain"], ["accuracy"], "points").splitlines()[2]
     assert difference.split() == "accuracy -1.0 +- 4.2 (1/2)".split()
     write_results(RESULTS, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == RESULTS
@@ -233,12 +243,12 @@ def test_a_run_is_found_again_only_with_its_own_options(tmp_path):
     changed.finish({"arm": "plain"})
     changed.open(overwrite=False)
     assert changed.result() == {"arm": "plain"}
-    with pytest.raises(RecipeError, match=r"run with other options: rate was 0.2, is 0.1.*--overwrite_output_dir"):
+    with pytest.raises(ExperimentError, match=r"run with other options: rate was 0.2, is 0.1.*--overwrite_output_dir"):
         folder.open(overwrite=False)
     folder.open(overwrite=True)
     assert folder.result() is None
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(RecipeError, match="not empty and holds no run"):
+    with pytest.raises(ExperimentError, match="not empty and holds no run"):
         RunFolder(tmp_path / "mine", {}).open(overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").is_file()

@@ -1,7 +1,5 @@
-"""What the recipes begin with: the grammar's law, the builtin model, options, weightings by name, arms."""
+"""Harness: the grammar's law, the builtin model, options, weightings by name, arms."""
 
-import doctest
-import importlib
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -10,20 +8,17 @@ import pytest
 import torch
 
 import rsft_hf
-from recipes import builtin_reviews as grammar
-from recipes.arms import ArmArguments, RandomAssignment, make_resampler
-from recipes.builtin_model import build_model, build_tokenizer
-from recipes.common import WEIGHTINGS, Preset, RecipeError, option, parse_arguments, weighting_from_name
-
-MODULES = ("arms", "builtin_reviews", "common", "observations", "reporting", "selection")
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_the_examples_in_the_docstrings_hold(name):
-    outcome = doctest.testmod(importlib.import_module(f"recipes.{name}"))
-    assert outcome.attempted > 0
-    assert outcome.failed == 0
-
+from experiments.builtin import reviews as grammar
+from experiments.builtin.reviews import build_model, build_tokenizer
+from experiments.harness.arguments import (
+    WEIGHTINGS,
+    ExperimentError,
+    Preset,
+    option,
+    parse_arguments,
+    weighting_from_name,
+)
+from experiments.harness.arms import RandomAssignment, WeightedArmArguments, make_loss_resampler
 
 # The grammar
 
@@ -147,7 +142,7 @@ def test_the_command_line_wins_over_the_file_over_presets_over_defaults(tmp_path
 )
 def test_a_wrong_file_is_refused(tmp_path, content, message):
     (tmp_path / "run.yaml").write_text(content)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(ExperimentError, match=message):
         parse_arguments((Options, Lists), ["--config", str(tmp_path / "run.yaml")])
 
 
@@ -160,7 +155,7 @@ def test_a_wrong_file_is_refused(tmp_path, content, message):
     ],
 )
 def test_a_wrong_command_line_is_refused(argv, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(ExperimentError, match=message):
         parse_arguments((Options, Lists), argv)
 
 
@@ -198,7 +193,7 @@ def test_every_weighting_has_a_name():
     ],
 )
 def test_a_wrong_weighting_is_refused(name, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(ExperimentError, match=message):
         weighting_from_name(name)
 
 
@@ -214,9 +209,9 @@ def test_the_control_keeps_the_weights_and_forgets_the_rows():
 
 
 def test_an_arm_gets_its_resampler():
-    arguments = ArmArguments(weighting="tempered:0.5", num_draws=7, losses="training")
-    assert make_resampler(arguments, "plain", 1) is None
-    rejection, control = (make_resampler(arguments, arm, 1) for arm in ("rejection", "control"))
+    arguments = WeightedArmArguments(weighting="tempered:0.5", num_draws=7, losses="training")
+    assert make_loss_resampler(arguments, "plain", 1) is None
+    rejection, control = (make_loss_resampler(arguments, arm, 1) for arm in ("rejection", "control"))
     assert rejection.weighting == rsft_hf.Tempered(0.5)
     assert control.weighting == RandomAssignment(rsft_hf.Tempered(0.5), 1)
     assert (rejection.num_draws, rejection.losses) == (control.num_draws, control.losses) == (7, "training")
@@ -234,5 +229,5 @@ def test_an_arm_gets_its_resampler():
     ],
 )
 def test_wrong_arms_are_refused_before_any_training(options, message):
-    with pytest.raises(RecipeError, match=message):
-        ArmArguments(**options)
+    with pytest.raises(ExperimentError, match=message):
+        WeightedArmArguments(**options)

@@ -1,19 +1,17 @@
 """The number words: the verifier against num2words for every number, and what it must not take for one."""
 
-import doctest
-
 import pytest
 from num2words import num2words
 
-from recipes import builtin_numbers
-from recipes.builtin_numbers import HIGHEST, make_numbers, make_row, names_the_number, read_german
-from recipes.builtin_translator import build_model, build_tokenizer
-
-
-def test_the_examples_in_the_docstrings_hold():
-    outcome = doctest.testmod(builtin_numbers)
-    assert outcome.attempted == 3
-    assert outcome.failed == 0
+from experiments.builtin.numbers import (
+    HIGHEST,
+    build_model,
+    build_tokenizer,
+    make_numbers,
+    make_row,
+    names_the_number,
+    read_german,
+)
 
 
 def test_every_number_is_read_back():

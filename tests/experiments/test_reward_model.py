@@ -1,4 +1,4 @@
-"""The reward model recipe: dialogues in three forms, halves that share nothing, a model that others can load."""
+"""The reward model experiment: dialogues in three forms, halves that share nothing, a model that others can load."""
 
 import json
 import os
@@ -10,9 +10,9 @@ import torch
 import transformers as hf
 
 import toy_chat
-from recipes import dialogue, reward_model
-from recipes.chat_rewards import load_relevance
-from recipes.common import RecipeError
+from experiments import chat_data, reward_model
+from experiments.chat_data import load_relevance
+from experiments.harness.arguments import ExperimentError
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def test_it_learns_and_others_can_load_it(run, world, tmp_path):
     assert result["auc_adversarial"] > 0.7
     assert result["auc_random"] > 0.7
     relevance = load_relevance(str(tmp_path / "out"), "reward_model", batch_size=8)
-    test = dialogue.load_dialogues(world["data"], "test")
-    rows = dialogue.judged_responses(test, seed=0)
+    test = chat_data.load_dialogues(world["data"], "test")
+    rows = chat_data.judged_responses(test, seed=0)
     probabilities = np.array(
         relevance(prompts=[row["messages"][:-1] for row in rows], completions=[row["messages"][-1:] for row in rows])
     )
@@ -58,7 +58,7 @@ def test_a_finished_model_is_read_again_and_another_one_refused(run, capsys):
     first = run("--max_train_contexts", 8, "--half", "a")
     assert run("--max_train_contexts", 8, "--half", "a") == json.loads(json.dumps(first))
     assert "finished earlier" in capsys.readouterr().out
-    with pytest.raises(RecipeError, match="other options: half was a, is b"):
+    with pytest.raises(ExperimentError, match="other options: half was a, is b"):
         run("--max_train_contexts", 8, "--half", "b")
 
 
@@ -88,7 +88,7 @@ def test_fewer_layers_and_responses(run, tmp_path):
     ],
 )
 def test_wrong_options_are_refused_before_a_folder_is_made(run, tmp_path, more, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(ExperimentError, match=message):
         run(*more)
     assert not (tmp_path / "out").exists()
 
@@ -111,9 +111,9 @@ def test_figures_within_a_context_ignore_the_level_of_the_context():
 
 
 def test_halves_share_no_conversation(world):
-    whole = dialogue.load_dialogues(world["data"], "train+dev")
-    halves = [dialogue.half_of(whole, half) for half in dialogue.HALVES]
-    assert sum(map(len, halves)) == len(dialogue.half_of(whole, "all")) == len(whole)
+    whole = chat_data.load_dialogues(world["data"], "train+dev")
+    halves = [chat_data.half_of(whole, half) for half in chat_data.HALVES]
+    assert sum(map(len, halves)) == len(chat_data.half_of(whole, "all")) == len(whole)
     begins = [{row["context"][0] for row in half} for half in halves]
     assert all(begins)
     assert not begins[0] & begins[1]
@@ -123,14 +123,14 @@ def test_halves_share_no_conversation(world):
 def test_other_forms_of_dialogue(tmp_path, form):
     turns = [["hi", "ho", "he"], ["yes", "no"], ["alone"]]
     if form == "messages":
-        chats = [[{"role": "system", "content": "be brief"}] + dialogue.as_messages(one) for one in turns]
+        chats = [[{"role": "system", "content": "be brief"}] + chat_data.as_messages(one) for one in turns]
         datasets.Dataset.from_list([{"messages": chat} for chat in chats]).to_parquet(str(tmp_path / "train.parquet"))
     else:
         datasets.Dataset.from_list([{"dialog": one} for one in turns]).to_parquet(str(tmp_path / "train.parquet"))
-    found = dialogue.load_dialogues(str(tmp_path), "train")
+    found = chat_data.load_dialogues(str(tmp_path), "train")
     assert found["context"][:] == [["hi", "ho"], ["yes"]]  # one turn is no context with a response
     assert found["positive_responses"][:] == [["he"], ["no"]]
-    rows = dialogue.judged_responses(found, seed=0)
+    rows = chat_data.judged_responses(found, seed=0)
     assert {row["messages"][-1]["content"] for row in rows if row["kind"] == "random"} <= {"he", "no"}
     for row in rows:
         positive = {"ho": "he", "yes": "no"}[row["messages"][-2]["content"]]
@@ -139,13 +139,13 @@ def test_other_forms_of_dialogue(tmp_path, form):
 
 def test_unknown_columns_are_named(tmp_path):
     datasets.Dataset.from_list([{"text": "hi"}]).to_parquet(str(tmp_path / "train.parquet"))
-    with pytest.raises(RecipeError, match=r"The data set has the columns text\. Dialogues need `context`"):
-        dialogue.load_dialogues(str(tmp_path), "train")
+    with pytest.raises(ExperimentError, match=r"The data set has the columns text\. Dialogues need `context`"):
+        chat_data.load_dialogues(str(tmp_path), "train")
 
 
 def test_roles_end_with_the_user():
-    assert [one["role"] for one in dialogue.as_messages(list("abcd"))] == ["assistant", "user"] * 2
-    assert [one["content"] for one in dialogue.as_messages(list("abcde"), max_turns=3)] == ["c", "d", "e"]
+    assert [one["role"] for one in chat_data.as_messages(list("abcd"))] == ["assistant", "user"] * 2
+    assert [one["content"] for one in chat_data.as_messages(list("abcde"), max_turns=3)] == ["c", "d", "e"]
 
 
 def test_two_towers_start_from_the_cosine_of_the_encoder(world, run, tmp_path):
@@ -168,7 +168,7 @@ def test_two_towers_start_from_the_cosine_of_the_encoder(world, run, tmp_path):
         cosine = torch.cosine_similarity(first, mean_vector(f"[CLS] {response} [SEP]"), dim=0)
         expected.append(torch.sigmoid(8 * (cosine - 0.3)).item())
     answers = [[{"role": "assistant", "content": text}] for text in responses]
-    found = relevance(prompts=[dialogue.as_messages(turns) for turns in contexts], completions=answers)
+    found = relevance(prompts=[chat_data.as_messages(turns) for turns in contexts], completions=answers)
     assert found == pytest.approx(expected, abs=1e-5)
 
 
@@ -177,7 +177,7 @@ def test_two_towers_learn_and_keep_no_vector_over_a_step(run, tmp_path):
     result = run("--architecture", "two_towers", "--num_train_epochs", 3, "--max_eval_contexts", 20)
     relevance = load_relevance(str(tmp_path / "out"), "reward_model", batch_size=8).model
     model, tokenizer = relevance.model, relevance.tokenizer
-    prompts = [dialogue.as_messages(["red ?"])] * 2
+    prompts = [chat_data.as_messages(["red ?"])] * 2
     completions = [[{"role": "assistant", "content": text}] for text in ("red .", "blue .")]
     before = relevance(prompts=prompts, completions=completions)
     inputs = tokenizer("[CLS] red ? [SEP] red . [SEP]", add_special_tokens=False, return_tensors="pt")
@@ -193,5 +193,5 @@ def test_two_towers_learn_and_keep_no_vector_over_a_step(run, tmp_path):
 
 def test_two_towers_want_a_bert(run, tmp_path):
     folder = toy_chat.save_chat_model(tmp_path / "llama")
-    with pytest.raises(RecipeError, match=r"needs a BERT, and .* is a llama"):
+    with pytest.raises(ExperimentError, match=r"needs a BERT, and .* is a llama"):
         run("--architecture", "two_towers", "--model_name_or_path", folder)

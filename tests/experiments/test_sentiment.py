@@ -1,4 +1,4 @@
-"""The sentiment recipe from end to end: three arms, label noise, resume, and its errors, on a few rows."""
+"""The sentiment experiment from end to end: three arms, label noise, resume, and its errors, on a few rows."""
 
 import csv
 import json
@@ -10,9 +10,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from recipes import imdb_sentiment
-from recipes.builtin_reviews import make_reviews
-from recipes.common import RecipeError
+from experiments import sentiment
+from experiments.builtin.reviews import make_reviews
+from experiments.harness.arguments import ExperimentError
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_ROWS = 40
@@ -29,7 +29,7 @@ def reviews(tmp_path_factory) -> str:
 
 @pytest.fixture
 def run(reviews, tmp_path):
-    """Calls the recipe on two epochs of forty rows; more options may follow."""
+    """Calls the experiment on two epochs of forty rows; more options may follow."""
     options = {
         "dataset": reviews,
         "model_name_or_path": "builtin",
@@ -41,7 +41,7 @@ def run(reviews, tmp_path):
         "output_dir": tmp_path / "out",
     }
     fixed = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return lambda *more: imdb_sentiment.main([*fixed, "--seeds", "1", *map(str, more)])
+    return lambda *more: sentiment.main([*fixed, "--seeds", "1", *map(str, more)])
 
 
 def test_three_arms_one_report(run, tmp_path, capsys):
@@ -97,7 +97,7 @@ def test_a_finished_run_is_read_again_and_another_one_refused(run, capsys):
     (again,) = run("--arms", "plain", "--weighting", "tempered:0.5", "--logging_steps", 3)  # neither concerns the arm
     assert again == json.loads(json.dumps(first))
     assert "plain, seed 1: finished earlier" in capsys.readouterr().out
-    with pytest.raises(RecipeError, match=r"other options: learning_rate was 0.0005, is 0.001"):
+    with pytest.raises(ExperimentError, match=r"other options: learning_rate was 0.0005, is 0.001"):
         run("--arms", "plain", "--learning_rate", "1e-3")
     (anew,) = run("--arms", "plain", "--learning_rate", "1e-3", "--overwrite_output_dir")
     assert anew["curve"] != first["curve"] or anew["metrics"] != first["metrics"]
@@ -132,16 +132,16 @@ def test_a_killed_run_goes_on_from_its_checkpoint(run, tmp_path, capsys, arm):
     ],
 )
 def test_wrong_options_are_refused_before_a_folder_is_made(run, tmp_path, more, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(ExperimentError, match=message):
         run(*more)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
 def test_as_a_script_an_error_is_one_line():
-    command = [sys.executable, str(ROOT / "recipes" / "imdb_sentiment.py"), "--weightin", "margin"]
+    command = [sys.executable, "-m", "experiments.sentiment", "--weightin", "margin"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    outcome = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    outcome = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert outcome.returncode == 1
     assert outcome.stderr.strip().splitlines()[-1].startswith("error: Unknown option '--weightin' (did you mean")
     assert "Traceback" not in outcome.stderr

@@ -1,4 +1,4 @@
-"""The translation recipe from end to end: four arms, resume, rewards, and its errors, on a few rows."""
+"""The translation experiment from end to end: four arms, resume, rewards, and its errors, on a few rows."""
 
 import csv
 import json
@@ -12,12 +12,10 @@ import pytest
 import torch
 from transformers import Seq2SeqTrainer
 
-from recipes import translation
-from recipes.builtin_numbers import make_numbers, make_row
-from recipes.builtin_translator import build_model, build_tokenizer
-from recipes.common import RecipeError
-from recipes.translation_measures import corpus_scores, corpus_signatures, token_metric, translate
-from recipes.translation_rewards import make_rewards
+from experiments import translation
+from experiments.builtin.numbers import build_model, build_tokenizer, make_numbers, make_row
+from experiments.harness.arguments import ExperimentError
+from experiments.translation_data import corpus_scores, corpus_signatures, make_rewards, token_metric, translate
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_PROMPTS, BATCH_SIZE = 24, 8
@@ -25,7 +23,7 @@ NUM_PROMPTS, BATCH_SIZE = 24, 8
 
 @pytest.fixture
 def run(tmp_path):
-    """Calls the recipe on two rounds of a few numbers; more options may follow."""
+    """Calls the experiment on two rounds of a few numbers; more options may follow."""
     options = {
         "dataset": "builtin",
         "max_train_samples": NUM_PROMPTS,
@@ -113,7 +111,7 @@ def test_a_finished_run_is_read_again_and_another_one_refused(run, capsys):
     again = run("--arms", "base", "supervised", "--acceptance", "topk:2", "--logging_steps", 3)  # neither concerns them
     assert again == json.loads(json.dumps(first))
     assert "supervised, seed 1: finished earlier" in capsys.readouterr().out
-    with pytest.raises(RecipeError, match=r"other options: learning_rate was 0.002, is 0.001"):
+    with pytest.raises(ExperimentError, match=r"other options: learning_rate was 0.002, is 0.001"):
         run("--arms", "supervised", "--learning_rate", "1e-3")
     (anew,) = run("--arms", "supervised", "--learning_rate", "1e-3", "--overwrite_output_dir")
     assert anew["metrics"]["steps"] == 6
@@ -195,7 +193,7 @@ def test_corpus_figures_are_no_means_over_sentences():
     ],
 )
 def test_wrong_options_are_refused_before_a_folder_is_made(run, tmp_path, more, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(ExperimentError, match=message):
         run("--model_name_or_path", "builtin", *more)
     assert not (tmp_path / "out").exists()
 
@@ -214,7 +212,7 @@ def test_wrong_options_are_refused_before_a_folder_is_made(run, tmp_path, more, 
 )
 def test_wrong_data_sets_are_refused(run, pairs, translator, more, message):
     own = ("--dataset", pairs, "--model_name_or_path", translator, "--val_split", "val", "--reward", "chrf")
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(ExperimentError, match=message):
         run(*own, *more)
 
 
@@ -227,9 +225,9 @@ def test_the_free_reward_reads_no_reference(translator):
 
 @pytest.mark.slow
 def test_as_a_script_an_error_is_one_line():
-    command = [sys.executable, str(ROOT / "recipes" / "translation.py"), "--acceptanc", "topk:1"]
+    command = [sys.executable, "-m", "experiments.translation", "--acceptanc", "topk:1"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    outcome = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    outcome = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert outcome.returncode == 1
     assert outcome.stderr.strip().splitlines()[-1].startswith("error: Unknown option '--acceptanc' (did you mean")
     assert "Traceback" not in outcome.stderr

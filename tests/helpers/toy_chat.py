@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from recipes import reward_model
+from experiments import reward_model
 
 COLOURS = ("red", "blue", "green", "grey")
 WORDS = ("what", "colour", "is", "the", "sky", "it", "now", "user", "assistant", ":", "?", ".", *COLOURS)

@@ -1,4 +1,4 @@
-"""The builtin data set: short reviews from a seeded grammar, so that a recipe runs with no download.
+"""The builtin data set: short reviews from a seeded grammar, so that an experiment runs with no download.
 
 In: how many rows and a seed. Out: rows `text`, `label` (0 negative, 1 positive), `phenomenon` (the outermost
 construction). Every sentence is built together with its polarity by the combinators below, so the label is a law and
@@ -8,22 +8,28 @@ Words follow a Zipf law and constructions are unequally frequent: what a small m
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, set_seed
 
 POSITIVE = (
     "good great excellent lovely superb brilliant charming delightful solid impressive wonderful clever elegant "
     "gripping memorable polished refreshing remarkable splendid thoughtful flawless graceful inspired marvellous "
     "radiant satisfying sublime tasteful winning exquisite"
 ).split()
+
 NEGATIVE = (
     "bad poor awful dull terrible boring weak horrible clumsy disappointing tedious cheap sloppy dreadful forgettable "
     "grating lazy lifeless messy miserable shallow shoddy stale tiresome ugly uneven vapid wooden wretched dismal"
 ).split()
+
 SUBJECTS = {
     "movie": "plot acting script ending soundtrack dialogue pacing camerawork villain humour opening editing".split(),
     "product": "battery screen keyboard packaging finish handle software strap speaker charger design manual".split(),
 }
+
 FACTS = {
     "movie": {
         True: ("the whole row stood up and clapped", "i bought a ticket for the next day too", "my kids still quote it",
@@ -42,30 +48,36 @@ FACTS = {
                 "the third one needed repair too", "it works when it wants to", "i leave it in a drawer"),
     },
 }  # fmt: skip
+
 OPENERS = {
     "movie": ("I saw it on a train.", "We went on a rainy Tuesday.", "My sister chose it.", "It runs for two hours.",
               "I had read the book before.", "This was our third film of the week."),
     "product": ("It arrived on a Monday.", "I use it in the kitchen.", "My sister chose it.", "It comes in grey.",
                 "I had an older one before.", "This was my third order of the week."),
 }  # fmt: skip
+
 HEDGES = {  # modifier -> whether the adjective's polarity survives it
     "hardly": False, "rather": True, "far from": False, "fairly": True, "barely": False, "really": True,
     "anything but": False, "nothing short of": True, "nowhere near": False, "never less than": True, "less than": False,
     "nothing if not": True, "only nominally": False,
 }  # fmt: skip
+
 DENIALS = ("i would not say that", "nobody could claim that", "it would be wrong to think that", "i never felt that")
+
 WISHES = (
     "i wish the {s} were {a}",
     "if only the {s} were {a}",
     "the {s} could have been {a}",
     "they promised me {an_a} {s}",
 )
+
 HEARSAY = (
     "the critics called it {a}",
     "my boss found it {a}",
     "the poster calls it {a}",
     "everyone told me it was {a}",
 )
+
 FREQUENCIES = {
     "contrast": 30, "plain": 16, "negation": 13, "hedge": 11, "hearsay": 10, "double_negation": 8, "comparison": 5,
     "counterfactual": 4, "sarcasm": 3,
@@ -233,3 +245,47 @@ def make_reviews(num_train: int = 4000, num_test: int = 1000, seed: int = 0) -> 
         rng.shuffle(rows)
         splits[split] = rows
     return splits
+
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+
+MAX_POSITIONS = 512
+
+
+def build_tokenizer(texts: Iterable[str], vocabulary_size: int = 20_000) -> PreTrainedTokenizerFast:
+    """Returns a lower-casing word-level tokenizer whose vocabulary is the most frequent words of the texts."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=vocabulary_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=MAX_POSITIONS,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, num_labels: int, seed: int) -> BertForSequenceClassification:
+    """Returns a randomly initialised two-layer BERT of width 96; the same seed gives the same weights."""
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=192,
+        max_position_embeddings=MAX_POSITIONS,
+        pad_token_id=tokenizer.pad_token_id,
+        num_labels=num_labels,
+    )
+    set_seed(seed)
+    return BertForSequenceClassification(config)

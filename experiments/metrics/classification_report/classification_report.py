@@ -4,7 +4,6 @@ In: predicted and true class ids, and which class counts as the minority. Out: t
 network.
 """
 
-# One import a line: `evaluate` reads these lines with a pattern, so a name in brackets over several lines is lost.
 import datasets
 import evaluate
 from sklearn.metrics import accuracy_score, f1_score, recall_score

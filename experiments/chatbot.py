@@ -1,11 +1,12 @@
 """A chatbot that learns from its own best answers, four ways: base, supervised, rejection, and a random control.
 
-    python recipes/reward_model.py --half a --output_dir outputs/reward_model_a
-    python recipes/reward_model.py --half b --output_dir outputs/reward_model_b
-    python recipes/chatbot.py                      # OpenRL/daily_dialog, Qwen2.5 0.5B Instruct: wants a GPU
+    python -m experiments.reward_model --half a --output_dir outputs/reward_model_a
+    python -m experiments.reward_model --half b --output_dir outputs/reward_model_b
+    python -m experiments.chatbot                      # OpenRL/daily_dialog, Qwen2.5 0.5B Instruct: wants a GPU
 
-    python recipes/chatbot.py --dataset $RSFT_DATA/dailydialog_pp --model_name_or_path $RSFT_MODELS/dailydialog-chat \\
-        --eval_split dev --reward_model $RM_A --judge_model $RM_B --encoder $ENCODER --max_prompt_length 192 \\
+    python -m experiments.chatbot --dataset $RSFT_DATA/dailydialog_pp \\
+        --model_name_or_path $RSFT_MODELS/dailydialog-chat --eval_split dev \\
+        --reward_model $RM_A --judge_model $RM_B --encoder $ENCODER --max_prompt_length 192 \\
         --max_new_tokens 32 --max_train_contexts 512 --max_eval_contexts 128 --max_test_contexts 400 \\
         --learning_rate 3e-4
 
@@ -16,14 +17,14 @@ is an option here, whose epochs are rounds; `--config my.yaml` reads them from a
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# So that `python recipes/chatbot.py` finds the files beside it.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+import numpy as np
 from datasets import Dataset
+from matplotlib.figure import Figure
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -33,25 +34,36 @@ from transformers import (
     TrainingArguments,
 )
 
-from recipes.chat_data import ChatPrompts, load_prompts, supervised_rows
-from recipes.chat_measures import ResponseMeter, RoundCurve, curve
-from recipes.chat_report import describe, draw_rounds, samples_of, write_samples
-from recipes.chat_rewards import ChatRewardArguments, load_judge, selecting_functions
-from recipes.common import RecipeError, option, parse_arguments
-from recipes.dialogue import sample_rows
-from recipes.generative_arms import (
-    GenerativeArmArguments,
-    arguments_of_run,
-    make_resampler,
-    open_folders,
-    supervised_schedule,
+from experiments.chat_data import (
+    REFERENCES,
+    ChatPrompts,
+    ChatRewardArguments,
+    ResponseMeter,
+    Responses,
+    RoundCurve,
+    curve,
+    load_judge,
+    load_prompts,
+    sample_rows,
+    selecting_functions,
+    supervised_rows,
 )
-from recipes.generative_report import collect_rounds, write_report
+from experiments.harness.arguments import ExperimentError, option, parse_arguments
+from experiments.harness.arms import GenerativeArmArguments, make_candidate_resampler, supervised_schedule
+from experiments.harness.reporting import (
+    COLOURS,
+    GenerativeReport,
+    Result,
+    collect_rounds,
+    write_generative_report,
+)
+from experiments.harness.runs import arguments_of_run, open_folders
 from rsft_hf import RejectionSamplingTrainer
 from rsft_hf.generative.encoding import RowCollator
 from rsft_hf.rewards.functions import RewardFunctions
 
 NUM_PRINTED = 3
+
 GREEDY = ("held_out_reward", "selecting_reward", "distinct_2", "words")  # of the greedy responses too
 
 
@@ -77,14 +89,14 @@ class ChatArguments(ChatRewardArguments):
         super().__post_init__()
         for name in ("max_train_contexts", "max_eval_contexts", "max_test_contexts", "max_turns", "max_prompt_length"):
             if vars(self)[name] is not None and vars(self)[name] < 1:
-                raise RecipeError(f"`--{name}` {vars(self)[name]} must be at least 1.")
+                raise ExperimentError(f"`--{name}` {vars(self)[name]} must be at least 1.")
         if self.measured_temperature <= 0:
-            raise RecipeError(f"`--measured_temperature` {self.measured_temperature} must be above 0.")
+            raise ExperimentError(f"`--measured_temperature` {self.measured_temperature} must be above 0.")
 
 
 @dataclass
 class ChatTrainingArguments(TrainingArguments):
-    """Every option of TrainingArguments, with the defaults of this recipe."""
+    """Every option of TrainingArguments, with the defaults of this experiment."""
 
     output_dir: str = option("outputs/chatbot", "Folder of the runs, tables and pictures.")
     per_device_train_batch_size: int = option(16, "Rows per step and device.")
@@ -101,7 +113,7 @@ def load(kind: Any, name: str) -> Any:
     try:
         return kind.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise RecipeError(
+        raise ExperimentError(
             f"`--model_name_or_path` {name!r} could not be loaded ({str(error).splitlines()[0]}). Give a folder or a "
             "hub name."
         ) from error
@@ -111,7 +123,7 @@ def load_tokenizer(name: str) -> Any:
     """Returns the tokenizer of a chat model."""
     tokenizer = load(AutoTokenizer, name)
     if tokenizer.chat_template is None:
-        raise RecipeError(f"`--model_name_or_path` {name!r} has no chat template. Name a model tuned for chat.")
+        raise ExperimentError(f"`--model_name_or_path` {name!r} has no chat template. Name a model tuned for chat.")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
@@ -165,6 +177,80 @@ def measure_arm(report: ResponseMeter, model: Any, result: dict[str, Any]) -> di
     }
 
 
+def samples_of(prompts: Dataset, responses: Responses) -> list[dict[str, Any]]:
+    """Returns responses to a few contexts, spread over all and the same for every arm."""
+    step = max(1, len(prompts) // NUM_SAMPLES)
+    return [
+        {
+            "turns": [message["content"] for message in prompts[row]["prompt"]],
+            "prompt": prompts[row]["prompt"][-1]["content"],
+            "reference": prompts[row][REFERENCES][0],
+            "output": responses.texts[row],
+            "held_out_reward": responses.judged[row],
+        }
+        for row in range(0, len(prompts), step)[:NUM_SAMPLES]
+    ]
+
+
+def describe(options: Any, meter: ResponseMeter) -> GenerativeReport:
+    """Returns what the report says beside the figures, among it what the judge makes of human responses."""
+    references = meter.prompts[REFERENCES]
+    human = meter.rate([texts[0] for texts in references]).metrics
+    strangers = meter.rate([references[row - 1][0] for row in range(len(references))]).metrics
+    return GenerativeReport(
+        title=f"{Path(options.dataset).name}, {Path(options.model_name_or_path).name}",
+        compared=COMPARED,
+        curve_label=f"held-out reward, {options.eval_split}",
+        notes=(
+            f"Responses to {len(references)} contexts of `{options.test_split}`, one each, sampled at temperature "
+            f"{options.measured_temperature:g} from the same random streams for every arm. The held-out reward selects "
+            f"nothing. It gives people's own responses {human['held_out_reward']:.3f} and those to another context "
+            f"{strangers['held_out_reward']:.3f}; people's distinct-2 is {human['distinct_2']:.3f}, their length "
+            f"{human['words']:.1f} words.",
+            "`seconds` is the time of training with generation and with the curve. rounds.png has the figures of every "
+            f"round on `{options.eval_split}`, samples.md responses to read.",
+        ),
+    )
+
+
+def write_samples(results: Sequence[Result], path: Path, title: str) -> None:
+    """Writes the responses of every arm of the first seed to the same contexts, with what the judge says of each."""
+    seed = results[0]["seed"]
+    runs = [result for result in results if result["seed"] == seed]
+    lines = [f"# {title}", "", f"Held-out contexts, sampled responses, seed {seed}; in brackets the held-out reward."]
+    for number, sample in enumerate(runs[0]["dialogues"]):
+        lines += ["", f"## Context {number + 1}", "", *(f"- {turn}" for turn in sample["turns"]), ""]
+        lines += ["| | response | |", "|---|---|---|", _row("human", sample["reference"], None)]
+        for run in runs:
+            found = run["dialogues"][number]
+            lines.append(_row(run["arm"], found["output"], found["held_out_reward"]))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _row(name: str, text: str, reward: float | None) -> str:
+    shown = " ".join(text.split()).replace("|", "\\|")
+    return f"| {name} | {shown} | {'' if reward is None else f'[{reward:.2f}]'} |"
+
+
+def draw_rounds(results: Sequence[Result], path: Path) -> None:
+    """Writes one panel per figure over the rounds: a thin line for each seed, a thick one for their mean."""
+    figure = Figure(figsize=(4 * len(PANELS), 3.8), layout="constrained")
+    all_axes = figure.subplots(1, len(PANELS))
+    for axes, (name, label) in zip(all_axes, PANELS.items(), strict=True):
+        for arm in dict.fromkeys(result["arm"] for result in results):
+            curves = [[entry[name] for entry in result["by_round"]] for result in results if result["arm"] == arm]
+            mean = np.mean(curves, axis=0)
+            if len(mean) == 1:
+                axes.axhline(mean[0], color=COLOURS[arm], linestyle=":", label=arm)
+                continue
+            for values in curves:
+                axes.plot(range(len(values)), values, color=COLOURS[arm], linewidth=0.7, alpha=0.5)
+            axes.plot(range(len(mean)), mean, color=COLOURS[arm], linewidth=2.2, label=arm)
+        axes.set(xlabel="round", title=label)
+    all_axes[0].legend()
+    figure.savefig(path, dpi=140)
+
+
 def main(argv: list[str]) -> list[dict[str, Any]]:
     """Runs every arm with every seed, writes the report, and returns the results."""
     types = (ChatArguments, GenerativeArmArguments, ChatTrainingArguments)
@@ -197,7 +283,7 @@ def main(argv: list[str]) -> list[dict[str, Any]]:
                 num_draws = arms.num_draws or len(chosen[seed])
                 watching = RoundCurve(watch, num_draws, name)
                 common = {"model": model, "args": args, "processing_class": tokenizer, "callbacks": [watching]}
-                resampler = make_resampler(arms, arm, functions, reward_weights=weights)
+                resampler = make_candidate_resampler(arms, arm, functions, reward_weights=weights)
                 trainer = make_trainer(arm, chosen[seed], resampler, common, num_draws)
                 result |= train_arm(trainer, folder.checkpoint(), folder.path)
             # 5. Measurement: the same for every arm.
@@ -210,12 +296,25 @@ def main(argv: list[str]) -> list[dict[str, Any]]:
         output, described = Path(training.output_dir), describe(options, report)
         draw_rounds(results, output / "rounds.png")
         write_samples(results, output / "samples.md", described.title)
-        write_report(results, output, described)
+        write_generative_report(results, output, described)
     return results
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except RecipeError as error:
+    except ExperimentError as error:
         sys.exit(f"error: {error}")
+
+NUM_SAMPLES = 12
+
+COMPARED = ("held_out_reward", "selecting_reward", "chrf", "distinct_1", "distinct_2",
+            "unique_responses", "words", "greedy_held_out_reward", "greedy_distinct_2")  # fmt: skip
+
+# What a round is drawn by: the reward that selects may rise while the one that only judges does not.
+PANELS = {
+    "held_out_reward": "held-out reward",
+    "selecting_reward": "selecting reward",
+    "distinct_2": "distinct-2",
+    "words": "words per response",
+}

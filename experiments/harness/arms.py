@@ -1,29 +1,132 @@
-"""The four arms of a generative comparison: base, supervised, rejection, and a control that accepts at random.
+"""Arms of a comparison: weightings and acceptance rules by name, and the resampler of each arm.
 
-`base` is the untouched model. `supervised` trains on the labelled rows of the same prompts, with as many optimizer
-steps. `rejection` trains on its own accepted candidates. `control` does the same, but of each prompt's candidates it
-accepts as many as the rule would, chosen at random: what remains between the two is the effect of the choice.
+Weighted half: `plain`, `rejection`, and `control`, which gives the same weights to rows chosen at random.
 
-In: options. Out: acceptance rules by name, the resampler of an arm, and the arguments and folder of its run. It knows
-no task and no model.
+Generative half: `base` is the untouched model. `supervised` trains on the labelled rows of the same prompts, with as
+many optimizer steps. `rejection` trains on its own accepted candidates. `control` accepts as many candidates of each
+prompt as the rule does, chosen at random.
+
+The difference between `rejection` and `control` is the effect of the choice alone.
 """
 
 import copy
+import logging
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from transformers import GenerationConfig, TrainingArguments
 
-from recipes.common import RecipeError, check_arms_and_seeds, option
-from recipes.runs import RunFolder, training_configuration
+import rsft_hf
+from experiments.harness.arguments import ExperimentError, check_arms_and_seeds, option, weighting_from_name
 from rsft_hf import RSO, CandidateResampler, Threshold, TopKOverall, TopKPerPrompt
 from rsft_hf.acceptance import PerPromptCap, RandomLike, RandomPerPrompt, Sequence
+from rsft_hf.weighted import Weighting
 
-ARMS = ("base", "supervised", "rejection", "control")
+logger = logging.getLogger(__name__)
+
+WEIGHTED_ARMS = ("plain", "rejection", "control")
+
+
+@dataclass(frozen=True)
+class RandomAssignment:
+    """The matched random control: the weights of `weighting`, given to rows that a seed chose.
+
+    As many draws, repeats and distinct rows as with `weighting`, and the same rows favoured from epoch to epoch, but
+    nothing in the choice of the rows comes from their loss. What remains between the two is the effect of the choice.
+
+    Example:
+        >>> control = RandomAssignment(rsft_hf.Proportional(), seed=1)
+        >>> sorted(control(torch.tensor([1.0, 2.0, 3.0])).tolist())
+        [1.0, 2.0, 3.0]
+    """
+
+    weighting: Weighting
+    seed: int
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The statistics that the rule needs."""
+        return self.weighting.requires
+
+    def __call__(
+        self, scores: torch.Tensor, statistics: rsft_hf.weighted.ExampleStatistics | None = None
+    ) -> torch.Tensor:
+        """Returns the weights in an order that depends only on the seed and on their number."""
+        weights = self.weighting(scores, statistics)
+        # Away from the run's own seed, whose permutation already orders the proposals.
+        generator = torch.Generator().manual_seed(2**32 + self.seed)
+        return weights[torch.randperm(len(weights), generator=generator)]
+
+
+@dataclass
+class WeightedArmArguments:
+    """What is compared, how often, and how the rows of the resampled arms are drawn."""
+
+    arms: list[str] = field(
+        default_factory=lambda: list(WEIGHTED_ARMS), metadata={"help": "What to compare: plain, rejection, control."}
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [1, 2, 3],
+        metadata={"help": "One run per arm and seed; a seed fixes rows, noise, initial weights and order."},
+    )
+    weighting: str = option("proportional", "Rule from losses to weights, as tempered:0.5 or drop_top:0.1+floored:0.2.")
+    losses: Literal["forward", "training"] = option("forward", "Measure losses in their own pass, or while training.")
+    num_draws: int | None = option(None, "Rows per epoch; as many as the training set has where not given.")
+    warmup_epochs: int = option(0, "Epochs at the start that read every row once.")
+    uniform_final_epochs: int = option(0, "Epochs at the end that read every row once.")
+    importance_correction: float = option(0.0, "Exponent of the loss factor 1 / (N p); at 1 the gradient is unbiased.")
+    overwrite_output_dir: bool = option(False, "Delete earlier runs of these arms and seeds, and begin anew.")
+
+    def __post_init__(self) -> None:
+        check_arms_and_seeds(self.arms, self.seeds, WEIGHTED_ARMS)
+        make_loss_resampler(
+            self, "rejection", seed=0
+        )  # wrong options fail here, not after the plain arm has been trained
+
+    def check_epochs(self, num_epochs: float) -> None:
+        """Warns if no epoch is left to resample."""
+        if self.warmup_epochs + self.uniform_final_epochs >= num_epochs:
+            logger.warning(
+                f"`--warmup_epochs` {self.warmup_epochs} and `--uniform_final_epochs` {self.uniform_final_epochs} "
+                f"leave none of {num_epochs:g} epochs to resample: all arms train alike. Lower them, or train longer."
+            )
+
+    def configuration(self, arm: str) -> dict[str, object]:
+        """Returns the options that decide what comes out of a run of this arm."""
+        names = () if arm == "plain" else ("weighting", "losses", "num_draws", "warmup_epochs", "uniform_final_epochs",
+                                           "importance_correction")  # fmt: skip
+        return {name: vars(self)[name] for name in names}
+
+
+def make_loss_resampler(arguments: WeightedArmArguments, arm: str, seed: int) -> rsft_hf.LossResampler | None:
+    """Returns the resampler of an arm, None for the plain one.
+
+    Raises:
+        ExperimentError: If an option is impossible.
+    """
+    if arm == "plain":
+        return None
+    weighting = weighting_from_name(arguments.weighting)
+    try:
+        return rsft_hf.LossResampler(
+            RandomAssignment(weighting, seed) if arm == "control" else weighting,
+            losses=arguments.losses,
+            num_draws=arguments.num_draws,
+            warmup_epochs=arguments.warmup_epochs,
+            uniform_final_epochs=arguments.uniform_final_epochs,
+            importance_correction=arguments.importance_correction,
+        )
+    except (TypeError, ValueError) as error:
+        raise ExperimentError(str(error)) from error
+
+
+GENERATIVE_ARMS = ("base", "supervised", "rejection", "control")
+
 GENERATING_ARMS = ("rejection", "control")
+
 # name -> the rule and its parameters in order, each with the type of its number
 ACCEPTANCES: dict[str, tuple[Callable[..., Any], dict[str, type]]] = {
     "topk": (TopKPerPrompt, {"k": int}),
@@ -44,7 +147,7 @@ def acceptance_from_name(name: str) -> Any:
         name: Such as "topk:1", "threshold:0.5", "rso:0.1:1" (beta, then k), "random:2" or "threshold:0.5+cap:4".
 
     Raises:
-        RecipeError: If a name is unknown, a parameter is missing, needless, no number, or out of its range.
+        ExperimentError: If a name is unknown, a parameter is missing, needless, no number, or out of its range.
 
     Example:
         >>> acceptance_from_name("topk:2")
@@ -57,17 +160,19 @@ def acceptance_from_name(name: str) -> Any:
 def _one_acceptance(part: str) -> Any:
     name, *values = part.split(":")
     if name not in ACCEPTANCES:
-        raise RecipeError(
+        raise ExperimentError(
             f"`--acceptance` {part!r} is unknown. Use one of {', '.join(ACCEPTANCES)}, joined by '+' to chain them."
         )
     rule, parameters = ACCEPTANCES[name]
     if len(values) != len(parameters):
         form = ":".join([name, *(parameter.upper() for parameter in parameters)])
-        raise RecipeError(f"`--acceptance` {part!r} has {len(values)} numbers after the name. Write it as {form!r}.")
+        raise ExperimentError(
+            f"`--acceptance` {part!r} has {len(values)} numbers after the name. Write it as {form!r}."
+        )
     try:
         return rule(**{key: kind(value) for (key, kind), value in zip(parameters.items(), values, strict=True)})
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"`--acceptance` {part!r}: {error}") from error
+        raise ExperimentError(f"`--acceptance` {part!r}: {error}") from error
 
 
 @dataclass
@@ -75,7 +180,8 @@ class GenerativeArmArguments:
     """What is compared, how often, and how candidates are sampled and accepted."""
 
     arms: list[str] = field(
-        default_factory=lambda: list(ARMS), metadata={"help": "What to compare: base, supervised, rejection, control."}
+        default_factory=lambda: list(GENERATIVE_ARMS),
+        metadata={"help": "What to compare: base, supervised, rejection, control."},
     )
     seeds: list[int] = field(
         default_factory=lambda: [1, 2, 3],
@@ -98,11 +204,13 @@ class GenerativeArmArguments:
     overwrite_output_dir: bool = option(False, "Delete earlier runs of these arms and seeds, and begin anew.")
 
     def __post_init__(self) -> None:
-        check_arms_and_seeds(self.arms, self.seeds, ARMS)
+        check_arms_and_seeds(self.arms, self.seeds, GENERATIVE_ARMS)
         if self.temperature <= 0:
-            raise RecipeError(f"`--temperature` {self.temperature} must be above 0: equal candidates leave no choice.")
+            raise ExperimentError(
+                f"`--temperature` {self.temperature} must be above 0: equal candidates leave no choice."
+            )
         if self.num_draws is not None and self.num_draws < 1:
-            raise RecipeError(f"`--num_draws` {self.num_draws} must be at least 1.")
+            raise ExperimentError(f"`--num_draws` {self.num_draws} must be at least 1.")
         acceptance_from_name(self.acceptance)  # wrong options fail here, not after an hour of training
 
     def configuration(self, arm: str) -> dict[str, object]:
@@ -124,20 +232,20 @@ class GenerativeArmArguments:
         )
 
 
-def make_resampler(
+def make_candidate_resampler(
     arguments: GenerativeArmArguments, arm: str, reward_funcs: Any, **more: Any
 ) -> CandidateResampler | None:
     """Returns the resampler of an arm; None for base and supervised, which generate nothing.
 
     Args:
         arguments: The options.
-        arm: One of `ARMS`.
+        arm: One of `GENERATIVE_ARMS`.
         reward_funcs: What judges the candidates.
         more: Further keywords of `CandidateResampler`, such as `reward_weights`, or `supervised_dataset`, which is left
             out where `supervised_fraction` is 0.
 
     Raises:
-        RecipeError: If an option is impossible.
+        ExperimentError: If an option is impossible.
     """
     if arm not in GENERATING_ARMS:
         return None
@@ -155,15 +263,7 @@ def make_resampler(
             **more,
         )
     except (TypeError, ValueError) as error:
-        raise RecipeError(str(error)) from error
-
-
-def arguments_of_run(training: TrainingArguments, folder: Path, seed: int) -> Any:
-    """Returns the training arguments with the folder and the seed of one run."""
-    arguments = copy.copy(training)
-    arguments.output_dir, arguments.seed, arguments.data_seed = str(folder), seed, seed
-    arguments.dataloader_pin_memory &= training.device.type != "cpu"
-    return arguments
+        raise ExperimentError(str(error)) from error
 
 
 def supervised_schedule(training: TrainingArguments, num_draws: int) -> Any:
@@ -182,23 +282,3 @@ def supervised_schedule(training: TrainingArguments, num_draws: int) -> Any:
             setattr(schedule, f"{kind}_strategy", type(training.eval_strategy)("steps"))
             setattr(schedule, f"{kind}_steps", steps_per_round)
     return schedule
-
-
-def open_folders(
-    options: Any, arms: GenerativeArmArguments, training: TrainingArguments
-) -> dict[tuple[str, int], RunFolder]:
-    """Returns the folder of every arm and seed, made ready before the first of them is trained.
-
-    Raises:
-        RecipeError: If one of them holds a run of other options.
-    """
-    folders = {}
-    for seed in arms.seeds:
-        for arm in arms.arms:
-            trained = {} if arm == "base" else training_configuration(training)
-            configuration = asdict(options) | arms.configuration(arm) | trained
-            folders[arm, seed] = RunFolder(Path(training.output_dir) / arm / f"seed_{seed}", configuration)
-    with training.main_process_first(desc="looking for earlier runs"):
-        for folder in folders.values() if training.process_index == 0 else ():
-            folder.open(arms.overwrite_output_dir)
-    return folders

@@ -7,16 +7,24 @@ a seed. Out: rows and rewards. It knows no model.
 
 import random
 import re
+import string
+from collections.abc import Iterable
 from typing import Any
 
 from num2words import num2words
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import GenerationConfig, MarianConfig, MarianMTModel, PreTrainedTokenizerFast, set_seed
 
 HIGHEST = 9_999
+
 _UNITS = {"ein": 1, "zwei": 2, "drei": 3, "vier": 4, "fünf": 5, "sechs": 6, "sieben": 7, "acht": 8, "neun": 9}
+
 _TENS = {"zwanzig": 20, "dreißig": 30, "vierzig": 40, "fünfzig": 50, "sechzig": 60, "siebzig": 70, "achtzig": 80,
          "neunzig": 90}  # fmt: skip
+
 _TEENS = {"zehn": 10, "elf": 11, "zwölf": 12, "dreizehn": 13, "vierzehn": 14, "fünfzehn": 15, "sechzehn": 16,
           "siebzehn": 17, "achtzehn": 18, "neunzehn": 19}  # fmt: skip
+
 # "ein" stands before another part, "eins" at the end.
 _LAST = {"eins" if word == "ein" else word: value for word, value in _UNITS.items()} | _TEENS
 
@@ -92,3 +100,64 @@ def make_numbers(
     random.Random(seed).shuffle(rest)
     remaining = iter(held_out + rest)
     return {split: [make_row(next(remaining)) for _ in range(size)] for split, size in sizes.items()}
+
+
+LETTERS = string.ascii_lowercase + "äöüß"
+
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
+
+MAX_POSITIONS = 64
+
+
+def build_tokenizer(texts: Iterable[str], vocabulary_size: int = 120) -> PreTrainedTokenizerFast:
+    """Returns a tokenizer of word parts, one vocabulary for both languages, that ends every text with `</s>`."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=list(LETTERS),  # so that no word is unknown, only unseen
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=MAX_POSITIONS,
+        model_input_names=["input_ids", "attention_mask"],
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> MarianMTModel:
+    """Returns a Marian of width 96, two layers a side, with random weights; the same seed gives the same ones."""
+    width, heads = 96, 4
+    config = MarianConfig(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=heads,
+        decoder_attention_heads=heads,
+        encoder_ffn_dim=2 * width,
+        decoder_ffn_dim=2 * width,
+        max_position_embeddings=MAX_POSITIONS,
+        scale_embedding=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+        forced_eos_token_id=None,
+    )
+    set_seed(seed)
+    model = MarianMTModel(config)
+    model.generation_config = GenerationConfig(
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    return model

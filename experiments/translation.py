@@ -1,9 +1,9 @@
 """A translator that learns from its own translations, four ways: base, supervised, rejection, and a random control.
 
-    python recipes/translation.py                          # Helsinki-NLP/opus-mt-en-de, multi30k: wants a GPU
-    python recipes/translation.py --dataset builtin        # no download
+    python -m experiments.translation                          # Helsinki-NLP/opus-mt-en-de, multi30k: wants a GPU
+    python -m experiments.translation --dataset builtin        # no download
 
-    python recipes/translation.py --dataset $RSFT_DATA/multi30k --model_name_or_path $RSFT_MODELS/multi30k-en-de \\
+    python -m experiments.translation --dataset $RSFT_DATA/multi30k --model_name_or_path $RSFT_MODELS/multi30k-en-de \\
         --val_split val --test_splits test_2016_flickr test_2017_mscoco --max_new_tokens 64
 
 The second line translates English number words into German ones, judged by a verifier that reads German. It needs no
@@ -17,39 +17,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# So that `python recipes/translation.py` finds the files beside it.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from transformers import DataCollatorForSeq2Seq, PrinterCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-from transformers import (
-    DataCollatorForSeq2Seq,
-    PrinterCallback,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-)
-
-from recipes.common import Preset, RecipeError, option, parse_arguments
-from recipes.generative_arms import (
-    GenerativeArmArguments,
-    arguments_of_run,
-    make_resampler,
-    open_folders,
-    supervised_schedule,
-)
-from recipes.generative_report import GenerativeReport, collect_curve, collect_rounds, write_report
-from recipes.observations import ProgressLine, evaluation_seconds
-from recipes.runs import RunFolder
-from recipes.translation_data import TranslationSource, TranslationTask
-from recipes.translation_measures import (
+from experiments.harness.arguments import ExperimentError, Preset, option, parse_arguments
+from experiments.harness.arms import GenerativeArmArguments, make_candidate_resampler, supervised_schedule
+from experiments.harness.reporting import GenerativeReport, collect_curve, collect_rounds, write_generative_report
+from experiments.harness.runs import ProgressLine, RunFolder, arguments_of_run, evaluation_seconds, open_folders
+from experiments.translation_data import (
+    REWARDS,
     Measure,
+    TranslationSource,
+    TranslationTask,
     corpus_scores,
     corpus_signatures,
+    encode_pairs,
     exact_match,
+    load_translator,
+    make_rewards,
+    make_start,
     text_metric,
     token_metric,
     translate,
 )
-from recipes.translation_rewards import REWARDS, make_rewards
-from recipes.translators import encode_pairs, load_translator, make_start
 from rsft_hf import RejectionSamplingSeq2SeqTrainer
 
 NUM_SAMPLES = 4
@@ -80,15 +69,15 @@ class TranslationArguments:
 
     def __post_init__(self) -> None:
         if self.model_name_or_path == "builtin" and self.dataset != "builtin":
-            raise RecipeError("`--model_name_or_path builtin` knows number words only. Name a translator.")
+            raise ExperimentError("`--model_name_or_path builtin` knows number words only. Name a translator.")
         for name in ("max_train_samples", "max_val_samples", "max_test_samples", "num_labelled", "start_epochs"):
             if vars(self)[name] is not None and vars(self)[name] < 1:
-                raise RecipeError(f"`--{name}` {vars(self)[name]} must be at least 1.")
+                raise ExperimentError(f"`--{name}` {vars(self)[name]} must be at least 1.")
 
 
 @dataclass
 class TranslationArmArguments(GenerativeArmArguments):
-    """What is compared, with the defaults of this recipe."""
+    """What is compared, with the defaults of this experiment."""
 
     # On 200 training rows of Multi30k the best of 8 by chrF had 36.1 BLEU at 1.0 and 45.1 at 0.7; greedy had 36.8.
     temperature: float = option(0.6, "Temperature of the sampled candidates; measuring is greedy.")
@@ -96,7 +85,7 @@ class TranslationArmArguments(GenerativeArmArguments):
 
 @dataclass
 class TranslationTrainingArguments(Seq2SeqTrainingArguments):
-    """Every option of Seq2SeqTrainingArguments, with the defaults of this recipe."""
+    """Every option of Seq2SeqTrainingArguments, with the defaults of this experiment."""
 
     output_dir: str = option("outputs/translation", "Folder of the runs, tables and pictures.")
     per_device_train_batch_size: int = option(32, "Rows per step and device.")
@@ -114,9 +103,12 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
 
 BUILTIN = {"model_name_or_path": "builtin", "reward": "verifier", "max_train_samples": 1500, "max_val_samples": 300,
            "max_test_samples": 500}  # fmt: skip
+
 # One correct candidate of each prompt that has any. Chosen on the validation numbers.
 BUILTIN_ARMS = {"seeds": [1], "acceptance": "threshold:0.5+cap:1", "max_new_tokens": 24, "temperature": 1.0}
+
 BUILTIN_TRAINING = {"learning_rate": 2e-3, "num_train_epochs": 5.0, "save_strategy": "no"}
+
 PRESETS = (Preset("dataset", "builtin", BUILTIN | BUILTIN_ARMS | BUILTIN_TRAINING),)
 
 
@@ -141,7 +133,7 @@ def make_trainer(
         train_dataset=task.prompts,
         eval_dataset=task.val,
         compute_metrics=text_metric(measure),
-        resampler=make_resampler(arms, arm, rewards, supervised_dataset=labelled),
+        resampler=make_candidate_resampler(arms, arm, rewards, supervised_dataset=labelled),
     )
 
 
@@ -201,7 +193,9 @@ def main(argv: list[str]) -> list[dict[str, Any]]:
     options, arms, training = parse_arguments(types, argv, PRESETS, description=__doc__.splitlines()[0])
     rewards = make_rewards(options)
     for arm in arms.arms:
-        make_resampler(arms, arm, rewards, supervised_dataset=[{}])  # wrong options fail here, not after other arms
+        make_candidate_resampler(
+            arms, arm, rewards, supervised_dataset=[{}]
+        )  # wrong options fail here, not after other arms
 
     # 1. Data: the prompts of a seed are the same for all its arms, the held-out rows for all seeds.
     source = TranslationSource(options)
@@ -234,12 +228,12 @@ def main(argv: list[str]) -> list[dict[str, Any]]:
 
     # 6. Report: tables, pictures, and what the seeds allow one to say.
     if training.process_index == 0:
-        write_report(results, Path(training.output_dir), describe(options, metric, results))
+        write_generative_report(results, Path(training.output_dir), describe(options, metric, results))
     return results
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except RecipeError as error:
+    except ExperimentError as error:
         sys.exit(f"error: {error}")

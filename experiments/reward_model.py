@@ -1,26 +1,25 @@
 """A reward model for dialogue: does this response belong to this context?
 
-    python recipes/reward_model.py                            # OpenRL/daily_dialog, DeBERTa v3 small: wants a GPU
-    python recipes/reward_model.py --dataset $RSFT_DATA/dailydialog_pp --train_split train+dev --half a \\
+    python -m experiments.reward_model                            # OpenRL/daily_dialog, DeBERTa v3 small: wants a GPU
+    python -m experiments.reward_model --dataset $RSFT_DATA/dailydialog_pp --train_split train+dev --half a \\
         --architecture two_towers --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 --max_length 80 \\
         --responses_per_context 2 --max_train_contexts 2800 --learning_rate 5e-5 --num_train_epochs 1 --bf16 --use_cpu
 
 The second takes ten to twenty minutes on one CPU core and separates good responses of the test split from random ones
 with an AUC of .917, from adversarial ones of .824 (300 contexts, seed 1). Both train one logit by binary cross-entropy
 on positive responses against adversarial and random ones. `--half a` and `--half b` split the contexts in two, so that
-a model which selects and a model which only judges share no data. The folder it writes is what `recipes/chatbot.py` and
-AutoModelForSequenceClassification load (two towers after `import recipes.two_towers`); the tokenizer's chat template is
-the form in which pairs were trained on, so a path among `reward_funcs` asks as it was trained. Every option of
-TrainingArguments is an option here; `--config my.yaml` reads them from a file, the command line wins.
+a model which selects and a model which only judges share no data.
+
+`experiments/chatbot.py` and AutoModelForSequenceClassification load the saved folder (two towers after
+`import experiments.two_towers`). Its chat template renders a pair as in training, so that a path among `reward_funcs`
+is asked as it was trained. Every option of TrainingArguments is an option here; `--config my.yaml` reads them from a
+file, the command line wins.
 """
 
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-# So that `python recipes/reward_model.py` finds the files beside it.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from datasets import Dataset
@@ -35,10 +34,10 @@ from transformers import (
     set_seed,
 )
 
-from recipes.common import RecipeError, option, parse_arguments
-from recipes.dialogue import half_of, judged_responses, load_dialogues, sample_rows
-from recipes.runs import RunFolder, training_configuration
-from recipes.two_towers import TwoTowerConfig, TwoTowerForSequenceClassification
+from experiments.chat_data import half_of, judged_responses, load_dialogues, sample_rows
+from experiments.harness.arguments import ExperimentError, option, parse_arguments
+from experiments.harness.runs import RunFolder, training_configuration
+from experiments.two_towers import TwoTowerConfig, TwoTowerForSequenceClassification
 from rsft_hf.rewards.model_rewards import RewardModel
 
 NEGATIVE_KINDS = ("adversarial", "random")
@@ -67,12 +66,12 @@ class RewardModelArguments:
     def __post_init__(self) -> None:
         for name in ("max_turns", "max_length"):
             if vars(self)[name] < 2:
-                raise RecipeError(f"`--{name}` {vars(self)[name]} must be at least 2: a turn and its response.")
+                raise ExperimentError(f"`--{name}` {vars(self)[name]} must be at least 2: a turn and its response.")
 
 
 @dataclass
 class RewardTrainingArguments(TrainingArguments):
-    """Every option of TrainingArguments, with the defaults of this recipe."""
+    """Every option of TrainingArguments, with the defaults of this experiment."""
 
     output_dir: str = option("outputs/reward_model", "Folder of the model and its figures.")
     per_device_train_batch_size: int = option(16, "Pairs per step and device.")
@@ -90,7 +89,7 @@ def load_tokenizer(name: str, max_turns: int) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise RecipeError(
+        raise ExperimentError(
             f"`--model_name_or_path` {name!r} could not be loaded ({str(error).splitlines()[0]}). Give a folder or a "
             "hub name."
         ) from error
@@ -116,7 +115,7 @@ def load_model(options: RewardModelArguments, seed: int, tokenizer: Any) -> PreT
     config = AutoConfig.from_pretrained(name, num_labels=1)
     if options.architecture == "two_towers":
         if config.model_type not in ("bert", TwoTowerConfig.model_type):
-            raise RecipeError(
+            raise ExperimentError(
                 f"`--architecture two_towers` needs a BERT, and {name!r} is a {config.model_type}. Name another "
                 "encoder, or use `--architecture cross`."
             )
@@ -222,5 +221,5 @@ def main(argv: list[str]) -> dict[str, Any]:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except RecipeError as error:
+    except ExperimentError as error:
         sys.exit(f"error: {error}")

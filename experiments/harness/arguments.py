@@ -1,7 +1,7 @@
-"""What every recipe needs before it trains: options, weightings by name, metrics from a file.
+"""Command line of the experiments: options, presets, YAML files, weightings and metrics by name.
 
-In: the command line and an optional YAML file. Out: filled dataclasses, rules, metrics. Wrong input is a `RecipeError`,
-which a recipe shows without a traceback. It knows no data set and no model.
+Input: the command line and an optional YAML file. Output: filled dataclasses, rules, metrics. Wrong input raises
+`ExperimentError`, which an experiment shows without a traceback.
 """
 
 import difflib
@@ -17,7 +17,8 @@ from transformers import HfArgumentParser
 
 import rsft_hf
 
-METRICS_FOLDER = Path(__file__).resolve().parent / "metrics"
+METRICS_FOLDER = Path(__file__).resolve().parent.parent / "metrics"
+
 # name -> the rule and the meaning of the number after the colon, None where the rule takes none
 WEIGHTINGS: dict[str, tuple[Callable[..., rsft_hf.weighted.Weighting], str | None]] = {
     "proportional": (rsft_hf.Proportional, None),
@@ -33,7 +34,7 @@ WEIGHTINGS: dict[str, tuple[Callable[..., rsft_hf.weighted.Weighting], str | Non
 }
 
 
-class RecipeError(ValueError):
+class ExperimentError(ValueError):
     """What the user asked for cannot be done; the message says why and what to do instead."""
 
 
@@ -51,11 +52,11 @@ def option(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
 
 
-class RecipeParser(HfArgumentParser):
+class ExperimentParser(HfArgumentParser):
     """An `HfArgumentParser` whose errors are one line instead of the usage of a hundred options."""
 
     def error(self, message: str) -> None:
-        raise RecipeError(f"{message}. See --help.")
+        raise ExperimentError(f"{message}. See --help.")
 
 
 def parse_arguments(
@@ -72,9 +73,9 @@ def parse_arguments(
         description: First paragraph of `--help`.
 
     Raises:
-        RecipeError: If an option is unknown or its value impossible, or the YAML file is.
+        ExperimentError: If an option is unknown or its value impossible, or the YAML file is.
     """
-    parser = RecipeParser(dataclass_types, allow_abbrev=False, description=description)
+    parser = ExperimentParser(dataclass_types, allow_abbrev=False, description=description)
     parser.add_argument("--config", default=None, help="YAML file of options; what the command line says wins.")
     config_path = vars(parser.parse_known_args(list(argv))[0])["config"]
     known = {action.dest for action in parser._actions} - {"help", "config"}
@@ -87,30 +88,30 @@ def parse_arguments(
             tokens, return_remaining_strings=True, look_for_args_file=False
         )
     except ValueError as error:  # what a dataclass refuses of its own options
-        raise RecipeError(str(error)) from error
+        raise ExperimentError(str(error)) from error
     if unknown:
-        raise RecipeError(f"Unknown option {unknown[0]!r}{_suggestion(unknown[0].lstrip('-'), known)}. See --help.")
+        raise ExperimentError(f"Unknown option {unknown[0]!r}{_suggestion(unknown[0].lstrip('-'), known)}. See --help.")
     return tuple(filled)
 
 
 def _config_tokens(path: Path, known: set[str]) -> list[str]:
     """The options of a YAML file as the words one would have typed, so that one parser checks both."""
     if not path.is_file():
-        raise RecipeError(
+        raise ExperimentError(
             f"`--config` {path} is no file. Give the path of a YAML file with one `option: value` a line."
         )
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
-        raise RecipeError(f"`--config` {path} is not valid YAML: {error}") from error
+        raise ExperimentError(f"`--config` {path} is not valid YAML: {error}") from error
     if not isinstance(options, dict):
-        raise RecipeError(
+        raise ExperimentError(
             f"`--config` {path} holds a {type(options).__name__}; it must hold one `option: value` a line."
         )
     tokens: list[str] = []
     for name, value in options.items():
         if name not in known:
-            raise RecipeError(
+            raise ExperimentError(
                 f"`--config` {path} has the unknown key {name!r}{_suggestion(str(name), known)}. Valid keys: "
                 f"{', '.join(sorted(known))}."
             )
@@ -128,13 +129,13 @@ def _suggestion(name: str, known: set[str]) -> str:
 
 
 def check_arms_and_seeds(arms: Sequence[str], seeds: Sequence[int], known: Sequence[str]) -> None:
-    """Raises RecipeError if an arm is unknown, or if there is no arm or seed, or one twice."""
+    """Raises ExperimentError if an arm is unknown, or if there is no arm or seed, or one twice."""
     unknown = [arm for arm in arms if arm not in known]
     if unknown:
-        raise RecipeError(f"`--arms` {' '.join(unknown)}: unknown. Use one or more of {', '.join(known)}.")
+        raise ExperimentError(f"`--arms` {' '.join(unknown)}: unknown. Use one or more of {', '.join(known)}.")
     for name, values in (("arms", arms), ("seeds", seeds)):
         if not values or len(set(values)) < len(values):
-            raise RecipeError(f"`--{name}` {values} must name at least one, and each once.")
+            raise ExperimentError(f"`--{name}` {values} must name at least one, and each once.")
 
 
 def weighting_from_name(name: str) -> rsft_hf.weighted.Weighting:
@@ -144,7 +145,7 @@ def weighting_from_name(name: str) -> rsft_hf.weighted.Weighting:
         name: Such as "proportional", "tempered:0.5" or "drop_top:0.05+floored:0.2".
 
     Raises:
-        RecipeError: If a name is unknown, a parameter is missing, needless, no number, or out of its range.
+        ExperimentError: If a name is unknown, a parameter is missing, needless, no number, or out of its range.
 
     Example:
         >>> weighting_from_name("drop_top:0.05+floored:0.2")
@@ -157,31 +158,31 @@ def weighting_from_name(name: str) -> rsft_hf.weighted.Weighting:
 def _one_weighting(part: str) -> rsft_hf.weighted.Weighting:
     name, colon, value = part.partition(":")
     if name not in WEIGHTINGS:
-        raise RecipeError(
+        raise ExperimentError(
             f"`--weighting` {part!r} is unknown{_suggestion(name, set(WEIGHTINGS))}. Use one of "
             f"{', '.join(WEIGHTINGS)}, joined by '+' to chain them."
         )
     rule, parameter = WEIGHTINGS[name]
     if parameter is None:
         if colon:
-            raise RecipeError(f"`--weighting` {part!r}: {name} takes no parameter. Write {name!r}.")
+            raise ExperimentError(f"`--weighting` {part!r}: {name} takes no parameter. Write {name!r}.")
         return rule()
     try:
         return rule(float(value))
     except ValueError as error:
-        raise RecipeError(
+        raise ExperimentError(
             f"`--weighting` {part!r}: {name} needs its {parameter}, such as '{name}:0.5' ({error})."
         ) from error
 
 
 def load_metric(name: str) -> evaluate.EvaluationModule:
-    """Returns the metric of that name under `recipes/metrics`, which needs no hub.
+    """Returns the metric of that name under `experiments/metrics`, which needs no hub.
 
     Raises:
-        RecipeError: If there is no such metric.
+        ExperimentError: If there is no such metric.
     """
     path = METRICS_FOLDER / name / f"{name}.py"
     if not path.is_file():
         names = sorted(folder.name for folder in METRICS_FOLDER.iterdir() if (folder / f"{folder.name}.py").is_file())
-        raise RecipeError(f"No metric {name!r} under {METRICS_FOLDER}. There are: {', '.join(names)}.")
+        raise ExperimentError(f"No metric {name!r} under {METRICS_FOLDER}. There are: {', '.join(names)}.")
     return evaluate.load(str(path), keep_in_memory=True)

@@ -105,4 +105,5 @@ class TwoTowerForSequenceClassification(BertPreTrainedModel):
 
 
 AutoConfig.register(TwoTowerConfig.model_type, TwoTowerConfig)
+
 AutoModelForSequenceClassification.register(TwoTowerConfig, TwoTowerForSequenceClassification)

@@ -1,0 +1,1 @@
+"""Built-in data sets and the small models that are trained on them."""

@@ -1,0 +1,1 @@
+"""Harness of the experiments: arguments, data, arms, runs and reports."""
