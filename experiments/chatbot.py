@@ -177,6 +177,20 @@ def measure_arm(report: ResponseMeter, model: Any, result: dict[str, Any]) -> di
     }
 
 
+NUM_SAMPLES = 12
+
+COMPARED = ("held_out_reward", "selecting_reward", "chrf", "distinct_1", "distinct_2",
+            "unique_responses", "words", "greedy_held_out_reward", "greedy_distinct_2")  # fmt: skip
+
+# What a round is drawn by: the reward that selects may rise while the one that only judges does not.
+PANELS = {
+    "held_out_reward": "held-out reward",
+    "selecting_reward": "selecting reward",
+    "distinct_2": "distinct-2",
+    "words": "words per response",
+}
+
+
 def samples_of(prompts: Dataset, responses: Responses) -> list[dict[str, Any]]:
     """Returns responses to a few contexts, spread over all and the same for every arm."""
     step = max(1, len(prompts) // NUM_SAMPLES)
@@ -305,16 +319,3 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except ExperimentError as error:
         sys.exit(f"error: {error}")
-
-NUM_SAMPLES = 12
-
-COMPARED = ("held_out_reward", "selecting_reward", "chrf", "distinct_1", "distinct_2",
-            "unique_responses", "words", "greedy_held_out_reward", "greedy_distinct_2")  # fmt: skip
-
-# What a round is drawn by: the reward that selects may rise while the one that only judges does not.
-PANELS = {
-    "held_out_reward": "held-out reward",
-    "selecting_reward": "selecting reward",
-    "distinct_2": "distinct-2",
-    "words": "words per response",
-}

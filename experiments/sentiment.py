@@ -185,6 +185,9 @@ def train_arm(trainer: Trainer, rows: TrainingRows, groups: list[str] | None, ch
     }
 
 
+COMPARED = ("accuracy", "macro_f1", "minority_recall")
+
+
 def noise_table(results: Sequence[Result]) -> str:
     """Returns the share of rows with a changed label among all rows and among those drawn, first and last epoch."""
     rows = []
@@ -292,5 +295,3 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except ExperimentError as error:
         sys.exit(f"error: {error}")
-
-COMPARED = ("accuracy", "macro_f1", "minority_recall")

@@ -153,6 +153,13 @@ def test_files_and_functions_are_short(path):
             assert num_lines <= MAX_LINES_PER_FUNCTION, f"{node.name} has {num_lines} lines: one function, one verb"
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_script_begins_when_all_its_names_are_defined(path):
+    """Names below `if __name__ == "__main__"` exist for an importing test, and not for the user who runs the script."""
+    starts = [isinstance(node, ast.If) and "__name__" in ast.unparse(node.test) for node in parse(path).body]
+    assert not any(starts[:-1]), "move the start of the script to the end of the file"
+
+
 @pytest.mark.parametrize("file", PACKAGE_FILES)
 def test_functions_take_few_parameters(file):
     """Constructors are exempt: their keywords are the published interface."""

@@ -167,6 +167,14 @@ class LossSource:
         # DeepSpeed needs its wrapper for the forward pass; DDP's would only add communication.
         return self.trainer.model_wrapped if self.trainer.is_deepspeed_enabled else self.trainer.model
 
+    def _reading_batch_size(self) -> int:
+        """Rows of the batches whose losses are read."""
+        args = self.trainer.args
+        scored = self._batch_size or args.per_device_eval_batch_size
+        if self._is_from_training or self._importance_correction > 0:
+            return min(scored, args.per_device_train_batch_size)
+        return scored
+
     def _training_loader(self) -> Any:
         return self.trainer.callback_handler.train_dataloader or self.trainer.get_train_dataloader()
 
@@ -181,7 +189,9 @@ class LossSource:
         else:
             model, loader = self._trained_model(), self._training_loader()
             with forked_rng(seed), preserved_trainer_state(self.trainer), in_evaluation_mode(model):
-                reading = find_reading(self.trainer, model, loader.dataset, loader.collate_fn, seed)
+                reading = find_reading(
+                    self.trainer, model, loader.dataset, loader.collate_fn, self._reading_batch_size(), seed
+                )
         # The main process decides: near a tolerance the processes might choose differently, and deadlock.
         (reading,) = broadcast_object_list([reading])
         check_reading(reading, self._is_from_training, self._importance_correction)
@@ -267,7 +277,8 @@ class LossLedger:
         """
         sums, margin_sums, counts, unlabelled, invalid = self._summed_over_processes(accelerator)
         is_read = counts > 0
-        validate_losses(invalid, ~invalid.isfinite() & ~is_read, range(len(counts)))
+        unreadable = torch.where(is_read, 0.0, invalid)
+        validate_losses(unreadable, is_read | ~invalid.isfinite(), range(len(counts)))
         self.is_fresh = is_read
         means = sums / counts.clamp(min=1)
         self.losses = torch.where(is_read, self._averaged(means), self.losses)

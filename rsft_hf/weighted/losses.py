@@ -13,18 +13,20 @@ keeps the unreduced losses. `Reading` tells how per-example losses follow from t
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import recursively_apply
 from torch.overrides import TorchFunctionMode
 from transformers import Trainer
 
 _MAX_MARGIN_CLASSES = 1024  # with more classes, a margin is not cheap compared with the loss
 
-Batch = Mapping[str, Any]
+Batch = Any  # what a collator returns: a mapping (BatchEncoding, BatchFeature, dict), a tuple or a tensor
 
 Collate = Callable[[Sequence[Any]], Any]
 
@@ -255,8 +257,9 @@ class Reading:
         kind: "criterion", "outputs", "given" (the user's `per_example_loss`) or "single".
         is_mean: Whether a row's loss is the mean over its elements, not their sum ("criterion" only).
         is_averaged: Whether the losses of several criterion calls are averaged, not added ("criterion" only).
-        depends_on_padding: Whether the loss of a row changes with the padding of its batch. A training step then
-            gives the row's loss in its batch; a scoring pass takes batches of one.
+        is_scored_singly: Whether a scoring pass takes batches of one, because the loss of a row changes with the
+            padding of its batch, or because rows of different length cannot be collated. A training step gives the
+            row's loss in its own batch.
         is_collator_random: Whether the collator is random, as with masking: a row without a label in one batch may
             have one in the next.
 
@@ -268,7 +271,7 @@ class Reading:
     kind: str
     is_mean: bool = True
     is_averaged: bool = False
-    depends_on_padding: bool = False
+    is_scored_singly: bool = False
     is_collator_random: bool = False
 
 
@@ -361,7 +364,7 @@ def record_loss(
 
 def compute_loss(trainer: Trainer, model: torch.nn.Module, batch: Batch, num_rows: int) -> tuple[float, Recording]:
     """Returns the trainer's own loss of a collated batch, as a number, and its recording; without gradient."""
-    inputs = dict(trainer._prepare_inputs(dict(batch)))
+    inputs = trainer._prepare_inputs(copy.copy(batch))  # `compute_loss` may take the labels out of its inputs
     with torch.no_grad(), trainer.compute_loss_context_manager(), record_loss(trainer, model, num_rows) as recording:
         loss = trainer.compute_loss(model, inputs)
     return float(loss), recording
@@ -411,15 +414,13 @@ def has_label(labels: Any, num_rows: int) -> torch.Tensor:
 
 
 def slice_rows(values: Any, row: int, num_rows: int) -> Any:
-    """Returns row `row` of a batch or of model outputs: every tensor with first dimension `num_rows` is sliced."""
-    if isinstance(values, torch.Tensor):
-        return values[row : row + 1] if values.ndim and len(values) == num_rows else values
-    if isinstance(values, Mapping):
-        sliced = {key: slice_rows(value, row, num_rows) for key, value in values.items()}
-        return type(values)(**sliced) if type(values) is not dict else sliced
-    if isinstance(values, (tuple, list)):
-        return type(values)(slice_rows(value, row, num_rows) for value in values)
-    return values
+    """Returns row `row` of a batch or of model outputs: every tensor with first dimension `num_rows` is sliced.
+
+    Mappings and named tuples keep their type: BatchEncoding, BatchFeature, ModelOutput, dict.
+    """
+    return recursively_apply(
+        lambda tensor: tensor[row : row + 1] if tensor.ndim and len(tensor) == num_rows else tensor, values
+    )
 
 
 def logits_of(outputs: Any) -> torch.Tensor | None:
@@ -429,14 +430,28 @@ def logits_of(outputs: Any) -> torch.Tensor | None:
 
 
 def validate_losses(losses: torch.Tensor, is_labelled: torch.Tensor, rows: Sequence[int]) -> None:
-    """Raises ValueError with the row if a labelled row's loss is NaN or infinite. All of shape (len(rows),)."""
+    """Raises ValueError if a labelled row's loss is NaN or infinite: names the row, or the model if it is every row.
+
+    All of shape (len(rows),).
+    """
     is_invalid = is_labelled & ~losses.isfinite()
-    if bool(is_invalid.any()):
+    num_invalid = int(is_invalid.sum())
+    if num_invalid > 1 and num_invalid == int(is_labelled.sum()):
+        raise_diverged(num_invalid)
+    if num_invalid:
         position = int(is_invalid.nonzero()[0])
         raise ValueError(
             f"Row {rows[position]} of the training set has loss {float(losses[position])}, which cannot be a weight. "
             "Repair or remove the row, or train in a wider number format if the loss overflows."
         )
+
+
+def raise_diverged(num_rows: int) -> NoReturn:
+    """Raises ValueError for losses that are not finite on any of `num_rows` labelled rows."""
+    raise ValueError(
+        f"The losses of all {num_rows} measured rows are NaN or infinite: the model has diverged. Return to an earlier "
+        "checkpoint, and lower the learning rate, clip gradients, or train in a wider number format."
+    )
 
 
 def _from_calls(calls: list[CriterionCall], reading: Reading, num_rows: int) -> RowLosses | None:

@@ -30,6 +30,7 @@ from rsft_hf.weighted.losses import (
     given_losses,
     has_label,
     logits_of,
+    raise_diverged,
     row_losses,
     slice_rows,
     validate_losses,
@@ -41,7 +42,7 @@ PREDICTION_STATISTICS = ("entropies", "margins", "confidences")
 
 _NUM_PROBED = 4  # rows in a probe batch
 
-_MAX_PROBES = 16  # batches until one with a label is found
+_MAX_PROBED = 64  # rows read until one with a loss is found
 
 _NUM_SEEDS = 4  # seeds by which a random collator is detected
 
@@ -108,13 +109,14 @@ def measure_losses(
     dataset: Any = loader.dataset
     collate: Any = loader.collate_fn
     model = trainer.model if model is None else model
+    batch_size = batch_size or trainer.args.per_device_eval_batch_size
     with forked_rng(seed), preserved_trainer_state(trainer), in_evaluation_mode(model):
         if per_example_loss is None and reading is None:
-            reading = find_reading(trainer, model, dataset, collate, seed)
+            reading = find_reading(trainer, model, dataset, collate, batch_size, seed)
         scorer = _Scorer(trainer, model, reading, per_example_loss, statistics, len(dataset))
-        if scorer.reading.kind == "single" or scorer.reading.depends_on_padding:
+        if scorer.reading.kind == "single" or scorer.reading.is_scored_singly:
             batch_size = 1
-        _score_all(scorer, dataset, collate, batch_size or trainer.args.per_device_eval_batch_size, seed)
+        _score_all(scorer, dataset, collate, batch_size, seed)
     return scorer.summed()
 
 
@@ -227,7 +229,7 @@ def _longest_first(dataset: Sized, length_column: str) -> list[int]:
 
 
 def find_reading(
-    trainer: Trainer, model: torch.nn.Module, dataset: Sequence[Any], collate: Collate, seed: int
+    trainer: Trainer, model: torch.nn.Module, dataset: Sequence[Any], collate: Collate, batch_size: int, seed: int
 ) -> Reading:
     """Returns the fastest reading that reproduces batches of one on a few labelled rows of the data set.
 
@@ -237,18 +239,40 @@ def find_reading(
         dataset: Data set of the training loader.
         collate: Collator of the training loader. If it is random (masking, say), slices of the collated batch are used
             as batches of one.
+        batch_size: Rows of the batches that the reading is for; a probe takes no more.
         seed: Seed of the collator during the probe.
 
     Raises:
         NotPerExampleError: If the loss compares the examples of a batch with each other.
-        ValueError: If none of the probed rows has a label.
+        ValueError: If none of the probed rows has a label, or none of their losses is finite.
     """
-    width = min(_NUM_PROBED, len(dataset))
-    num_probes = min(_MAX_PROBES, -(-len(dataset) // width))
+    width = min(_NUM_PROBED, batch_size, len(dataset))
+    if width > 1 and not _can_be_collated(dataset, collate, width, seed):
+        _warn_of_batches_of_one("Rows cannot be collated in one batch", "Pad all rows to one length")
+        single = find_reading(trainer, model, dataset, collate, batch_size=1, seed=seed)
+        return dataclasses.replace(single, is_scored_singly=True)
+    batch, is_random, expected, recording = _labelled_probe(trainer, model, dataset, collate, width, seed)
+    is_half = trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype != torch.float32
+    if reading := _matching_reading(recording, expected, width, is_half):
+        return dataclasses.replace(reading, is_collator_random=is_random)
+    # Sliced from the batch, the rows keep its padding: a match now means that the loss depends on the padding.
+    sliced, _ = _single_losses(trainer, model, [slice_rows(batch, row, width) for row in range(width)])
+    if reading := _matching_reading(recording, sliced, width, is_half):
+        _warn_of_batches_of_one("The loss of an example depends on the padding of its batch", "Pad all rows alike")
+        return dataclasses.replace(reading, is_scored_singly=True, is_collator_random=is_random)
+    _warn_of_batches_of_one("The loss of an example depends on a term of its batch", "Pass `per_example_loss`")
+    return Reading("single", is_collator_random=is_random)
+
+
+def _labelled_probe(
+    trainer: Trainer, model: torch.nn.Module, dataset: Sequence[Any], collate: Collate, width: int, seed: int
+) -> tuple[Batch, bool, torch.Tensor, Recording]:
+    """The first batch with a loss, whether its collator is random, the losses of its rows alone, and its recording."""
+    num_probes = min(_MAX_PROBED // width, -(-len(dataset) // width))
+    num_diverged = 0
     for attempt in range(num_probes):
         first = attempt * len(dataset) // num_probes
-        rows = [(first + i * max(1, len(dataset) // width)) % len(dataset) for i in range(width)]
-        examples = [dataset[row] for row in rows]
+        examples = [dataset[row] for row in _probe_rows(dataset, first, width)]
         batch, is_random = _collated(examples, collate, seed)
         singles = (
             [slice_rows(batch, row, width) for row in range(width)]
@@ -258,30 +282,34 @@ def find_reading(
         expected, recordings = _single_losses(trainer, model, singles)
         scalar, recording = compute_loss(trainer, model, batch, width)
         _validate_per_example(scalar, recording, expected, recordings)
-        if bool((expected.isfinite() & (expected != 0)).any()) or not _is_unlabelled([recording]):
-            break
-    else:
-        raise ValueError(
-            f"None of {num_probes * width} rows spread over the data set has a loss: all labels are missing or "
-            "ignored. Check that the label column survives `remove_unused_columns` and the collator."
-        )
-    is_half = trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype != torch.float32
-    if reading := _matching_reading(recording, expected, width, is_half):
-        return dataclasses.replace(reading, is_collator_random=is_random)
-    # Sliced from the batch, the rows keep its padding: a match now means that the loss depends on the padding.
-    sliced, _ = _single_losses(trainer, model, [slice_rows(batch, row, width) for row in range(width)])
-    reading = _matching_reading(recording, sliced, width, is_half)
-    _warn_of_batches_of_one("the padding" if reading else "a term")
-    reading = dataclasses.replace(reading, depends_on_padding=True) if reading else Reading("single")
-    return dataclasses.replace(reading, is_collator_random=is_random)
-
-
-def _warn_of_batches_of_one(cause: str) -> None:
-    remedy = "Pad all rows to one length" if cause == "the padding" else "Pass `per_example_loss`"
-    logger.warning(
-        f"The loss of an example depends on {cause} of its batch, so each is scored in a batch of its own: exact, but "
-        f"slower. {remedy} to avoid it."
+        is_finite, is_labelled = expected.isfinite(), not _is_unlabelled([recording])
+        if bool((is_finite & (expected != 0)).any()) or (is_labelled and bool(is_finite.any())):
+            return batch, is_random, expected, recording
+        num_diverged += width * is_labelled
+    if num_diverged:
+        raise_diverged(min(num_diverged, len(dataset)))
+    raise ValueError(
+        f"None of {num_probes * width} rows spread over the data set has a loss: all labels are missing or "
+        "ignored. Check that the label column survives `remove_unused_columns` and the collator."
     )
+
+
+def _probe_rows(dataset: Sequence[Any], first: int, width: int) -> list[int]:
+    return [(first + i * max(1, len(dataset) // width)) % len(dataset) for i in range(width)]
+
+
+def _can_be_collated(dataset: Sequence[Any], collate: Collate, width: int, seed: int) -> bool:
+    examples = [dataset[row] for row in _probe_rows(dataset, 0, width)]
+    try:
+        _collate(examples, collate, seed)
+    except (ValueError, TypeError, RuntimeError):
+        _collate(examples[:1], collate, seed)  # the collator's own error if it is not the number of rows
+        return False
+    return True
+
+
+def _warn_of_batches_of_one(cause: str, remedy: str) -> None:
+    logger.warning(f"{cause}, so each row is scored in a batch of its own: exact, but slower. {remedy} to avoid it.")
 
 
 def _single_losses(
@@ -334,17 +362,23 @@ def _is_unlabelled(recordings: list[Recording]) -> bool:
 
 def _collated(examples: list[Any], collate: Collate, seed: int) -> tuple[Batch, bool]:
     """The collated batch of a seed, and whether other seeds give other batches."""
-
-    def collated(shift: int = 0) -> Batch:
-        with forked_rng(seed + shift):
-            return collate([dict(row) if isinstance(row, Mapping) else row for row in examples])
-
-    batch = collated()
-    return batch, not all(_same(batch, collated(shift)) for shift in range(1, _NUM_SEEDS))
+    batch = _collate(examples, collate, seed)
+    return batch, not all(_same(batch, _collate(examples, collate, seed + shift)) for shift in range(1, _NUM_SEEDS))
 
 
-def _same(left: Batch, right: Batch) -> bool:
-    return all(torch.equal(left[key], right[key]) for key in left if isinstance(left[key], torch.Tensor))
+def _collate(examples: list[Any], collate: Collate, seed: int) -> Batch:
+    with forked_rng(seed):
+        return collate([dict(row) if isinstance(row, Mapping) else row for row in examples])
+
+
+def _same(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and torch.equal(left, right)
+    if isinstance(left, Mapping):
+        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
+    if isinstance(left, (tuple, list)):
+        return len(left) == len(right) and all(_same(one, other) for one, other in zip(left, right, strict=True))
+    return True
 
 
 def prediction_statistics(outputs: Any, batch: Batch) -> dict[str, torch.Tensor]:
@@ -383,8 +417,7 @@ def prediction_statistics(outputs: Any, batch: Batch) -> dict[str, torch.Tensor]
 
 
 def _position_mask(batch: Batch, logits: torch.Tensor) -> torch.Tensor:
-    labels = batch.get("labels")
+    labels, mask = (batch.get("labels"), batch.get("attention_mask")) if isinstance(batch, Mapping) else (None, None)
     if isinstance(labels, torch.Tensor) and labels.shape == logits.shape[:2]:
         return labels.ne(-100).to(logits)
-    mask = batch.get("attention_mask")
     return mask.to(logits) if mask is not None else torch.ones_like(logits[..., 0])

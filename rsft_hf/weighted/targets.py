@@ -60,15 +60,21 @@ def class_labels(trainer: Trainer, dataset: Any) -> torch.Tensor:
         ValueError: If the rows have no label column, or labels that are not single classes.
     """
     names = [*(trainer.label_names or []), "labels", "label"]
-    columns = dataset.column_names if isinstance(dataset, datasets.Dataset) else list(dataset[0])
+    if isinstance(dataset, datasets.Dataset):
+        # The stored column: a transform may rename it, and reading its rows may decode every image.
+        stored = dataset.with_format(None)
+        if name := next((name for name in names if name in stored.column_names), None):
+            classes = [_as_class(value) for value in stored[name]]
+            if None not in classes:
+                return torch.tensor(classes)
+    columns = list(dataset[0])
     name = next((name for name in names if name in columns), None)
     if name is None:
         raise ValueError(
             f"ClassBalanced needs a column with the class of each row: none of {names} is in {columns}. Rename the "
             "column or name it in `TrainingArguments.label_names`."
         )
-    is_table = isinstance(dataset, datasets.Dataset)
-    values = list(dataset[name]) if is_table else [dataset[row][name] for row in range(len(dataset))]
+    values = [dataset[row][name] for row in range(len(dataset))]
     classes = [_as_class(value) for value in values]
     if None in classes:
         row = classes.index(None)

@@ -191,8 +191,9 @@ def test_a_run_that_cannot_work_fails_before_its_first_step(name, tmp_path):
 
 def test_a_contrastive_loss_belongs_to_no_example(tmp_path):
     (case,) = [case for case in CASES if case.is_in_batch]
-    message = r"The loss compares the examples of a batch with each other: 4 examples together .* alone 0\."
-    for losses in ("forward", "training"):
+    # A probe is as wide as the batches that are read: at most 4 rows of a scoring pass, 3 of a training step.
+    for losses, width in (("forward", 4), ("training", 3)):
+        message = rf"The loss compares the examples of a batch with each other: {width} examples together .* alone 0\."
         made = trainer(tmp_path, LossResampler(losses=losses), case=case.name)
         assert_refused_before_the_first_step(made, NotPerExampleError, message)
 

@@ -135,6 +135,14 @@ def test_class_labels(form):
     assert labels.tolist() == [3, 1, -100, -100, 3]
 
 
+@pytest.mark.parametrize("column", ["label", "fine_class"])
+def test_class_labels_under_a_transform(column):
+    """The stored column where there is one of a known name, else the rows as the transform returns them."""
+    stored = datasets.Dataset.from_dict({"image": [[0.0]] * 4, column: [2, 0, 1, 2]})
+    dataset = stored.with_transform(lambda batch: {"pixel_values": batch["image"], "labels": batch[column]})
+    assert class_labels(SimpleNamespace(label_names=["labels"]), dataset).tolist() == [2, 0, 1, 2]
+
+
 class Squares(torch.utils.data.Dataset):
     """A map-style data set that computes its rows: torch asks for `__getitem__` and `__len__`, not for an end."""
 
