@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sentiment demo-translation test lint format bench-overhead bench-drawing bench-generation \
+.PHONY: help demo demo-sentiment demo-translation recipes test lint format bench-overhead bench-drawing bench-generation \
 	bench-rounds experiments clean
 
 help: ## list the targets
@@ -21,11 +21,27 @@ help: ## list the targets
 
 demo: demo-sentiment demo-translation ## both halves, offline, in minutes on a CPU
 
-demo-sentiment: $(STAMP) ## the weighted half: a small sentiment classifier, trained three ways
-	HF_HUB_OFFLINE=1 $(BIN)/python -m experiments.sentiment --dataset builtin --output_dir outputs/demo/sentiment $(ARGS)
+DATA := recipes/data
+demo-sentiment: $(STAMP) ## the weighted half: a small sentiment classifier
+	HF_HUB_OFFLINE=1 $(BIN)/python recipes/imdb_sentiment.py --output_dir outputs/demo/sentiment \
+		--config_name $(DATA)/reviews/model --train_file $(DATA)/reviews/train.csv \
+		--validation_file $(DATA)/reviews/test.csv --num_train_epochs 10 --warmup_epochs 3 --learning_rate 5e-4 \
+		--per_device_train_batch_size 32 $(ARGS)
 
-demo-translation: $(STAMP) ## the generative half: number words into German, trained four ways
-	HF_HUB_OFFLINE=1 $(BIN)/python -m experiments.translation --dataset builtin --output_dir outputs/demo/translation $(ARGS)
+demo-translation: $(STAMP) ## the generative half: a small translator of number words into German
+	HF_HUB_OFFLINE=1 $(BIN)/python recipes/translation.py --output_dir outputs/demo/translation \
+		--model_name_or_path $(DATA)/numbers/model --train_file $(DATA)/numbers/train.csv \
+		--validation_file $(DATA)/numbers/test.csv --num_train_epochs 4 --learning_rate 2e-3 \
+		--max_new_tokens 24 --temperature 1.0 $(ARGS)
+
+recipes: demo $(STAMP) ## every recipe, offline: the demos, a reward model, and a chatbot rewarded by it
+	HF_HUB_OFFLINE=1 $(BIN)/python recipes/reward_model.py --output_dir outputs/demo/reward_model \
+		--config_name $(DATA)/dialogues/reward_model --train_file $(DATA)/dialogues/train.jsonl \
+		--validation_file $(DATA)/dialogues/test.jsonl --num_train_epochs 30 --learning_rate 2e-3
+	HF_HUB_OFFLINE=1 $(BIN)/python recipes/chatbot.py --output_dir outputs/demo/chatbot \
+		--reward_model outputs/demo/reward_model --model_name_or_path $(DATA)/dialogues/chat_model \
+		--train_file $(DATA)/dialogues/train.jsonl --validation_file $(DATA)/dialogues/test.jsonl \
+		--num_train_epochs 4 --learning_rate 1e-3 --max_new_tokens 24 --lora_r 0
 
 test: lint ## lint, then run every test and doctest, in WORKERS processes
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)

@@ -147,8 +147,10 @@ def test_the_readers_above_read_what_they_should():
 def test_files_and_functions_are_short(path):
     num_lines = len(path.read_text(encoding="utf-8").splitlines())
     assert num_lines <= MAX_LINES_PER_FILE, f"{num_lines} lines: one file, one subject"
+    # A recipe is read from top to bottom: its `main` is the steps in their order, and its whole file has 150 lines.
+    is_recipe = path.parent.name == "recipes" and path.parent.parent == ROOT
     for node in ast.walk(parse(path)):
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, ast.FunctionDef) and not (is_recipe and node.name == "main"):
             num_lines = node.end_lineno - node.lineno + 1
             assert num_lines <= MAX_LINES_PER_FUNCTION, f"{node.name} has {num_lines} lines: one function, one verb"
 

@@ -1,0 +1,146 @@
+"""Fine-tune a sentiment classifier whose training set is resampled each epoch by the losses of its rows.
+
+    python recipes/imdb_sentiment.py --output_dir outputs/imdb               # stanfordnlp/imdb, DistilBERT: wants a GPU
+    python recipes/imdb_sentiment.py --output_dir outputs/mine --train_file train.csv --validation_file test.csv
+
+    python recipes/imdb_sentiment.py --output_dir outputs/demo/sentiment --config_name recipes/data/reviews/model \\
+        --train_file recipes/data/reviews/train.csv --validation_file recipes/data/reviews/test.csv \\
+        --num_train_epochs 10 --warmup_epochs 3 --learning_rate 5e-4 --per_device_train_batch_size 32
+
+The third line needs no download and no GPU: about a minute on one CPU core. Files are CSV or JSONL with the columns
+`text` and `label`. The output folder holds the model and its tokenizer, where `pipeline("text-classification", folder)`
+finds them, and suspects.csv: the rows whose loss stays high, which often have a wrong label.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import ClassLabel, DatasetDict, Value, load_dataset
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    EvalPrediction,
+    HfArgumentParser,
+    TrainingArguments,
+    set_seed,
+)
+
+from rsft_hf import LossResampler, RejectionSamplingTrainer, Tempered
+
+
+@dataclass
+class ScriptArguments:
+    """Data, model and weighting."""
+
+    dataset_name: str = field(default="stanfordnlp/imdb", metadata={"help": "Hub name of a data set."})
+    train_file: str | None = field(default=None, metadata={"help": "CSV or JSONL file, instead of `dataset_name`."})
+    validation_file: str | None = field(default=None, metadata={"help": "CSV or JSONL file of held-out rows."})
+    text_column: str = field(default="text", metadata={"help": "Column of the texts."})
+    label_column: str = field(default="label", metadata={"help": "Column of the classes, names or integers."})
+    model_name_or_path: str = field(
+        default="distilbert/distilbert-base-uncased", metadata={"help": "Pretrained encoder."}
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Folder of a configuration and tokenizer, to train from random weights."}
+    )
+    max_length: int = field(default=256, metadata={"help": "Tokens read of a text."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Number of training rows, chosen at random."})
+    alpha: float = field(default=0.5, metadata={"help": "Weight of a row = loss ** alpha; 0 is uniform, 1 the loss."})
+    warmup_epochs: int = field(default=1, metadata={"help": "Epochs at the start that read every row once."})
+    num_suspects: int = field(default=100, metadata={"help": "Rows in suspects.csv."})
+
+
+def load_splits(script: ScriptArguments) -> DatasetDict:
+    """Returns the splits "train" and "test" with the columns `text` and `labels` (class ids)."""
+    if script.train_file is None:
+        splits = load_dataset(script.dataset_name)
+    else:
+        files = {"train": script.train_file, "test": script.validation_file}
+        splits = load_dataset("csv" if script.train_file.endswith(".csv") else "json", data_files=files)
+    splits = DatasetDict({name: splits[name] for name in ("train", "test")})
+    splits = splits.select_columns([script.text_column, script.label_column])
+    splits = splits.rename_columns({script.text_column: "text", script.label_column: "labels"})
+    if not isinstance(splits["train"].features["labels"], ClassLabel):
+        splits = splits.cast_column("labels", Value("string"))
+        splits["train"] = splits["train"].class_encode_column("labels")
+        splits["test"] = splits["test"].cast_column("labels", splits["train"].features["labels"])
+    return splits
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Returns accuracy and macro F1."""
+    classes = prediction.predictions.argmax(-1)
+    return {
+        "accuracy": float(accuracy_score(prediction.label_ids, classes)),
+        "macro_f1": float(f1_score(prediction.label_ids, classes, average="macro")),
+    }
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
+    parser = HfArgumentParser((ScriptArguments, TrainingArguments))
+    parser.set_defaults(num_train_epochs=3, learning_rate=2e-5, per_device_train_batch_size=16)
+    parser.set_defaults(logging_strategy="epoch", save_strategy="epoch", save_total_limit=1)
+    script, args = parser.parse_args_into_dataclasses(argv)
+    if (script.train_file is None) != (script.validation_file is None):
+        raise ValueError("`--train_file` and `--validation_file` go together: give both, or none for `--dataset_name`.")
+    set_seed(args.seed)
+
+    # 1. Data set
+    splits = load_splits(script)
+    if script.max_train_samples is not None and script.max_train_samples < len(splits["train"]):
+        splits["train"] = splits["train"].shuffle(args.seed).select(range(script.max_train_samples))
+    tokenizer = AutoTokenizer.from_pretrained(script.config_name or script.model_name_or_path)
+    with args.main_process_first(desc="tokenizing"):
+        encoded = splits.map(
+            lambda batch: tokenizer(batch["text"], truncation=True, max_length=script.max_length),
+            batched=True,
+            remove_columns="text",
+        )
+
+    # 2. Model
+    names = splits["train"].features["labels"].names
+    config = AutoConfig.from_pretrained(
+        script.config_name or script.model_name_or_path,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: number for number, name in enumerate(names)},
+    )
+    if script.config_name is None:
+        model = AutoModelForSequenceClassification.from_pretrained(script.model_name_or_path, config=config)
+    else:
+        model = AutoModelForSequenceClassification.from_config(config)
+
+    # 3. Train: the weights of an epoch's rows are their losses to the power of alpha
+    trainer = RejectionSamplingTrainer(
+        model=model,
+        args=args,
+        train_dataset=encoded["train"],
+        eval_dataset=encoded["test"],
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics,
+        resampler=LossResampler(Tempered(script.alpha), warmup_epochs=script.warmup_epochs),
+    )
+    before = trainer.evaluate(metric_key_prefix="before")
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+
+    # 4. Evaluate and save
+    after = trainer.evaluate(metric_key_prefix="after")
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        suspects = trainer.resampler.suspects(script.num_suspects).select_columns(["row", "excess_loss"])
+        rows = splits["train"].select(suspects["row"])
+        suspects = suspects.add_column("text", rows["text"][:])
+        suspects = suspects.add_column("label", [names[label] for label in rows["labels"]])
+        suspects.to_csv(str(Path(args.output_dir) / "suspects.csv"))
+        print(f"\n{'':10}{'before':>8}{'after':>8}")
+        for name in ("accuracy", "macro_f1"):
+            print(f"{name:10}{before[f'before_{name}']:8.3f}{after[f'after_{name}']:8.3f}")
+        print(f"The model and suspects.csv are in {Path(args.output_dir).resolve()}")
+    return {"before": before, "after": after}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
