@@ -54,6 +54,7 @@ class ScriptArguments:
     )
     max_train_samples: int = field(default=1000, metadata={"help": "Number of prompts of a round."})
     max_eval_samples: int = field(default=200, metadata={"help": "Number of held-out prompts."})
+    max_prompt_length: int = field(default=512, metadata={"help": "Prompts of more tokens are left out."})
     num_candidates: int = field(default=8, metadata={"help": "Answers per prompt and round."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the answers."})
     max_new_tokens: int = field(default=256, metadata={"help": "Maximum length of an answer in tokens."})
@@ -85,12 +86,18 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     set_seed(args.seed)
 
     # 1. Data set: prompts
+    tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
     name = script.dataset_name
     train_dataset = load_prompts(name, script.train_split, script.train_file, script.max_train_samples, args.seed)
     eval_dataset = load_prompts(name, script.validation_split, script.validation_file, script.max_eval_samples, 0)
 
+    def is_short(row: dict[str, Any]) -> bool:
+        text = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        return len(tokenizer(text)["input_ids"]) <= script.max_prompt_length
+
+    train_dataset, eval_dataset = train_dataset.filter(is_short), eval_dataset.filter(is_short)
+
     # 2. Model
-    tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(script.model_name_or_path, dtype=torch.float32)
     if script.lora_r > 0:
         model = get_peft_model(
