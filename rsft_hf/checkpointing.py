@@ -177,3 +177,31 @@ def replaced_directory(directory: Path, is_writer: bool) -> Iterator[Path]:
     if is_writer:
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(temporary, directory)
+
+
+def save_trainable(model: torch.nn.Module, path: Path) -> None:
+    """Writes the trainable parameters of a model: of a PEFT model its adapter."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".incomplete")
+    save_file({name: values.detach().cpu().contiguous().clone() for name, values in _trainable(model).items()}, draft)
+    draft.replace(path)
+
+
+def load_trainable(model: torch.nn.Module, path: Path) -> None:
+    """Restores the parameters that `save_trainable` wrote.
+
+    Raises:
+        RuntimeError: If the file is absent, or belongs to other parameters.
+    """
+    if not path.is_file():
+        raise RuntimeError(f"{path}, the weights at the start of the run, is missing. Start the run again.")
+    saved, parameters = load_file(path), _trainable(model)
+    if saved.keys() != parameters.keys():
+        raise RuntimeError(f"{path} holds other parameters than the model. Start the run again in another folder.")
+    with torch.no_grad():
+        for name, values in parameters.items():
+            values.copy_(saved[name])
+
+
+def _trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: values for name, values in model.named_parameters() if values.requires_grad}

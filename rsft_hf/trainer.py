@@ -23,10 +23,13 @@ from rsft_hf.checkpointing import (
     EpochProgress,
     last_complete_checkpoint,
     load_progress,
+    load_trainable,
     replaced_directory,
     run_settings,
     save_progress,
+    save_trainable,
 )
+from rsft_hf.engines.model_access import unwrapped
 from rsft_hf.resampler import EpochSampler, Resampler
 from rsft_hf.training_set import order_rows, validate_dataset
 from rsft_hf.weighted.resampler import LossResampler
@@ -34,6 +37,8 @@ from rsft_hf.weighted.resampler import LossResampler
 logger = logging.get_logger(__name__)
 
 STATE_DIRECTORY = "resampler"
+
+BASE_WEIGHTS = "base.safetensors"
 
 _Base: Any = object  # the Trainer class is chosen by the subclass
 
@@ -186,6 +191,20 @@ class RejectionSamplingMixin(_Base):
         Trainer.log(self, dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def save_base_weights(self) -> None:
+        """Writes the trainable weights to `<output_dir>/base.safetensors`, for `restore_base_weights`."""
+        if self.args.should_save:
+            save_trainable(unwrapped(self.model), Path(self.args.output_dir) / BASE_WEIGHTS)
+
+    def restore_base_weights(self) -> None:
+        """Restores the weights of `save_base_weights` and clears the optimizer state.
+
+        Raises:
+            RuntimeError: If the file is absent, or belongs to other parameters.
+        """
+        load_trainable(unwrapped(self.model), Path(self.args.output_dir) / BASE_WEIGHTS)
+        self.optimizer.state.clear()  # its momenta belong to the replaced weights
 
     def restore_best_weights(self) -> None:
         """Restores the weights of the best checkpoint so far and clears the optimizer state, unless they are loaded."""

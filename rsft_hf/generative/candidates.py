@@ -80,11 +80,6 @@ class Candidate:
         """The answer in the form of the prompt: text, or a list of one assistant message."""
         return self.text if isinstance(self.prompt, str) else [{"role": "assistant", "content": self.text}]
 
-    def forget_scores(self) -> None:
-        """Makes the candidate what it was when it had been generated: without rewards, verdict or key."""
-        self.rewards, self.extras, self.reward = {}, {}, None
-        self.verdict = self.rule = self.is_accepted = self.duplicate_key = None
-
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
@@ -145,6 +140,15 @@ class CandidateStore:
     def read(self, path: Path) -> list[Candidate]:
         """Returns the candidates of a shard, in the order written."""
         return [_from_row(row, self.reward_names) for row in pq.read_table(path).to_pylist()]
+
+    def read_generated(self, path: Path, prompts: "PromptSet") -> list[Candidate]:
+        """Returns the candidates of a shard as generated: without scores, and with the columns of their prompts."""
+        candidates = self.read(path)
+        for candidate in candidates:
+            candidate.rewards, candidate.extras, candidate.reward = {}, {}, None
+            candidate.verdict = candidate.rule = candidate.is_accepted = candidate.duplicate_key = None
+            candidate.row = prompts.row(candidate.prompt_id)[1]
+        return candidates
 
     def is_unjudged(self, path: Path) -> bool:
         """Returns whether no reward function answered for any candidate of a shard: a judge that was out, perhaps."""

@@ -34,15 +34,16 @@ from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import Encoder, RowCollator
 from rsft_hf.generative.filters import Deduplicate, Filter, RejectEmpty, RejectTruncated
 from rsft_hf.generative.generation import Generator, Sampling, ready, reference_opener
-from rsft_hf.generative.rounds import RoundRunner, restore_base, save_base
+from rsft_hf.generative.rounds import RoundRunner
 from rsft_hf.generative.selection import (
-    ACCEPTED,
     COLUMNS,
+    VERDICTS,
     RoundTable,
     SelectionRules,
     filter_candidates,
     judge,
     score_candidates,
+    set_verdicts,
 )
 from rsft_hf.generative.training_rows import CandidatePool, draw_rows, encode_candidates, supervised_rows
 from rsft_hf.generative.validation import column_names, prompt_set, refuse_changes, refuse_model
@@ -265,9 +266,8 @@ class CandidateResampler(Resampler):
         takes_best = self.config.on_nothing_accepted == "best"
         rules = SelectionRules(rule, self.config.min_accepted_per_prompt, takes_best, seed, round_number)
         generated = [one for one in candidates if one.finish_reason != "reference"]
-        for candidate, verdict in zip(generated, judge(RoundTable.of(columns), rules), strict=True):
-            candidate.verdict, candidate.is_accepted = verdict, verdict in ACCEPTED
-            candidate.rule = candidate.rule if verdict == "filtered" else repr(rule)
+        names = {verdict: repr(rule) for verdict in VERDICTS if verdict != "filtered"}
+        set_verdicts(generated, judge(RoundTable.of(columns), rules), names)
         return list(candidates)
 
     def encode(
@@ -301,19 +301,17 @@ class CandidateResampler(Resampler):
     def _run_round(self, number: int) -> None:
         runner, self.round_number = self._bound(), number
         trainer = runner.trainer
-        base = runner.directory / "base.safetensors"
         if self.config.round_start == "best" and number > 0:
             trainer.restore_best_weights()
-        if self.config.round_start == "base" and number == 0 and trainer.args.should_save:
-            save_base(runner.policy.model, base)
+        if self.config.round_start == "base" and number == 0:
+            trainer.save_base_weights()
         self._metrics = runner.run(number, self._has_other_rows(number))
         with FailTogether(trainer.accelerator, f"encoding round {number}"):
             rounds = range(max(0, number - self.config.replay_rounds), number + 1)
             accepted = (one for earlier in rounds for one in runner.store(earlier).accepted())
             self.pool.replace(encode_candidates(accepted, runner.policy.encoder, runner.prompts))
         if self.config.round_start == "base" and number > 0:
-            restore_base(runner.policy.model, base)
-            trainer.optimizer.state.clear()  # its momenta belong to the weights that were left
+            trainer.restore_base_weights()
 
     def _draw(self, epoch: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed((self.seed + epoch) % 2**62)

@@ -13,13 +13,14 @@ from rsft_hf.acceptance import Acceptance, check_acceptance
 from rsft_hf.generative.candidates import CandidateStore, PromptSet
 from rsft_hf.generative.filters import Deduplicate, Filter
 from rsft_hf.generative.selection import (
-    ACCEPTED,
     COLUMNS,
+    VERDICTS,
     RoundTable,
     SelectionRules,
     filter_candidates,
     judge,
     score_candidates,
+    set_verdicts,
     stable_repr,
 )
 from rsft_hf.generative.validation import column_names
@@ -59,10 +60,7 @@ def score_again(
     store = _created(destination, functions.names, source)
     rows = PromptSet(prompts, prompt_column)
     for path in source.shards():
-        candidates = source.read(path)
-        for candidate in candidates:
-            candidate.forget_scores()
-            candidate.row = rows.row(candidate.prompt_id)[1]
+        candidates = source.read_generated(path, rows)
         filter_candidates(candidates, filters, dedup)
         score_candidates(candidates, functions)
         store.write(store.directory / path.name, candidates, "scored")
@@ -92,12 +90,11 @@ def accept_again(
     rule = acceptance.for_round(round_number)
     table = RoundTable.of(source.columns(COLUMNS))
     verdicts = judge(table, SelectionRules(rule, 1, False, seed, round_number))
+    rules = {verdict: stable_repr(rule) for verdict in VERDICTS if verdict != "filtered"}
     store, start = _created(destination, source.reward_names, source), 0
     for path in source.shards():
         candidates = [one for one in source.read(path) if one.finish_reason != "reference"]
-        for candidate, verdict in zip(candidates, verdicts[start : start + len(candidates)], strict=True):
-            candidate.verdict, candidate.is_accepted = verdict, verdict in ACCEPTED
-            candidate.rule = candidate.rule if verdict == "filtered" else stable_repr(rule)
+        set_verdicts(candidates, verdicts[start : start + len(candidates)], rules)
         start += len(candidates)
         if candidates:
             store.write(store.directory / path.name, candidates, "judged")

@@ -1,17 +1,21 @@
 """Round cache: which candidates of an earlier run can be reused.
 
 `round_facts` lists everything that candidates depend on as JSON values: digests of model, prompts and rewards, options,
-seeds. Candidates of different facts are never mixed: `open_round` keeps a stored round, keeps its completions but
-discards their scores, or moves it aside.
+seeds. `plan_round` compares them with those of the stored round and tells what is left to do; `open_round` keeps a
+stored round, keeps its completions but discards their scores, or moves it aside: candidates of different facts are
+never mixed.
 """
 
 import functools
 import hashlib
+import inspect
 import shutil
+import textwrap
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers.utils import logging
@@ -23,6 +27,8 @@ from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import Encoder
 from rsft_hf.generative.generation import Generator, Sampling
 from rsft_hf.generative.selection import stable_repr
+
+logger = logging.get_logger(__name__)
 
 _NUM_ENCODED = 16
 
@@ -67,7 +73,7 @@ def round_facts(
         "generation_config": {name: _plain(value) for name, value in in_force(sampling.generation_config).items()},
         "with_log_probs": sampling.with_log_probs,
         "reward_functions": list(config.functions.names),
-        "scoring": [code_digest(function) for function in config.functions.functions],
+        "scoring": [source_digest(function) for function in config.functions.functions],
         "reward_weights": [float(weight) for weight in config.functions.weights],
         "acceptance": stable_repr(config.acceptance),
         "filters": [stable_repr(rule) for rule in config.filters],
@@ -85,48 +91,46 @@ def _encoding_digest(encoder: Encoder, prompts: PromptSet) -> str:
     return digest.hexdigest()
 
 
-def code_digest(function: Any) -> str:
-    """Returns a digest of what a reward function computes, as far as it can be seen.
+def source_digest(function: Any) -> str:
+    """Returns a digest of what a reward function computes, as far as its own source text shows it.
 
-    Seen are the code of functions and methods with defaults, enclosed constants and arguments bound by
-    `functools.partial`, the fields of dataclasses, and the weights of models; not the functions and globals that they
-    call upon.
+    Covered are the source text of the function, or of the class of a callable object, with its default values and the
+    constants that it encloses; arguments bound by `functools.partial`; fields of dataclasses; weights of models. Not
+    covered are the functions and globals that it uses, and code that has no file (`exec`, an interactive prompt): a
+    warning names such a function.
     """
     digest = hashlib.blake2b(digest_size=8)
     while isinstance(function, functools.partial):
-        digest.update(_constant(function.args + tuple(sorted(function.keywords.items()))).encode())
+        digest.update(_stable_text(function.args + tuple(sorted(function.keywords.items()))).encode())
         function = function.func
     if isinstance(function, torch.nn.Module):
         return model_fingerprint(function)
     digest.update(stable_repr(function).encode())
-    called = function if isinstance(function, (types.FunctionType, types.MethodType)) else type(function).__call__
-    called = called.__func__ if isinstance(called, types.MethodType) else called
+    defined = function if isinstance(function, (types.FunctionType, types.MethodType)) else type(function)
+    try:
+        digest.update(textwrap.dedent(inspect.getsource(defined)).encode())
+    except (OSError, TypeError):
+        logger.warning_once(
+            f"The source text of reward function {defined.__qualname__!r} is not available, so a change of it would go "
+            "unnoticed when candidates of an earlier run are reused. Define it in a file."
+        )
+    called = function.__func__ if isinstance(function, types.MethodType) else function
     if isinstance(called, types.FunctionType):
         enclosed = [cell.cell_contents for cell in called.__closure__ or ()]
         # Lists, dicts and objects are what a function works with, and may change as it works.
         fixed = [value for value in enclosed if isinstance(value, _FIXED)]
-        digest.update(_constant([called.__defaults__, called.__kwdefaults__, fixed]).encode())
-        _add_code(digest, called.__code__, called.__doc__)
+        digest.update(_stable_text([called.__defaults__, called.__kwdefaults__, fixed]).encode())
     return digest.hexdigest()
 
 
-def _add_code(digest: Any, code: types.CodeType, docstring: str | None) -> None:
-    digest.update(code.co_code + repr(code.co_names).encode())
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            _add_code(digest, constant, None)
-        elif constant != docstring or docstring is None:
-            digest.update(_constant(constant).encode())
-
-
-def _constant(value: Any) -> str:
+def _stable_text(value: Any) -> str:
     """A value as text that is equal in every process: sets sorted, addresses left out."""
     if isinstance(value, (set, frozenset)):
-        return f"{{{', '.join(sorted(_constant(item) for item in value))}}}"
+        return f"{{{', '.join(sorted(_stable_text(item) for item in value))}}}"
     if isinstance(value, (tuple, list)):
-        return f"({', '.join(_constant(item) for item in value)})"
+        return f"({', '.join(_stable_text(item) for item in value)})"
     if isinstance(value, types.FunctionType):
-        return code_digest(value)
+        return source_digest(value)
     return stable_repr(value)
 
 
@@ -134,57 +138,95 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str, list)) else str(value)
 
 
-logger = logging.get_logger(__name__)
-
 # What answers are scored and accepted by; all other facts are what they are generated from.
 _JUDGING = {
     "reward_functions", "scoring", "reward_weights", "acceptance", "filters", "dedup", "attempts",
 }  # fmt: skip
 
 
-def open_round(store: CandidateStore, facts: Mapping[str, Any]) -> None:
-    """Makes the folder of a round ready: what was made from the same facts stays, all else is put aside.
+@dataclass(frozen=True)
+class RoundPlan:
+    """What is left to do of a round that may be stored in part.
 
-    Where only rewards and rules have changed, the answers of the first attempt stay, and are scored and judged anew;
-    later attempts hang on what was accepted. A round that begins anew takes the rounds after it with it.
+    Attributes:
+        facts: Facts of the round, as `round_facts` returns them.
+        changed: Names of the facts in which the stored round differs; None without a stored round.
+        generates: Whether completions are missing, or may come to be after a first attempt.
+
+    Example:
+        >>> RoundPlan({"seed": 1}, changed=("acceptance",), generates=False).keeps_completions
+        True
+    """
+
+    facts: Mapping[str, Any]
+    changed: tuple[str, ...] | None
+    generates: bool
+
+    @property
+    def keeps_completions(self) -> bool:
+        """Whether the stored completions are those that the round would generate."""
+        return self.changed is not None and set(self.changed) <= _JUDGING
+
+
+def plan_round(store: CandidateStore, facts: Mapping[str, Any], num_shards: int, max_attempts: int) -> RoundPlan:
+    """Returns what is left to do of a round.
+
+    Args:
+        store: Store of the round.
+        facts: Facts of the round, as `round_facts` returns them.
+        num_shards: Number of shards of the first attempt.
+        max_attempts: Maximum number of attempts; a second one depends on the rewards of the first.
     """
     earlier = store.manifest().get("facts")
-    changed = [name for name in facts if earlier is None or earlier.get(name) != facts[name]]
-    if not changed:
+    changed = None if earlier is None else tuple(name for name in facts if earlier.get(name) != facts[name])
+    plan = RoundPlan(facts, changed, generates=True)
+    is_whole = all(store.stage(store.path(0, number)) is not None for number in range(num_shards))
+    return replace(plan, generates=not (plan.keeps_completions and is_whole and max_attempts == 1))
+
+
+def shard_work(store: CandidateStore, path: Path) -> Literal["generate", "score", "nothing"]:
+    """Returns what is left to do of a shard before the round is judged.
+
+    A shard for which no reward function answered is scored again: a judge may have been out of reach.
+    """
+    stage = store.stage(path)
+    if stage is None:
+        return "generate"
+    return "score" if stage == "generated" or store.is_unjudged(path) else "nothing"
+
+
+def open_round(store: CandidateStore, plan: RoundPlan, prompts: PromptSet) -> None:
+    """Makes the folder of a round ready: candidates of the same facts stay, all others are moved aside.
+
+    Where only rewards and rules have changed, the completions of the first attempt stay, and are scored and judged
+    again; later attempts depend on what was accepted. A round that begins anew moves the rounds after it aside, too.
+    """
+    if plan.changed == ():
         logger.info(f"Going on with the {len(store.shards())} shards in {store.directory}.")
         return
-    if earlier is not None and set(changed) <= _JUDGING:
-        _score_anew(store, changed)
+    if plan.keeps_completions:
+        _discard_scores(store, plan.changed or (), prompts)
     else:
-        _begin_anew(store, changed)
+        _begin_anew(store, plan.changed or tuple(plan.facts))
     store.directory.mkdir(parents=True, exist_ok=True)
-    store.write_manifest({"facts": dict(facts), "reward_names": list(store.reward_names)})
+    store.write_manifest({"facts": dict(plan.facts), "reward_names": list(store.reward_names)})
 
 
-def keeps_answers(store: CandidateStore, facts: Mapping[str, Any]) -> bool:
-    """Returns whether `open_round` would leave the answers of the first attempt where they are."""
-    earlier = store.manifest().get("facts")
-    return earlier is not None and {name for name in facts if earlier.get(name) != facts[name]} <= _JUDGING
-
-
-def _score_anew(store: CandidateStore, changed: list[str]) -> None:
+def _discard_scores(store: CandidateStore, changed: Sequence[str], prompts: PromptSet) -> None:
     aside = _place_aside(store.directory)
     shutil.copytree(store.directory, aside)
     for path in store.shards():
-        if not path.name.startswith("attempt-00"):
+        if path.name.startswith("attempt-00"):
+            store.write(path, store.read_generated(path, prompts), "generated")
+        else:
             path.unlink()
-            continue
-        answers = store.read(path)
-        for answer in answers:
-            answer.forget_scores()
-        store.write(path, answers, "generated")
     logger.warning(
         f"{store.directory} held candidates of another run (it differs in {', '.join(changed)}): the answers are "
         f"scored and judged anew. As they were, they are in {aside}."
     )
 
 
-def _begin_anew(store: CandidateStore, changed: list[str]) -> None:
+def _begin_anew(store: CandidateStore, changed: Sequence[str]) -> None:
     stale = [folder for folder in store.directory.parent.glob("round-*") if folder.name >= store.directory.name]
     for folder in sorted(stale):
         aside = _place_aside(folder)

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,6 +166,19 @@ def judge(table: RoundTable, rules: SelectionRules, earlier: Collection[tuple[in
         for row in _best_of_prompts_in_need(table, verdicts, rules):
             verdicts[row] = "fallback"
     return verdicts
+
+
+def set_verdicts(candidates: Iterable[Candidate], verdicts: Sequence[str], rules: Mapping[str, str]) -> None:
+    """Writes the verdicts into the candidates.
+
+    Args:
+        candidates: Candidates in the order of the verdicts, without references.
+        verdicts: As `judge` returns them.
+        rules: Rule to name for each verdict; the others keep the candidate's own, such as its filter.
+    """
+    for candidate, verdict in zip(candidates, verdicts, strict=True):
+        candidate.verdict, candidate.is_accepted = verdict, verdict in ACCEPTED
+        candidate.rule = rules.get(verdict, candidate.rule)
 
 
 def prompts_in_need(prompt_ids: Sequence[int], table: RoundTable, verdicts: Sequence[str], minimum: int) -> list[int]:

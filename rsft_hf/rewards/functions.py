@@ -74,8 +74,6 @@ class RewardFunctions:
         weights: One factor per function; None is 1 for each.
         processing_classes: One tokenizer per function, None for those that are no model; None reads the tokenizer
             saved beside a model.
-        batch_size: Most texts in a batch of a reward model.
-        chat_template_kwargs: Passed to a reward model's chat template.
 
     Raises:
         TypeError: If a function cannot be called as the contract says.
@@ -94,23 +92,17 @@ class RewardFunctions:
         functions: Any,
         weights: Sequence[float] | None = None,
         processing_classes: Any = None,
-        batch_size: int = 16,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         given = list(functions) if isinstance(functions, (list, tuple)) else [functions]
         if not given:
             raise ValueError("`reward_funcs` is empty. Pass at least one reward function.")
-        if batch_size < 1:
-            raise ValueError(f"`batch_size`={batch_size} must be at least 1.")
         tokenizers = _one_for_each(processing_classes, given)
         self.weights = checked_weights(weights, len(given))
         for position, function in enumerate(given):
             if not isinstance(function, (str, nn.Module)):
                 refuse_uncallable(function, position)
         self.functions: list[RewardFunction] = [
-            _as_reward_model(function, tokenizer, batch_size, dict(chat_template_kwargs or {}))
-            if isinstance(function, (str, nn.Module))
-            else function
+            _as_reward_model(function, tokenizer) if isinstance(function, (str, nn.Module)) else function
             for function, tokenizer in zip(given, tokenizers, strict=True)
         ]
         self.names: list[str] = unique_names(self.functions)
@@ -221,12 +213,10 @@ def _one_for_each(processing_classes: Any, functions: list[Any]) -> list[Any]:
     return given
 
 
-def _as_reward_model(
-    function: str | nn.Module, tokenizer: Any, batch_size: int, template: dict[str, Any]
-) -> RewardModel:
+def _as_reward_model(function: str | nn.Module, tokenizer: Any) -> RewardModel:
     model = load_reward_model(function) if isinstance(function, str) else function
     name = model_name(model)
-    return RewardModel(model, tokenizer or load_tokenizer(model, name), batch_size, template, name)
+    return RewardModel(model, tokenizer or load_tokenizer(model, name), name=name)
 
 
 def _merge(logs: dict[str, _Log], num_completions: int) -> tuple[dict[str, list[Any]], dict[str, float]]:

@@ -18,6 +18,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
+from rsft_hf.checks import check_integer
 from rsft_hf.isolation import in_evaluation_mode
 from rsft_hf.rewards.templates import Completion, Prompt, fields_of, render
 
@@ -97,8 +98,16 @@ def _or_none_without_memory(compute: Callable[[list[int]], torch.Tensor], batch:
 class RewardModel:
     """The single logit of a reward model, read over the prompt and the completion together.
 
+    Attributes:
+        model: Sequence classifier with one label.
+        tokenizer: Tokenizer of the model, with a chat template for conversations.
+        batch_size: Maximum number of texts in a forward pass, at least 1.
+        chat_template_kwargs: Arguments of the chat template.
+        name: Name of the reward in logs and stored candidates.
+
     Raises:
-        ValueError: If the model has another number of labels than one, or the tokenizer no token to pad with.
+        ValueError: If the model has another number of labels than one, the tokenizer no token to pad with, or
+            `batch_size` is below 1.
     """
 
     model: nn.Module = field(repr=False)
@@ -114,6 +123,7 @@ class RewardModel:
                 f"Reward model `{self.name}` has {num_labels} labels, a reward is one number. For the "
                 "score of one class use ModelReward(model, tokenizer, label=...)."
             )
+        check_integer("batch_size", self.batch_size, minimum=1)
         pad_token_id(self.tokenizer)
 
     def __call__(self, *, prompts: list[Prompt], completions: list[Completion], **columns: Any) -> list[float]:

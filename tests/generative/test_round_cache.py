@@ -1,5 +1,8 @@
 """What of a round on disk a later run may use: an edited reward, prompt or option is noticed, a restart is not."""
 
+import functools
+import importlib.util
+import linecache
 import os
 import subprocess
 import sys
@@ -23,7 +26,8 @@ from generative_runs import (
 )
 from rsft_hf import Threshold, TopKPerPrompt, load_candidates
 from rsft_hf.generative.candidates import Candidate, CandidateStore
-from rsft_hf.generative.round_cache import code_digest
+from rsft_hf.generative.round_cache import plan_round, shard_work, source_digest
+from rsft_hf.rewards import LengthWindow
 
 # A user's file: a set in the code, and a function inside the function.
 REWARD = """
@@ -36,7 +40,9 @@ def judge(completions, **_):
 def reward(source: str = REWARD, seen: list | None = None) -> Callable[..., list[float]]:
     """The function as a Python process has it that reads this file: a new object, named `judge` whatever it does."""
     names: dict[str, Any] = {"seen": [] if seen is None else seen}
-    exec(source, names)
+    path = f"reward-{hash(source)}.py"
+    linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)  # as if it had been read
+    exec(compile(source, path, "exec"), names)
     return names["judge"]
 
 
@@ -114,7 +120,7 @@ def test_the_same_code_defined_anew_has_nothing_done_again(tmp_path: Path, caplo
     ids=["operation", "name", "set", "method", "inner"],
 )
 def test_every_edit_changes_the_digest(old: str, new: str) -> None:
-    assert code_digest(reward(edited(old, new))) != code_digest(reward()) == code_digest(reward())
+    assert source_digest(reward(edited(old, new))) != source_digest(reward()) == source_digest(reward())
 
 
 def test_the_digest_is_the_same_in_another_process(tmp_path: Path) -> None:
@@ -122,9 +128,9 @@ def test_the_digest_is_the_same_in_another_process(tmp_path: Path) -> None:
     words = [str(number) for number in range(100)]
     (tmp_path / "reward.py").write_text(f"WORDS = {words}\n{REWARD}")
     script = (
-        f"names = {{}}; exec(open({str(tmp_path / 'reward.py')!r}).read(), names)\n"
-        "from rsft_hf.generative.round_cache import code_digest\n"
-        "print(code_digest(names['judge']), list(frozenset(names['WORDS'])))"
+        f"import runpy; names = runpy.run_path({str(tmp_path / 'reward.py')!r})\n"
+        "from rsft_hf.generative.round_cache import source_digest\n"
+        "print(source_digest(names['judge']), list(frozenset(names['WORDS'])))"
     )
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
     environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -133,8 +139,80 @@ def test_the_digest_is_the_same_in_another_process(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     digest, order = run.stdout.strip().split(" ", 1)
-    assert digest == code_digest(reward())
+    assert digest == source_digest(reward())
     assert order != str(list(frozenset(words)))  # or this test shows nothing
+
+
+def test_a_digest_covers_defaults_enclosed_constants_and_bound_arguments() -> None:
+    def made(limit: float, words: tuple[str, ...] = ("a",)) -> Callable[..., list[float]]:
+        return lambda completions, words=words, **_: [limit * (text in words) for text in completions]
+
+    digests = [source_digest(made(1.0)), source_digest(made(2.0)), source_digest(made(1.0, ("b",)))]
+    digests += [source_digest(functools.partial(made(1.0), scale=scale)) for scale in (1, 2)]
+    assert len(set(digests)) == 5
+    assert source_digest(made(1.0)) == digests[0]
+
+
+def test_a_digest_of_an_object_covers_its_fields_and_its_class(tmp_path: Path) -> None:
+    digests = []
+    for value in (1.0, 2.0):
+        name = f"judge_of_{value:.0f}"
+        path = tmp_path / f"{name}.py"
+        path.write_text(
+            "class Judge:\n    def __repr__(self):\n        return 'judge'\n"
+            f"    def __call__(self, completions, **_):\n        return [{value}] * len(completions)\n"
+        )
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        digests.append(source_digest(module.Judge()))
+        del sys.modules[name]
+    assert digests[0] != digests[1]
+    assert source_digest(LengthWindow(1, 5)) != source_digest(LengthWindow(1, 6))
+
+
+def test_a_function_without_a_source_text_is_named(caplog) -> None:
+    names: dict[str, Any] = {}
+    exec("def judge(completions, **_): return [0.0] * len(completions)", names)
+    source_digest(names["judge"])
+    assert "source text of reward function 'judge' is not available" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changed", "max_attempts", "num_stored", "keeps", "generates"),
+    [
+        (None, 1, 2, False, True),  # nothing stored
+        ((), 1, 2, True, False),
+        ((), 1, 1, True, True),  # a shard is missing
+        ((), 2, 2, True, True),  # a second attempt may follow
+        (("acceptance", "scoring"), 1, 2, True, False),
+        (("seed",), 1, 2, False, True),
+        (("seed", "acceptance"), 1, 2, False, True),
+    ],
+)
+def test_a_plan_says_what_is_left(tmp_path, changed, max_attempts, num_stored, keeps, generates) -> None:
+    facts = {"seed": 1, "acceptance": "TopK", "scoring": ["a"]}
+    store = CandidateStore(tmp_path, ["judge"], is_conversational=False)
+    for number in range(num_stored):
+        store.write(store.path(0, number), [Candidate(number, "a", [6], "a", "stop")], "generated")
+    if changed is not None:
+        store.write_manifest({"facts": facts | dict.fromkeys(changed, "other")})
+    plan = plan_round(store, facts, num_shards=2, max_attempts=max_attempts)
+    assert plan.changed is None if changed is None else set(plan.changed) == set(changed)
+    assert (plan.keeps_completions, plan.generates) == (keeps, generates)
+
+
+def test_the_work_on_a_shard_is_what_its_stage_leaves(tmp_path) -> None:
+    store = CandidateStore(tmp_path, ["judge"], is_conversational=False)
+    path, candidate = store.path(0, 0), Candidate(0, "a", [6], "a", "stop")
+    assert shard_work(store, path) == "generate"
+    store.write(path, [candidate], "generated")
+    assert shard_work(store, path) == "score"
+    store.write(path, [candidate], "scored")  # no function answered
+    assert shard_work(store, path) == "score"
+    candidate.reward = 1.0
+    store.write(path, [candidate], "scored")
+    assert shard_work(store, path) == "nothing"
 
 
 @pytest.mark.parametrize("num_answered", [0, 2 * 8], ids=["from_the_start", "after_two_shards"])

@@ -98,7 +98,6 @@ CONSTRUCTIONS = [
     ({"functions": []}, "`reward_funcs` is empty"),
     ({"functions": good, "weights": [1, 2]}, "`reward_weights` has 2 entries for 1 reward functions"),
     ({"functions": good, "weights": [float("nan")]}, r"`reward_weights`=\[nan\] must be finite"),
-    ({"functions": good, "batch_size": 0}, "`batch_size`=0 must be at least 1"),
     ({"functions": [good, good], "processing_classes": [None]}, "`reward_processing_classes` has 1 entries for 2"),
     ({"functions": good, "processing_classes": "tokenizer"}, "belongs to a function, which is no model"),
 ]

@@ -9,7 +9,7 @@ import transformers as hf
 import reward_parts as parts
 from rsft_hf.rewards import ModelReward, RoundTripReward, SimilarityReward
 from rsft_hf.rewards.functions import RewardFunctions
-from rsft_hf.rewards.model_rewards import in_batches
+from rsft_hf.rewards.model_rewards import RewardModel, in_batches
 
 PROMPTS = ["a b c", "a b c", "d", "e f", "g"]
 COMPLETIONS = [" d e", " f", " g h i j k l m", " n o p", " a"]
@@ -37,7 +37,7 @@ def alone(model: hf.PreTrainedModel, text: str) -> torch.Tensor:
 def test_reward_models_give_the_logit_of_each_text_alone(build, batch_size):
     model = parts.training_model(build())
     modes, padding = parts.modes(model), model.config.pad_token_id
-    functions = RewardFunctions(model, processing_classes=parts.word_tokenizer(), batch_size=batch_size)
+    functions = RewardFunctions(RewardModel(model, parts.word_tokenizer(), batch_size=batch_size))
     rewards = functions(PROMPTS, COMPLETIONS, IDS, {}).rewards.tolist()
     assert (parts.modes(model), model.config.pad_token_id) == (modes, padding)
     assert next(model.parameters()).grad is None
@@ -56,8 +56,8 @@ def test_reward_models_read_conversations_by_their_own_template():
 def test_the_chat_template_gets_its_arguments():
     tokenizer = parts.word_tokenizer()
     tokenizer.chat_template = "{{ word }}" + parts.CHAT
-    keywords = {"processing_classes": tokenizer, "chat_template_kwargs": {"word": "p "}}
-    rewards = RewardFunctions(parts.bert_classifier(), **keywords)(CHAT_PROMPTS, CHAT_COMPLETIONS, IDS, {}).rewards
+    model = RewardModel(parts.bert_classifier(), tokenizer, chat_template_kwargs={"word": "p "})
+    rewards = RewardFunctions(model)(CHAT_PROMPTS, CHAT_COMPLETIONS, IDS, {}).rewards
     close(rewards.tolist()[:1], [alone(parts.bert_classifier(), "p user a b c assistant d e")[0].item()])
 
 
