@@ -62,3 +62,30 @@ def test_a_failed_batch_is_released():
 )
 def test_out_of_memory_is_told_from_other_errors(error: BaseException, expected: bool):
     assert is_out_of_memory(error) is expected
+
+
+def test_batches_are_sorted_and_halved_without_memory():
+    """Rows of 6 to 1 tokens in room for 6, padding included: four rows do not fit, nor do two; then one by one."""
+    lengths, seen = [3, 1, 6, 2, 5, 4], []
+
+    def compute(batch):
+        seen.append([lengths[row] for row in batch])
+        if len(batch) * lengths[batch[0]] > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        return torch.tensor([10.0 * lengths[row] for row in batch])
+
+    assert [float(value) for value in map_in_batches(lengths, 4, compute)] == [30.0, 10.0, 60.0, 20.0, 50.0, 40.0]
+    assert seen == [[6, 5, 4, 3], [6, 5], [6], [5], [4], [3], [2], [1]]
+
+
+def test_one_row_without_memory_and_other_errors_are_raised():
+    def too_long(batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+    def broken(batch):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        map_in_batches([3, 3], 2, too_long)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        map_in_batches([3, 3], 2, broken)

@@ -23,6 +23,7 @@ from rsft_hf.engines.base import GeneratedSequence, GenerationRequest, check_req
 from rsft_hf.engines.completion import complete, prompts_in_order, whole_sequence, with_log_p
 from rsft_hf.engines.generation_config import context_length, refuse_settings
 from rsft_hf.isolation import forked_rng, in_evaluation_mode
+from rsft_hf.memory import halve_batch_size, is_out_of_memory
 
 logger = logging.get_logger(__name__)
 
@@ -134,14 +135,13 @@ class ContinuousEngine:
         while True:
             try:
                 return self._generate_batch(model, request, call)
-            except (MemoryError, torch.OutOfMemoryError) as error:
-                if self.max_requests == 1 or self.num_blocks is not None:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    logger.warning(f"generate_batch failed: {error}")
+                    return []
+                if self.num_blocks is not None:
                     raise
-                self.max_requests //= 2
-                logger.warning(f"The cache does not fit ({error}); going on with `max_requests`={self.max_requests}.")
-            except RuntimeError as error:
-                logger.warning(f"generate_batch failed: {error}")
-                return []
+                self.max_requests = halve_batch_size(self.max_requests, error, "requests")
 
     def _generate_batch(self, model: Any, request: GenerationRequest, call: Call) -> list[Any]:
         config = copy.deepcopy(request.generation_config)

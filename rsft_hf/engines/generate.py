@@ -31,6 +31,7 @@ from rsft_hf.engines.sampling import (
     without_forced_end,
     without_own_stops,
 )
+from rsft_hf.memory import halve_batch_size
 
 logger = logging.get_logger(__name__)
 
@@ -76,14 +77,10 @@ class GenerateEngine:
             batch = waiting.pop(0)
             try:
                 sequences = _generate_batch(model, request, batch)
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                self.max_sequences = max(1, len(batch) // 2)
-                logger.warning(f"Out of memory at {len(batch)} sequences; going on with {self.max_sequences}.")
+            except (RuntimeError, MemoryError) as error:
+                self.max_sequences = halve_batch_size(len(batch), error, "sequences")
                 rest = batch + [pair for other in waiting for pair in other]
                 waiting = [rest[at : at + self.max_sequences] for at in range(0, len(rest), self.max_sequences)]
-                torch.cuda.empty_cache()
                 continue
             yield from sequences
 

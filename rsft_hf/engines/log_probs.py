@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, generation
 
 from rsft_hf.engines.sampling import Prepared, counts_tokens, pad_prompts, prepare_inputs
+from rsft_hf.memory import halve_batch_size
 
 LogProbabilities = tuple[torch.Tensor | None, torch.Tensor]
 
@@ -62,11 +63,8 @@ def token_log_probabilities(
             scored = _score(
                 model, [prompts[row] for row in rows], [completions[row] for row in rows], generation_config, with_log_q
             )
-        except torch.OutOfMemoryError:
-            if len(rows) == 1:
-                raise
-            batch_size = len(rows) // 2
-            torch.cuda.empty_cache()
+        except (RuntimeError, MemoryError) as error:
+            batch_size = halve_batch_size(len(rows), error)
             continue
         found.update(zip(rows, scored))
         order = [row for row in order if row not in found]

@@ -25,6 +25,7 @@ from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import IGNORED, Encoder, RowCollator
 from rsft_hf.generative.validation import refuse_model, refuse_other_vocabulary
 from rsft_hf.isolation import in_evaluation_mode
+from rsft_hf.memory import map_in_batches
 
 
 @dataclass(frozen=True)
@@ -154,20 +155,13 @@ def completion_log_probabilities(
         batch_size: Rows per forward pass, sorted by length; halved when memory runs out.
     """
     rows = [encoder.training_row(prompt, answer) for prompt, answer in zip(prompts, completions, strict=True)]
-    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]["input_ids"]))
     collate = RowCollator(pad_token_id=encoder.tokenizer.pad_token_id or 0)
-    sums = torch.zeros(len(rows), dtype=torch.float64)
-    while order:
-        chosen = order[:batch_size]
-        try:
-            sums[chosen] = _batch_sums(model, encoder, collate([rows[row] for row in chosen]))
-        except torch.OutOfMemoryError:
-            if batch_size == 1:
-                raise
-            batch_size //= 2
-            continue
-        del order[:batch_size]
-    return sums
+    sums = map_in_batches(
+        [len(row["input_ids"]) for row in rows],
+        batch_size,
+        lambda chosen: _batch_sums(model, encoder, collate([rows[row] for row in chosen])),
+    )
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
 
 
 def _batch_sums(model: Any, encoder: Encoder, rows: dict[str, torch.Tensor]) -> torch.Tensor:

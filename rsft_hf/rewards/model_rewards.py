@@ -8,18 +8,18 @@ conversation), without further special tokens, as TRL's GRPO does.
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from rsft_hf.checks import check_integer
 from rsft_hf.isolation import in_evaluation_mode
+from rsft_hf.memory import map_in_batches
 from rsft_hf.rewards.templates import Completion, Prompt, fields_of, render
 
 logger = logging.getLogger(__name__)
@@ -32,36 +32,6 @@ def scoring(model: torch.nn.Module) -> Iterator[None]:
     """Turns dropout and gradients off inside the block; every module gets its own mode back."""
     with in_evaluation_mode(model), torch.no_grad():
         yield
-
-
-def in_batches(
-    lengths: Sequence[int], batch_size: int, compute: Callable[[list[int]], torch.Tensor]
-) -> list[torch.Tensor]:
-    """Returns what `compute` says of every row, longest rows first, in smaller batches once memory has run out.
-
-    Args:
-        lengths: Tokens of each row; rows of like length share a batch.
-        batch_size: Most rows of a batch.
-        compute: From the positions of the rows of a batch to a tensor with one entry for each.
-
-    Returns:
-        One tensor per row, on the CPU, in the order of `lengths`.
-
-    Raises:
-        RuntimeError: If a batch of one row does not fit into memory; any other error of `compute` as it is.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    results: dict[int, torch.Tensor] = {}
-    while len(results) < len(order):
-        batch = order[len(results) : len(results) + batch_size]
-        if (values := _or_none_without_memory(compute, batch)) is not None:
-            results.update(zip(batch, values.cpu(), strict=True))
-            continue
-        batch_size = max(1, len(batch) // 2)
-        logger.info("Out of memory with %d rows of up to %d tokens: going on with batches of %d.",
-                    len(batch), lengths[batch[0]], batch_size)  # fmt: skip
-        clear_device_cache()
-    return [results[row] for row in range(len(lengths))]
 
 
 def pad_right(rows: Sequence[Encoded], pad_token_id: int, device: torch.device | str) -> dict[str, torch.Tensor]:
@@ -82,16 +52,6 @@ def pad_right(rows: Sequence[Encoded], pad_token_id: int, device: torch.device |
         key: torch.tensor([[*row[key], *[fill.get(key, 0)] * (width - len(row[key]))] for row in rows], device=device)
         for key in rows[0]
     }
-
-
-def _or_none_without_memory(compute: Callable[[list[int]], torch.Tensor], batch: list[int]) -> torch.Tensor | None:
-    # In a frame of its own: while the error is handled, its traceback still holds the tensors of the failed batch.
-    try:
-        return compute(batch)
-    except RuntimeError as error:
-        if len(batch) == 1 or not should_reduce_batch_size(error):
-            raise
-        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +114,7 @@ def class_logits(model: nn.Module, tokenizer: Any, rows: Sequence[Encoded], batc
     config.pad_token_id = filler
     try:
         with scoring(model):
-            return in_batches(
+            return map_in_batches(
                 [len(row["input_ids"]) for row in rows],
                 batch_size,
                 lambda batch: model(**pad_right([rows[row] for row in batch], filler, device)).logits.float(),
@@ -353,7 +313,7 @@ class SimilarityReward(_Templated):
             return F.normalize(states.sum(1) / mask.sum(1).clamp(min=1), dim=-1)
 
         with scoring(model):
-            return in_batches([len(row["input_ids"]) for row in rows], self.batch_size, means)
+            return map_in_batches([len(row["input_ids"]) for row in rows], self.batch_size, means)
 
 
 @dataclass(frozen=True, eq=False)
@@ -412,7 +372,7 @@ class RoundTripReward(_Templated):
 
         with scoring(model):
             lengths = [len(row["input_ids"]) + len(row["labels"]) for row in rows]
-            return in_batches(lengths, self.batch_size, means)
+            return map_in_batches(lengths, self.batch_size, means)
 
 
 def _encode(tokenizer: Any, *texts: Any) -> Encoded:

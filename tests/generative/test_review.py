@@ -191,7 +191,7 @@ def test_likelihoods_take_smaller_batches_when_memory_runs_out() -> None:
     completions = [[6 + row, 7, 8][: 1 + row % 3] for row in range(5)]
     small = SmallMemory(model, 2)
     halved = completion_log_probabilities(small, encoder, prompts, completions)
-    assert small.sizes == [5, 5, 4, 2, 2, 1]  # 16 and 8 hold all five, then batches of 4, then of 2
+    assert small.sizes == [5, 2, 2, 1]  # a batch of all five does not fit, batches of 5 // 2 do
     assert torch.allclose(halved, completion_log_probabilities(model, encoder, prompts, completions), atol=1e-5)
     assert len(set(halved.tolist())) == 5
     assert (halved < 0).all()

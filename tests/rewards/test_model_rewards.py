@@ -9,7 +9,7 @@ import transformers as hf
 import reward_parts as parts
 from rsft_hf.rewards import ModelReward, RoundTripReward, SimilarityReward
 from rsft_hf.rewards.functions import RewardFunctions
-from rsft_hf.rewards.model_rewards import RewardModel, in_batches
+from rsft_hf.rewards.model_rewards import RewardModel
 
 PROMPTS = ["a b c", "a b c", "d", "e f", "g"]
 COMPLETIONS = [" d e", " f", " g h i j k l m", " n o p", " a"]
@@ -74,33 +74,6 @@ def test_a_path_is_a_model_with_its_own_tokenizer(tmp_path: Path):
     expected = [alone(model, p + c)[0].item() for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     close(scores.by_function["judge-of-words"].tolist(), expected)
     functions.to("cpu")
-
-
-def test_batches_are_sorted_and_halved_without_memory():
-    """Rows of 6 to 1 tokens in room for 6, padding included: four rows do not fit, nor do two; then one by one."""
-    lengths, seen = [3, 1, 6, 2, 5, 4], []
-
-    def compute(batch):
-        seen.append([lengths[row] for row in batch])
-        if len(batch) * lengths[batch[0]] > 6:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
-        return torch.tensor([10.0 * lengths[row] for row in batch])
-
-    assert [float(value) for value in in_batches(lengths, 4, compute)] == [30.0, 10.0, 60.0, 20.0, 50.0, 40.0]
-    assert seen == [[6, 5, 4, 3], [6, 5], [6], [5], [4], [3], [2], [1]]
-
-
-def test_one_row_without_memory_and_other_errors_are_raised():
-    def too_long(batch):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
-
-    def broken(batch):
-        raise RuntimeError("shapes do not match")
-
-    with pytest.raises(torch.OutOfMemoryError):
-        in_batches([3, 3], 2, too_long)
-    with pytest.raises(RuntimeError, match="shapes do not match"):
-        in_batches([3, 3], 2, broken)
 
 
 CLASSES = {"id2label": {0: "bad", 1: "fair", 2: "good"}, "label2id": {"bad": 0, "fair": 1, "good": 2}}

@@ -17,6 +17,7 @@ from rsft_hf.engines.generation_config import context_length
 from rsft_hf.engines.inflight.scheduler import Flight
 from rsft_hf.engines.model_access import _is_peft
 from rsft_hf.engines.sampling import Prepared
+from rsft_hf.memory import is_out_of_memory
 
 _PROMPT_LENGTHS, _LIMITS = (3, 12, 1, 7, 5), (6, 2, 7, 3, 5)  # rows of many ages; the last ones enter among others
 
@@ -75,7 +76,7 @@ def probe_verdict(
             with torch.autocast(model.device.type, enabled=False):
                 differences = _differences(model, request, fly(_SLOTS), decoder_start)
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or not torch.is_autocast_enabled(model.device.type):
+            if is_out_of_memory(error) or not torch.is_autocast_enabled(model.device.type):
                 raise
             is_exact = False  # weights of several types, which only autocast brings together
             differences = _differences(model, request, fly(_SLOTS), decoder_start)
@@ -85,9 +86,9 @@ def probe_verdict(
             most, mean = _MOST, max(_LEAST_MEAN, _TIMES * float(alone.mean()))
             if _reads_what_is_masked(fly):
                 return "it reads keys and values that the mask hides"
-    except torch.OutOfMemoryError:
-        raise
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
         return f"a trial run ended with {type(error).__name__}: {error}"
     if bool(differences.max() <= most) and bool(differences.mean() <= mean):  # NaN is neither
         return None

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers import StoppingCriteriaList
 from transformers.utils import logging
 
@@ -23,6 +22,7 @@ from rsft_hf.engines.inflight.model_runner import CausalReader, EncoderDecoderRe
 from rsft_hf.engines.inflight.scheduler import Flight, Rows
 from rsft_hf.engines.model_access import without_wrappers
 from rsft_hf.engines.sampling import Chains, Prepared, prepare
+from rsft_hf.memory import halve_batch_size
 
 logger = logging.get_logger(__name__)
 
@@ -85,10 +85,9 @@ class InFlightEngine:
                     left.discard((sequence.prompt, sequence.index))
                     yield sequence
                 return
-            except torch.OutOfMemoryError:
-                slots = self._with_less_memory(flight, slots)
+            except (RuntimeError, MemoryError) as error:
+                slots = self._with_less_memory(flight, slots, error)
             del flight
-            torch.cuda.empty_cache()
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_verdicts": None}  # what was tried out belongs to the models of this process
@@ -96,18 +95,14 @@ class InFlightEngine:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state | {"_verdicts": weakref.WeakKeyDictionary()})
 
-    def _with_less_memory(self, flight: Flight, slots: int) -> int:
-        """Returns how many slots to go on with after memory has run out; raises what is under way if there is one."""
-        if flight.tokens_being_read:
-            self.prefill_tokens = max(1, flight.tokens_being_read // 2)
-            logger.warning(f"Out of memory reading prompts; going on with `prefill_tokens`={self.prefill_tokens}.")
+    def _with_less_memory(self, flight: Flight, slots: int, error: Exception) -> int:
+        """Returns the number of slots after an out-of-memory error; raises any other error, and that of one slot."""
+        if flight.tokens_being_read > 1:
+            self.prefill_tokens = halve_batch_size(flight.tokens_being_read, error, "prompt tokens")
             return slots
-        if flight.max_rows == 1:
-            raise
-        fewer = flight.max_rows // 2
+        fewer = halve_batch_size(flight.max_rows, error, "sequences")
         if flight.max_rows == slots:  # and not the few candidates of a small request
             self.max_sequences = fewer
-        logger.warning(f"Out of memory with {flight.max_rows} slots; going on with {fewer}.")
         return fewer
 
     def _prepared(self, model: Any, request: GenerationRequest) -> tuple[Prepared | None, str | None]:
