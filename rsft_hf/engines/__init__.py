@@ -1,6 +1,6 @@
 """Engines that generate candidates."""
 
-from rsft_hf.engines.base import Engine, EngineWithWeights, GeneratedSequence, GenerationRequest
+from rsft_hf.engines.base import Engine, GeneratedSequence, GenerationRequest
 from rsft_hf.engines.continuous import ContinuousEngine
 from rsft_hf.engines.endpoint.engine import EndpointEngine
 from rsft_hf.engines.endpoint.weight_sync import SaveAndReload
@@ -12,7 +12,6 @@ __all__ = [
     "ContinuousEngine",
     "EndpointEngine",
     "Engine",
-    "EngineWithWeights",
     "GenerateEngine",
     "GeneratedSequence",
     "GenerationRequest",

@@ -31,11 +31,11 @@ def choose_engine(engine: str | Engine, model: Any) -> Engine:
     hold weights of their own.
 
     Args:
-        engine: "auto", "inflight", "generate", "continuous", or an object with the call of `Engine`.
+        engine: "auto", "inflight", "generate", "continuous", or an Engine object.
         model: What is to generate.
 
     Raises:
-        TypeError: If it is neither a name nor callable.
+        TypeError: If it is neither a name nor an Engine.
         ValueError: If the name is unknown.
     """
     if isinstance(engine, str):

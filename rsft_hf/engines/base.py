@@ -1,13 +1,14 @@
-"""Interface of generation engines: the request, the generated sequence, the engine and its optional capabilities.
+"""Interface of generation engines: the request, the generated sequence, and the engine with its optional methods.
 
 An engine is a callable from a model and a `GenerationRequest` (prompts as token ids, one random seed per candidate) to
-`GeneratedSequence`s, yielded as they finish. It handles no text, reward or data set. Optional capabilities are
-protocols: facts that candidates depend on, checks before the run, weight sync.
+`GeneratedSequence`s, yielded as they finish. It handles no text, reward or data set. Optional methods: facts that
+candidates depend on, checks before the run, weight sync.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -42,7 +43,7 @@ class GenerationRequest:
     Attributes:
         prompts: Token ids of each prompt.
         seeds: Seeds of each prompt's candidates, `num_candidates` each, in [0, 2**63).
-        generation_config: Complete: see `settings.sampling_config`.
+        generation_config: Complete: see `generation_config.sampling_config`.
         with_log_probs: Whether to gather log q and log p.
         tokenizer: Needed for stop strings, and by servers that return text.
         limits: Most tokens of each candidate, in [1, max_new_tokens], laid out as `seeds`; None means `max_new_tokens`
@@ -70,36 +71,73 @@ class GenerationRequest:
         return most if self.limits is None else min(most, self.limits[prompt][index])
 
 
-@runtime_checkable
-class Engine(Protocol):
-    """Generates candidates; the same request gives the same candidates where arithmetic allows (fp32)."""
+class Engine(ABC):
+    """Generator of candidates; the same request gives the same candidates where arithmetic allows (fp32).
 
-    def __call__(self, model: torch.nn.Module, request: GenerationRequest) -> Iterator[GeneratedSequence]:
+    Subclasses implement `__call__`; the other methods are optional.
+
+    Attributes:
+        has_own_weights: Whether the engine runs a copy of the weights, elsewhere, which `sync_weights` updates.
+
+    Example:
+        >>> class Echo(Engine):
+        ...     def __call__(self, model, request):
+        ...         for prompt, ids in enumerate(request.prompts):
+        ...             for index in range(request.num_candidates):
+        ...                 yield GeneratedSequence(prompt, index, list(ids), "length")
+        >>> request = GenerationRequest([[5, 6]], [[1, 2]], GenerationConfig(max_new_tokens=2))
+        >>> [one.token_ids for one in Echo()(None, request)]
+        [[5, 6], [5, 6]]
+    """
+
+    has_own_weights: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, model: Any, request: GenerationRequest) -> Iterator[GeneratedSequence]:
         """Yields every candidate of every prompt once, in any order.
 
         Args:
             model: In evaluation mode, unwrapped, on its device.
-            request: Prompts, seeds and how to sample.
+            request: Prompts, seeds and sampling options.
         """
-        ...
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the engine keeps its own weights, so that its candidates are another model's."""
+        return False
 
-@runtime_checkable
-class EngineWithWeights(Engine, Protocol):
-    """An engine that runs weights of its own, elsewhere, which have to be brought up to date before a round."""
+    def facts(self) -> dict[str, Any] | None:
+        """Returns what candidates depend on beside model, seeds and configuration, as JSON; None for nothing else.
 
-    def hand_over(self, model: Any, is_main_process: bool) -> None:
-        """Takes over the weights of a model. Called on every process before each round with something left to generate.
+        Candidates of different facts are never mixed.
+        """
+        return None
 
-        The same before each evaluation that the engine generates for.
+    def check(self, model: Any, config: GenerationConfig, log_probs: Collection[str] = ()) -> None:
+        """Validate model and configuration before anything is generated; by default everything is accepted.
 
-        Whoever calls waits for all processes afterwards, so that a server may be fed by the main process alone.
+        Args:
+            model: Model that is to generate.
+            config: Complete configuration, as `generation_config.sampling_config` returns it.
+            log_probs: Those that the engine itself must provide, of "log_q" and "log_p".
+
+        Raises:
+            ValueError: If the engine does not support a setting, the model or a log probability.
+        """
+        return
+
+    def sync_weights(self, model: Any, is_main_process: bool) -> None:
+        """Copies the weights of a model to the engine; nothing by default.
+
+        Called on every process before each round with something left to generate, and before each evaluation that the
+        engine generates for. The caller waits for all processes afterwards, so that the main process alone may feed a
+        server.
 
         Args:
             model: In evaluation mode, whole and unwrapped.
             is_main_process: Whether this process is the first of the run.
         """
-        ...
+        return
 
 
 def check_request(request: GenerationRequest, context_length: int | None, is_encoder_decoder: bool) -> None:
@@ -136,52 +174,3 @@ def check_request(request: GenerationRequest, context_length: int | None, is_enc
                 + f", and the model reads {context_length}. Shorten the prompt"
                 + ("." if is_encoder_decoder else " or lower `max_new_tokens`.")
             )
-
-
-@runtime_checkable
-class EngineWithFacts(Protocol):
-    """An engine whose candidates depend on more than the model, the seeds and the configuration."""
-
-    def facts(self) -> dict[str, Any]:
-        """Returns what else they depend on, as JSON: candidates of other facts are not mixed with them."""
-        ...
-
-
-@runtime_checkable
-class EngineWithChecks(Protocol):
-    """An engine that can say beforehand what it cannot do."""
-
-    def check(self, model: Any, config: GenerationConfig, log_probs: Collection[str] = ()) -> None:
-        """Raises if no candidate could be generated so, while nothing has been spent.
-
-        Args:
-            model: What is to generate.
-            config: Complete: see `settings.sampling_config`.
-            log_probs: Which are wanted of the engine itself, of "log_q" and "log_p".
-
-        Raises:
-            ValueError: If a setting, the model or a log probability is beyond it.
-        """
-        ...
-
-
-@runtime_checkable
-class EngineOfAnyWeights(Protocol):
-    """An engine with weights of its own that need not be those of the model it is called with.
-
-    Attributes:
-        is_fixed: Whether it keeps the weights that it has, so that its candidates are another model's.
-    """
-
-    is_fixed: bool
-
-
-def check_engine(engine: Any, model: Any, config: GenerationConfig, log_probs: Collection[str] = ()) -> None:
-    """Raises ValueError if an engine that can say so beforehand cannot do what is wanted; see `EngineWithChecks`."""
-    if isinstance(engine, EngineWithChecks):
-        engine.check(model, config, log_probs)
-
-
-def engine_facts(engine: Any) -> dict[str, Any] | None:
-    """Returns what an engine says its candidates depend on, None if it says nothing."""
-    return engine.facts() if isinstance(engine, EngineWithFacts) else None

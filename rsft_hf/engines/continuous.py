@@ -19,7 +19,7 @@ import transformers
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.utils import logging
 
-from rsft_hf.engines.base import GeneratedSequence, GenerationRequest, check_request
+from rsft_hf.engines.base import Engine, GeneratedSequence, GenerationRequest, check_request
 from rsft_hf.engines.completion import complete, prompts_in_order, whole_sequence, with_log_p
 from rsft_hf.engines.generation_config import context_length, refuse_settings
 from rsft_hf.isolation import forked_rng, in_evaluation_mode
@@ -56,7 +56,7 @@ class Call:
 
 
 @dataclass
-class ContinuousEngine:
+class ContinuousEngine(Engine):
     """Generates with `model.generate_batch`, for decoder-only models.
 
     Unlike in the exact engines a candidate depends on its company: all draw from one generator, seeded by all their

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import EosTokenCriteria, GenerationMixin, MaxLengthCriteria, StopStringCriteria
 from transformers.utils import logging
 
-from rsft_hf.engines.base import GeneratedSequence, GenerationRequest, check_request
+from rsft_hf.engines.base import Engine, GeneratedSequence, GenerationRequest, check_request
 from rsft_hf.engines.generation_config import context_length
 from rsft_hf.engines.model_access import _is_peft
 from rsft_hf.engines.random_streams import token_uniforms
@@ -37,7 +37,7 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
-class GenerateEngine:
+class GenerateEngine(Engine):
     """Generates with `model.generate`, sorted by length, several prompts at a time.
 
     Args:

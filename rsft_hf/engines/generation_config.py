@@ -217,7 +217,7 @@ def refuse_settings(config: GenerationConfig, allowed: Collection[str], engine_n
     """Raises if a configuration holds settings that an engine does not obey.
 
     Args:
-        config: Complete: see `settings.sampling_config`.
+        config: Complete: see `generation_config.sampling_config`.
         allowed: Settings that the engine obeys, such as "temperature".
         engine_name: For the message.
         remedy: What to do instead, one sentence.

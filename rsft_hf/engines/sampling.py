@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList, generation
 from transformers.generation import (
     ForcedEOSTokenLogitsProcessor,
@@ -356,11 +357,8 @@ def pad_prompts(
 
     Decoder-only models continue from the right end, so they are padded on the left; encoders on the right.
     """
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        place = slice(width - len(prompt), width) if is_left else slice(0, len(prompt))
-        ids[row, place] = torch.tensor(list(prompt), dtype=torch.long)
-        mask[row, place] = 1
+    side = "left" if is_left else "right"
+    rows = [torch.tensor(list(prompt), dtype=torch.long) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

@@ -1,6 +1,6 @@
 """Engine over vLLM in the training process, with weight sync into it before each round.
 
-`hand_over` copies the weights, in the way of TRL's colocate mode (`VLLMGeneration`, TRL 1.16, for vLLM 0.22 to 0.31);
+`sync_weights` copies the weights as TRL's colocate mode does (`VLLMGeneration`, TRL 1.16, for vLLM 0.22 to 0.31);
 vLLM's `reload_weights` would read the first checkpoint again. Tested against a recorded contract of vLLM's interface
 only, never against vLLM itself.
 """
@@ -12,13 +12,13 @@ import socket
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from rsft_hf.engines.base import GeneratedSequence, GenerationRequest, check_request
+from rsft_hf.engines.base import Engine, GeneratedSequence, GenerationRequest, check_request
 from rsft_hf.engines.completion import complete, end_tokens, prompts_in_order, whole_sequence, with_log_p
 from rsft_hf.engines.generation_config import context_length, refuse_settings
 from rsft_hf.engines.model_access import merged, without_wrappers
@@ -136,11 +136,12 @@ _TEMPERATURES = (0.01, 2.0)  # below vLLM raises it to .01 with a mere warning, 
 
 
 @dataclass
-class VLLMEngine:
+class VLLMEngine(Engine):
     """Generates with `vllm.LLM`, for decoder-only models without quantised weights.
 
-    Tested against a recorded contract of vLLM's public interface only (tests/recorded_vllm.py), on no GPU. Weights take
-    the way of TRL's colocate mode: the model's `load_weights`, adapters merged for the time, then `reset_prefix_cache`.
+    Tested against a recorded contract of vLLM's public interface only (tests/helpers/recorded_vllm.py), on no GPU.
+    Weights are copied as in TRL's colocate mode: the model's `load_weights` with adapters merged, then
+    `reset_prefix_cache`.
 
     Each candidate is a request with its own seed, so that the same request gives the same candidates as far as vLLM's
     kernels allow. log q is vLLM's own; log p is computed here, by the weights that are trained, and so differs from
@@ -152,10 +153,11 @@ class VLLMEngine:
             the GPU) or `max_model_len`. With "tokenizer", a name or folder, stop strings can be used.
     """
 
+    has_own_weights: ClassVar[bool] = True
     llm_kwargs: Mapping[str, Any] = field(default_factory=dict)
     _llm: ColocatedLLM | None = field(default=None, init=False, repr=False)
 
-    def hand_over(self, model: Any, is_main_process: bool) -> None:
+    def sync_weights(self, model: Any, is_main_process: bool) -> None:
         """Pushes the weights into this process's vLLM, which the first call starts.
 
         Args:
@@ -176,7 +178,7 @@ class VLLMEngine:
         """Yields every candidate once.
 
         Raises:
-            RuntimeError: If `hand_over` has not been called.
+            RuntimeError: If `sync_weights` has not been called.
             ValueError: If the model has an encoder, the configuration holds settings that vLLM has not or applies
                 otherwise, or a prompt leaves no room.
         """
@@ -184,7 +186,7 @@ class VLLMEngine:
         check_request(request, context_length(model), is_encoder_decoder=False)
         if self._llm is None:
             raise RuntimeError(
-                "VLLMEngine has no weights yet. Call hand_over(model, is_main_process) before each round."
+                "VLLMEngine has no weights yet. Call sync_weights(model, is_main_process) before each round."
             )
         return self._sequences(self._llm, model, request)
 

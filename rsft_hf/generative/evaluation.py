@@ -15,7 +15,6 @@ from transformers import EvalPrediction
 from transformers.utils import logging
 
 from rsft_hf.distributed import FailTogether, gather_lists
-from rsft_hf.engines.base import check_engine
 from rsft_hf.engines.generation_config import held_out_config
 from rsft_hf.generative.candidates import Candidate, PromptSet
 from rsft_hf.generative.config import CandidateConfig
@@ -118,7 +117,7 @@ def look_at_evaluation(config: CandidateConfig, evaluation: Any, prompts: Prompt
         if config.eval_functions is not None:
             config.eval_functions.check([column for column in column_names(dataset) if column != held_out.column])
         refuse_long_prompts(held_out, policy.encoder, policy.model, generation_config.max_new_tokens)
-        check_engine(policy.engine, policy.model, generation_config)
+        policy.engine.check(policy.model, generation_config)
         shared = [row for row in range(len(held_out)) if repr(held_out.row(row)[0]) in known]
         if shared:
             logger.warning(

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from rsft_hf.distributed import FailTogether
 from rsft_hf.engines.auto import choose_engine
-from rsft_hf.engines.base import Engine, EngineOfAnyWeights, EngineWithWeights, GenerationRequest
+from rsft_hf.engines.base import Engine, GenerationRequest
 from rsft_hf.engines.model_access import whole_model
 from rsft_hf.engines.random_streams import candidate_seed
 from rsft_hf.generative.candidates import Candidate, PromptSet
@@ -33,7 +33,7 @@ class Sampling:
     """How the candidates of a round are drawn.
 
     Attributes:
-        generation_config: Complete: see `settings.sampling_config`.
+        generation_config: Complete: see `generation_config.sampling_config`.
         num_candidates: Candidates per prompt and attempt.
         run_seed: Seed of the run.
         round_number: Round, from 0.
@@ -202,11 +202,11 @@ def ready(
             if reference is not None:
                 reference = reference_opener(config.reference_model, whole, whole.device)
         if hands_over:
-            hand_over(accelerator, generator.engine, model)
+            sync_weights(accelerator, generator.engine, model)
         yield replace(generator, model=model, reference=reference)
 
 
-def hand_over(accelerator: Accelerator | None, engine: Engine, model: Any) -> None:
+def sync_weights(accelerator: Accelerator | None, engine: Engine, model: Any) -> None:
     """Brings an engine with weights of its own up to date; any other is as it was. Collective.
 
     Args:
@@ -214,14 +214,14 @@ def hand_over(accelerator: Accelerator | None, engine: Engine, model: Any) -> No
         engine: Any.
         model: What generates, whole.
     """
-    if not isinstance(engine, EngineWithWeights):
+    if not engine.has_own_weights:
         return
     with torch.no_grad(), in_evaluation_mode(model):
         if accelerator is None:
-            engine.hand_over(model, True)
+            engine.sync_weights(model, True)
             return
         with FailTogether(accelerator, f"handing the weights to {type(engine).__name__}"):
-            engine.hand_over(model, accelerator.is_main_process)
+            engine.sync_weights(model, accelerator.is_main_process)
         accelerator.wait_for_everyone()  # a server that the main process feeds answers all of them
 
 
@@ -236,8 +236,7 @@ def evaluation_engine(engine: Engine, model: Any, has_proposal: bool) -> Engine:
         model: The trained one.
         has_proposal: Whether another model generates in the rounds.
     """
-    is_fixed = isinstance(engine, EngineOfAnyWeights) and engine.is_fixed
-    if not isinstance(engine, EngineWithWeights) or not (is_fixed or has_proposal):
+    if not engine.has_own_weights or not (engine.is_fixed or has_proposal):
         return engine
     logger.info(
         f"{type(engine).__name__} holds the weights of another model than the trained one, which is evaluated by an "

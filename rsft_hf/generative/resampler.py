@@ -26,7 +26,7 @@ from rsft_hf.acceptance import Acceptance, TopKPerPrompt
 from rsft_hf.checkpointing import load_state, save_state
 from rsft_hf.distributed import FailTogether, broadcast_from_main, run_seed
 from rsft_hf.engines.auto import choose_engine
-from rsft_hf.engines.base import Engine, check_engine
+from rsft_hf.engines.base import Engine
 from rsft_hf.engines.generation_config import sampling_config
 from rsft_hf.engines.model_access import unwrapped
 from rsft_hf.generative.candidates import Candidate
@@ -235,7 +235,7 @@ class CandidateResampler(Resampler):
         sampling = Sampling(config, self.config.num_candidates, seed, round_number, attempt, self.config.with_log_probs)
         reference = reference_opener(self.config.reference_model, model, model.device)
         engine = choose_engine(self.config.engine, model)
-        check_engine(engine, model, config, self.config.engine_log_probs)
+        engine.check(model, config, self.config.engine_log_probs)
         generator = Generator(model, encoder, engine, reference=reference)
         with ready(self.config, None, generator, model) as generator:
             return generator(prompt_set(prompts, self.config, "prompts"), range(len(prompts)), sampling)

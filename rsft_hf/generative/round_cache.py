@@ -20,7 +20,6 @@ from typing import Any, Literal
 import torch
 from transformers.utils import logging
 
-from rsft_hf.engines.base import engine_facts
 from rsft_hf.engines.generation_config import in_force
 from rsft_hf.generative.candidates import CandidateStore, PromptSet
 from rsft_hf.generative.config import CandidateConfig
@@ -65,7 +64,7 @@ def round_facts(
         "model": digests["model"],
         "reference_model": model_fingerprint(reference) if is_model else reference,
         "merge_adapter": config.merge_adapter,
-        "engine": engine_facts(generator.engine),
+        "engine": generator.engine.facts(),
         "prompts": digests["prompts"],
         "encoding": _encoding_digest(generator.encoder, prompts),
         "seed": sampling.run_seed,

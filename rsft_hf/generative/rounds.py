@@ -21,7 +21,6 @@ from transformers.utils import logging
 
 from rsft_hf.distributed import FailTogether, object_from_main
 from rsft_hf.engines.auto import choose_engine
-from rsft_hf.engines.base import check_engine
 from rsft_hf.engines.generation_config import in_force, sampling_config
 from rsft_hf.engines.model_access import refuse_unmergeable, unwrapped
 from rsft_hf.generative.candidates import CandidateStore, PromptSet
@@ -32,9 +31,9 @@ from rsft_hf.generative.generation import (
     Generator,
     Sampling,
     evaluation_engine,
-    hand_over,
     ready,
     reference_opener,
+    sync_weights,
 )
 from rsft_hf.generative.metrics import Effort, explain_empty_round, round_metrics
 from rsft_hf.generative.round_cache import (
@@ -116,7 +115,7 @@ class RoundRunner:
         logger.info(f"Candidates are sampled with {in_force(generation_config)}.")
         refuse_long_prompts(prompts, encoder, proposal, generation_config.max_new_tokens)
         engine, surroundings = choose_engine(config.engine, model), trainer.accelerator.autocast
-        check_engine(engine, proposal, generation_config, config.engine_log_probs)
+        engine.check(proposal, generation_config, config.engine_log_probs)
         for functions in (config.functions, config.eval_functions):
             if functions is not None:
                 functions.to(trainer.args.device)
@@ -161,7 +160,7 @@ class RoundRunner:
         with ready(self.config, self.accelerator, self.generator, self.policy.model, hands_over=False) as generator:
             plan = self._plan(round_number, generator)
             if plan.generates:
-                hand_over(self.accelerator, generator.engine, generator.model)
+                sync_weights(self.accelerator, generator.engine, generator.model)
             return replace(self, generator=generator)._run_stages(round_number, plan, may_be_empty)
 
     def evaluate(self, prompts: PromptSet) -> dict[str, float]:

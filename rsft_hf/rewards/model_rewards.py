@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from rsft_hf.checks import check_integer
@@ -46,10 +47,9 @@ def pad_right(rows: Sequence[Encoded], pad_token_id: int, device: torch.device |
         >>> pad_right([{"input_ids": [5, 6]}, {"input_ids": [7]}], 1, "cpu")["input_ids"].tolist()
         [[5, 6], [7, 1]]
     """
-    width = max(len(row["input_ids"]) for row in rows)
     fill = {"input_ids": pad_token_id}
     return {
-        key: torch.tensor([[*row[key], *[fill.get(key, 0)] * (width - len(row[key]))] for row in rows], device=device)
+        key: pad_sequence([torch.tensor(row[key]) for row in rows], True, fill.get(key, 0)).to(device)
         for key in rows[0]
     }
 

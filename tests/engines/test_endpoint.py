@@ -9,7 +9,7 @@ import torch
 
 import generators as g
 from completions_server import NAME, CompletionsServer
-from rsft_hf.engines.base import EngineWithWeights, GenerationRequest
+from rsft_hf.engines.base import GenerationRequest
 from rsft_hf.engines.endpoint.engine import EndpointEngine
 from rsft_hf.engines.generate import GenerateEngine
 from rsft_hf.engines.random_streams import candidate_seed
@@ -31,7 +31,7 @@ def engine(server, **keywords) -> EndpointEngine:
     defaults = {"timeout_seconds": 20, "max_retries": 2, "backoff_seconds": 0.01}
     made = EndpointEngine(server.base_url, NAME, **{**defaults, **keywords})
     if made.weights is not None:
-        made.hand_over(MODEL, is_main_process=True)
+        made.sync_weights(MODEL, is_main_process=True)
     return made
 
 
@@ -63,7 +63,7 @@ def test_greedy_candidates_are_those_of_the_local_engine(server):
     local = g.generated(MODEL, g.complete(MODEL, is_greedy=True), IDS)
     expected = {(one.prompt, one.index): (one.token_ids, one.finish_reason) for one in local}
     assert len({tuple(ids) for ids, _ in expected.values()}) > 1
-    assert isinstance(engine(server), EngineWithWeights)
+    assert engine(server).has_own_weights
     assert tokens(run(engine(server), request(1, is_greedy=True))) == expected
     assert all(body["temperature"] == 0 for body in server.bodies)
 

@@ -240,7 +240,7 @@ def test_a_lost_connection_may_be_a_restart_with_other_weights(server):
         run(engine(server, concurrency=1, **VOUCHED), request())
     assert len(server.bodies) <= 2
     absent = EndpointEngine("http://127.0.0.1:9/v1", NAME, weights=lambda model: None)
-    absent.hand_over(MODEL, is_main_process=True)
+    absent.sync_weights(MODEL, is_main_process=True)
     with pytest.raises(RuntimeError, match=r"127.0.0.1:9.*was lost.*refused"):
         run(absent, request(ids=IDS[:1]))
     for mishap in ("500", "429", "hang"):

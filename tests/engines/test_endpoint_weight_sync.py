@@ -33,7 +33,7 @@ def test_the_server_generates_from_the_weights_it_was_handed(server, tmp_path):
     assert greedy(other) != greedy(MODEL)
     for number, (model, expected) in enumerate(((MODEL, greedy(MODEL)), (other, greedy(other))), start=1):
         # The engine was handed the weights once when it was made, to the folder of number 0.
-        one.hand_over(model, is_main_process=True)
+        one.sync_weights(model, is_main_process=True)
         assert tokens(run(one, request(1, is_greedy=True))) == expected
         (folder,) = (tmp_path / "weights").iterdir()  # the one before is gone
         assert re.fullmatch(rf"weights-[0-9a-f]{{12}}-{number}", folder.name)
@@ -47,10 +47,10 @@ def test_only_the_main_process_feeds_the_server(server):
     fed = []
     one = engine(server, weights=fed.append)
     fed.clear()
-    one.hand_over(MODEL, is_main_process=False)
+    one.sync_weights(MODEL, is_main_process=False)
     assert fed == []
     assert len(run(one, request(1))) == len(IDS)
-    one.hand_over(MODEL, is_main_process=True)
+    one.sync_weights(MODEL, is_main_process=True)
     assert fed == [MODEL]
 
 
@@ -58,17 +58,17 @@ def test_an_adapter_is_dropped_and_loaded_anew(server, tmp_path):
     peft = pytest.importorskip("peft", reason="the extra `peft` is not installed")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(g.tiny_model(), config).eval()
-    hand_over = SaveAndReload.vllm_lora(server.base_url, tmp_path, "adapter")
+    sync_weights = SaveAndReload.vllm_lora(server.base_url, tmp_path, "adapter")
     with pytest.raises(ValueError, match="loads the adapter 'adapter', and `model`='tiny'"):
-        EndpointEngine(server.base_url, NAME, weights=hand_over)
-    one = EndpointEngine(server.base_url, "adapter", weights=hand_over)
+        EndpointEngine(server.base_url, NAME, weights=sync_weights)
+    one = EndpointEngine(server.base_url, "adapter", weights=sync_weights)
     seen = []
     for scale in (0.0, 3.0):
         with torch.no_grad():
             for name, values in adapted.named_parameters():
                 if "lora_B" in name:
                     values.fill_(scale)
-        one.hand_over(adapted, is_main_process=True)
+        one.sync_weights(adapted, is_main_process=True)
         seen.append(tokens(run(one, request(1, is_greedy=True))))
         assert seen[-1] == greedy(adapted)
     assert seen[0] == greedy(MODEL) != seen[1]
@@ -77,16 +77,16 @@ def test_an_adapter_is_dropped_and_loaded_anew(server, tmp_path):
 
 
 def test_a_failed_hand_over_stops_the_generation(server, tmp_path):
-    hand_over = SaveAndReload.sglang(server.base_url, tmp_path)
-    one = engine(server, weights=hand_over)
+    sync_weights = SaveAndReload.sglang(server.base_url, tmp_path)
+    one = engine(server, weights=sync_weights)
     server.manners = {"refuses weights"}
     with pytest.raises(RuntimeError, match=r"did not take over the weights: http.*no such parameter.*sees /.*"):
-        one.hand_over(MODEL, is_main_process=True)
+        one.sync_weights(MODEL, is_main_process=True)
     with pytest.raises(RuntimeError, match="No weights were handed over to the server"):
         one(MODEL, request())
     assert server.bodies == []
     server.manners = set()
-    one.hand_over(MODEL, is_main_process=True)
+    one.sync_weights(MODEL, is_main_process=True)
     assert len(run(one, request(1))) == len(IDS)
     assert len(list(tmp_path.iterdir())) == 1
     absent = SaveAndReload.sglang("http://127.0.0.1:9/v1", tmp_path)
@@ -115,7 +115,7 @@ def test_a_server_with_weights_of_its_own_is_warned_of_once(server, caplog, monk
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     one = engine(server)
     for is_main in (False, True, True):
-        one.hand_over(MODEL, is_main_process=is_main)
+        one.sync_weights(MODEL, is_main_process=is_main)
     assert caplog.text.count("all candidates come from the weights that the server holds") == 1
     assert len(run(one, request(1))) == len(IDS)
     assert "cache_salt" not in server.bodies[-1]
@@ -139,15 +139,15 @@ REPLIES = {
 def test_a_reply_with_200_must_not_say_otherwise_and_sglangs_must_say_so(server, tmp_path, reply):
     server.load = lambda path, body: (200, reply)
     others = {"lora_path": "{path}"}
-    for hand_over, is_taken in zip(
+    for sync_weights, is_taken in zip(
         (SaveAndReload.sglang(server.base_url, tmp_path), SaveAndReload(tmp_path, server.base_url, others)),
         REPLIES[reply],
     ):
         if is_taken:
-            hand_over(MODEL)
+            sync_weights(MODEL)
         else:
             with pytest.raises(RuntimeError, match="did not take over the weights"):
-                hand_over(MODEL)
+                sync_weights(MODEL)
     own = SaveAndReload(tmp_path, server.base_url, others, succeeds=lambda answer: answer == reply)
     own(MODEL)
 
@@ -156,8 +156,8 @@ def test_only_folders_of_its_own_are_removed(server, tmp_path):
     """Neither this package's candidates nor what another run's server was told to load."""
     (tmp_path / "round-000").mkdir()
     first, second = (SaveAndReload.sglang(server.base_url, tmp_path) for _ in range(2))
-    for hand_over in (first, second, first, second, second):
-        hand_over(MODEL)
+    for sync_weights in (first, second, first, second, second):
+        sync_weights(MODEL)
     told = [body["model_path"] for _, body in server.updates]
     assert len(set(told)) == 5
     assert {str(path) for path in tmp_path.iterdir()} == {told[2], told[4], str(tmp_path / "round-000")}
@@ -173,11 +173,11 @@ def test_of_several_adapters_the_active_one_is_handed_over(server, tmp_path):
     of_default = greedy(adapted)
     adapted.set_adapter("policy")
     assert greedy(adapted) != of_default
-    hand_over = SaveAndReload.vllm_lora(server.base_url, tmp_path, "adapter")
-    one = EndpointEngine(server.base_url, "adapter", weights=hand_over)
-    one.hand_over(adapted, is_main_process=True)
+    sync_weights = SaveAndReload.vllm_lora(server.base_url, tmp_path, "adapter")
+    one = EndpointEngine(server.base_url, "adapter", weights=sync_weights)
+    one.sync_weights(adapted, is_main_process=True)
     assert tokens(run(one, request(1, is_greedy=True))) == greedy(adapted)
     adapted.base_model.set_adapter(["default", "policy"])
     with pytest.raises(ValueError, match=r"adapters \['default', 'policy'\] at once, and a server loads one"):
-        one.hand_over(adapted, is_main_process=True)
+        one.sync_weights(adapted, is_main_process=True)
     assert len(server.updates) == 2

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 import generators as g
 import recorded_vllm
-from rsft_hf.engines.base import Engine, EngineWithWeights, GenerationRequest
+from rsft_hf.engines.base import Engine, GenerationRequest
 from rsft_hf.engines.generate import GenerateEngine
 from rsft_hf.engines.log_probs import token_log_probabilities
 from rsft_hf.engines.random_streams import candidate_seed
@@ -33,7 +33,7 @@ def request_for(model, num_prompts: int = NUM_PROMPTS, num_candidates: int = NUM
 
 def engine_for(model, **llm_kwargs) -> VLLMEngine:
     engine = VLLMEngine(llm_kwargs)
-    engine.hand_over(model, is_main_process=True)
+    engine.sync_weights(model, is_main_process=True)
     return engine
 
 
@@ -109,7 +109,7 @@ def test_each_round_has_its_weights_and_forgets_the_prompts_of_the_last():
     with torch.no_grad():
         model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
     assert outcomes(run(engine, model, request)) == outcomes(first)  # not yet
-    engine.hand_over(model, is_main_process=False)
+    engine.sync_weights(model, is_main_process=False)
     assert engine._llm is llm
     assert outcomes(run(engine, model, request)) == outcomes(run(GenerateEngine(), model, request)) != outcomes(first)
 
@@ -212,7 +212,7 @@ def test_what_it_refuses(monkeypatch):
 def test_the_contract_is_strict():
     model = g.tiny_model("llama")
     assert isinstance(VLLMEngine(), Engine)
-    assert isinstance(VLLMEngine(), EngineWithWeights)
+    assert VLLMEngine().has_own_weights
     known = {field.name for field in dataclasses.fields(recorded_vllm.SamplingParams)}
     assert set(sampling_params(request_for(model), 0, 0)) <= known
     with pytest.raises(TypeError, match="max_new_tokens"):

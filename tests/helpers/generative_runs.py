@@ -11,7 +11,7 @@ import transformers as hf
 
 import generators
 from rsft_hf import CandidateResampler, RejectionSamplingTrainer
-from rsft_hf.engines import GenerateEngine
+from rsft_hf.engines import Engine, GenerateEngine
 
 NUM_PROMPTS = 9  # shards of 2 prompts: neither a multiple of the shard nor of two processes
 SHARDS = 5
@@ -21,7 +21,7 @@ class Killed(Exception):
     """Stands for a killed process: nothing of the trainer is used again."""
 
 
-class CountingEngine:
+class CountingEngine(Engine):
     """Generates as the library does, notes the prompts of every call and may be killed before one of them."""
 
     def __init__(self, kill_before: int | None = None) -> None:

@@ -1,8 +1,8 @@
 """Engine that generates on an OpenAI-compatible completions server, and the validation of its arguments.
 
 A request becomes many concurrent HTTP requests; sequences are yielded as replies arrive. The server holds its own copy
-of the weights, which `hand_over` syncs. Missing choices and missing log probabilities are completed here; anything else
-that the server cannot do is an error.
+of the weights, which `sync_weights` updates. Missing choices and missing log probabilities are completed here; anything
+else that the server cannot do is an error.
 """
 
 import copy
@@ -13,13 +13,13 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from rsft_hf.engines.base import GeneratedSequence, GenerationRequest, check_request
+from rsft_hf.engines.base import Engine, GeneratedSequence, GenerationRequest, check_request
 from rsft_hf.engines.endpoint.client import Answers, Asker, Completions, Job, Workers, client_library, jobs_of
 from rsft_hf.engines.endpoint.protocol import (
     DIALECTS,
@@ -38,7 +38,7 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
-class EndpointEngine:
+class EndpointEngine(Engine):
     """Generates with a completions server: vLLM, SGLang, TGI, `transformers serve`.
 
     A server that honours `seed` gives the same candidates again, as far as its own arithmetic allows. Log probabilities
@@ -74,6 +74,7 @@ class EndpointEngine:
             connection was lost after they were.
     """
 
+    has_own_weights: ClassVar[bool] = True
     base_url: str
     model: str
     api_key: str | None = field(default=None, repr=False)
@@ -125,7 +126,7 @@ class EndpointEngine:
         if self.is_fixed:
             check_log_probs(config, self.dialect, self.logprobs_mode, log_probs)
 
-    def hand_over(self, model: Any, is_main_process: bool) -> None:
+    def sync_weights(self, model: Any, is_main_process: bool) -> None:
         """Brings the server's weights up to date; the main process does.
 
         Args:
@@ -154,7 +155,7 @@ class EndpointEngine:
         self.check(model, request.generation_config, ("log_q",) if request.with_log_probs else ())
         if self.weights is not None and self._version is None:
             raise RuntimeError(
-                "No weights were handed over to the server, or it did not take them. Call `hand_over` before "
+                "No weights were handed over to the server, or it did not take them. Call `sync_weights` before "
                 "generating."
             )
         return self._generate(model, request)
@@ -333,7 +334,7 @@ def check_log_probs(config: GenerationConfig, dialect: str, logprobs_mode: str, 
     Its weights are not those of the model, so that the model here cannot say what the server does not.
 
     Args:
-        config: Complete: see `settings.sampling_config`.
+        config: Complete: see `generation_config.sampling_config`.
         dialect: One of `DIALECTS`.
         logprobs_mode: "raw" or "processed".
         wanted: Of "log_q" and "log_p".

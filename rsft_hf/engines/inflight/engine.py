@@ -30,7 +30,7 @@ _SLOTS_ON_CPU, _SLOTS = 128, 256
 
 
 @dataclass
-class InFlightEngine:
+class InFlightEngine(Engine):
     """Generates with candidates that enter and leave a common batch at any time.
 
     In fp32 a candidate depends on its own seed alone, not on the batch, the order or the number of processes; in half
