@@ -26,7 +26,7 @@ PUBLIC = ("rsft_hf", *(f"rsft_hf.{name}" for name in ("acceptance", "engines", "
 # Files and folders of the package from the lowest layer to the highest: imports go to the same line or to one above.
 LAYERS = (
     ("checks.py",),
-    ("rejection.py", "distributed.py", "isolation.py", "memory.py"),
+    ("rejection.py", "distributed.py", "isolation.py", "memory.py", "openai_client.py"),
     ("training_set.py", "checkpointing.py"),
     ("resampler.py",),
     ("acceptance", "rewards", "engines"),

@@ -4,22 +4,28 @@ A failed request is None, not a score. Replies are cached on disk, so that a res
 """
 
 import asyncio
+import contextlib
 import hashlib
-import importlib
 import json
 import logging
 import math
 import os
-import random
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+from rsft_hf.openai_client import OpenAIClient, RequestRefused, client_library
 from rsft_hf.rewards.templates import Completion, Prompt, fields_of, render
 
 logger = logging.getLogger(__name__)
+
+_BACKOFF_SECONDS = 0.5
+
+_HOPELESS_STATUSES = (401, 403, 404)  # the key or the model is wrong, for every request
 
 RUBRIC = (
     "Rate how well the response answers the prompt, from {low:g} (useless or wrong) to {high:g} (correct, complete and "
@@ -79,7 +85,7 @@ class JudgeReward:
         if not (self.base_url or os.environ.get("OPENAI_BASE_URL") or self.api_key or os.environ.get("OPENAI_API_KEY")):
             raise ValueError("No `api_key` was given. Set OPENAI_API_KEY, or `base_url` to a server of your own.")
         fields_of(self.template)
-        _openai()
+        client_library("judge")
 
     @property
     def requires(self) -> frozenset[str]:
@@ -141,47 +147,36 @@ class JudgeReward:
     async def _ask_all(self, requests: dict[str, dict[str, Any]]) -> dict[str, float]:
         if not requests:
             return {}
-        openai = _openai()
-        # The client draws the jitter of its retries from the global generator.
-        state = random.getstate()
-        slots = asyncio.Semaphore(self.concurrency)
-        key = self.api_key or os.environ.get("OPENAI_API_KEY") or "none"
-        async with openai.AsyncOpenAI(
-            api_key=key, base_url=self.base_url, max_retries=self.max_retries, timeout=self.timeout_seconds
-        ) as client:
-            tasks = [
-                asyncio.ensure_future(self._ask(key, request, client.chat.completions.with_raw_response.create, slots))
-                for key, request in requests.items()
-            ]
-            try:
-                scores = await asyncio.gather(*tasks)
-            except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+        api_key = self.api_key or os.environ.get("OPENAI_API_KEY")
+        client = OpenAIClient(
+            self.base_url, api_key, self.timeout_seconds, self.max_retries, _BACKOFF_SECONDS, extra="judge"
+        )
+        # Threads of this pool are daemons: after an error or an interrupt nothing waits for the replies under way.
+        with contextlib.closing(client), ThreadPool(min(self.concurrency, len(requests))) as pool:
+            futures = [Future[float | None]() for _ in requests]
+            for future, item in zip(futures, requests.items(), strict=True):
+                pool.apply_async(self._ask, (client, *item), {}, future.set_result, future.set_exception)
+            scores = await asyncio.gather(*map(asyncio.wrap_future, futures))
+        return {key: score for key, score in zip(requests, scores, strict=True) if score is not None}
+
+    def _ask(self, client: OpenAIClient, key: str, request: dict[str, Any]) -> float | None:
+        try:
+            reply = client.post("/chat/completions", request, f"the judge {self.name!r}")
+        except RequestRefused as error:
+            if error.status in _HOPELESS_STATUSES:
                 raise ValueError(
                     f"The judge at {client.base_url} refused `model`={self.model!r} or its `api_key`: {error}. No "
                     "request can succeed until they are right."
                 ) from error
-            finally:
-                for task in tasks:
-                    task.cancel()
-                random.setstate(state)
-        return {key: score for key, score in zip(requests, scores, strict=True) if score is not None}
-
-    async def _ask(
-        self, key: str, request: dict[str, Any], create: Callable[..., Awaitable[Any]], slots: asyncio.Semaphore
-    ) -> float | None:
-        openai = _openai()
-        async with slots:
-            try:
-                reply = await create(**request)
-            except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError):
-                raise
-            except openai.OpenAIError as error:
-                logger.info("%s: %s: %s", self.name, type(error).__name__, error)
-                return None
-        text = _content(reply.text)
+            logger.info("%s: %s", self.name, error)
+            return None
+        except RuntimeError as error:
+            logger.info("%s: %s", self.name, error)
+            return None
+        text = _content(reply)
         score = self._parse(text)
         if score is None or text is None:
-            logger.info("%s: no score from %g to %g in the reply %r", self.name, self.low, self.high, reply.text)
+            logger.info("%s: no score from %g to %g in the reply %r", self.name, self.low, self.high, reply)
             return None
         self._keep(key, text)
         return score
@@ -217,10 +212,3 @@ def _content(body: str) -> str | None:
         return json.loads(body)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError):
         return None
-
-
-def _openai() -> Any:
-    try:
-        return importlib.import_module("openai")
-    except ImportError as error:
-        raise ImportError("JudgeReward needs the client of OpenAI's API: `pip install rsft-hf[judge]`.") from error

@@ -11,8 +11,9 @@ from test_endpoint import IDS, MODEL, VOUCHED, engine, request, run, tokens, who
 
 import generators as g
 from completions_server import NAME, CompletionsServer
-from rsft_hf.engines.endpoint.client import Completions
+from rsft_hf.engines.endpoint.client import ask_choices
 from rsft_hf.engines.endpoint.engine import EndpointEngine
+from rsft_hf.openai_client import OpenAIClient
 
 pytest.importorskip("openai", reason="the extra `endpoint` is not installed")
 
@@ -46,16 +47,16 @@ def test_passing_faults_are_tried_again(server, mishap):
 
 def test_the_pause_is_the_one_the_server_asks_for_or_doubles(server, monkeypatch):
     waited = []
-    client = Completions(server.base_url, None, 5.0, 3, 0.5)
+    client = OpenAIClient(server.base_url, None, 5.0, 3, 0.5)
     monkeypatch.setattr(client._is_closing, "wait", waited.append)
     body = {"model": NAME, "prompt": IDS[0], "n": 1, "seed": 0, "max_tokens": 1, "temperature": 0.0, "top_p": 1.0}
     for retry_after in ("", "7", "never", "1000000", email.utils.formatdate(usegmt=True)):
         server.mishaps, server.retry_after = ["429", "503", "500"], retry_after
-        assert len(client.ask(body, 0)) == 1
+        assert len(ask_choices(client, body, 0)) == 1
     assert waited == [0.5, 1.0, 2.0, 7.0, 7.0, 7.0, 0.5, 1.0, 2.0, 60.0, 60.0, 60.0, 0.0, 0.0, 0.0]
     monkeypatch.undo()
     client.close()
-    with pytest.raises(RuntimeError, match="given up"):
+    with pytest.raises(RuntimeError, match="the client has been closed"):
         client.pause(9)
 
 
@@ -131,7 +132,7 @@ def test_an_aborted_candidate_is_asked_for_again(server):
 @pytest.mark.parametrize(("manner", "reason"), [("aborts", "'abort'"), ("no reason", "None")])
 def test_candidates_that_never_end_are_given_up_by_name(server, manner, reason):
     server.manners = {manner}
-    message = f"no usable candidate 0 of prompt 0, asked for alone 3 times; what came last: finish_reason={reason}"
+    message = f"no usable candidate 0 of prompt 0, asked for alone 3 times; the last one: finish_reason={reason}"
     with pytest.raises(RuntimeError, match=message):
         run(engine(server), request(ids=IDS[:1]))
 
@@ -230,7 +231,8 @@ def test_nobody_waits_for_the_threads_of_a_generation_that_failed(server):
     server.mishaps = ["hang", "400"]
     with pytest.raises(ValueError, match="refused the request"):
         run(engine(server, concurrency=2), request(1))
-    at_work = [thread for thread in threading.enumerate() if thread.name.endswith("(_work)")]
+    at_work = [thread for thread in threading.enumerate() if thread.name.endswith("(worker)")]
+    assert at_work  # the other request hangs for 5 seconds
     assert all(thread.daemon for thread in at_work)  # or the process could not end before the reply
 
 

@@ -117,8 +117,8 @@ def test_a_server_error_is_tried_again(server):
 
 
 def test_retries_leave_the_global_generator_alone(server, monkeypatch):
-    """Left to itself the client waits for a random time, drawn from the generator of the training."""
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
+    """The retries of the library wait for a random time, drawn from the generator of the training."""
+    monkeypatch.setattr("rsft_hf.rewards.judge._BACKOFF_SECONDS", 0.001)
     server.is_patient = False
     state = random.getstate()
     assert score(judge(server), ["500 once"])[0] == [7.0]

@@ -1,26 +1,17 @@
-"""HTTP client for OpenAI-compatible completions servers: requests, retries, and concurrency.
+"""HTTP requests of a generation request to a completions server.
 
-`Completions` sends one request and retries transient failures; `Asker` and `Workers` split a generation request into
-HTTP requests and run them concurrently, each until all of its candidates have come back or failed.
+`jobs_of` splits a generation request into HTTP requests; `Asker` sends one of them, from several threads, until all of
+its candidates have come back or failed.
 """
 
-import email.utils
-import importlib
 import json
-import queue
-import threading
-import time
 from collections.abc import Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from rsft_hf.engines.base import GenerationRequest
 from rsft_hf.engines.endpoint.protocol import Answer, Dialect, ReplyReader, UnusableChoice, prompt_field
-
-_PASSING = (408, 409, 425, 429)  # besides 5xx
-
-_LONGEST_PAUSE_SECONDS = 60.0
+from rsft_hf.openai_client import OpenAIClient, RequestRefused
 
 _REMEDIES = {
     401: "Set `api_key`.",
@@ -30,149 +21,34 @@ _REMEDIES = {
 }
 
 
-class Completions:
-    """A connection to a server, safe to share between threads.
+def ask_choices(client: OpenAIClient, body: Mapping[str, Any], prompt: int) -> list[Any]:
+    """Returns the choices of a completions reply, at least one.
 
     Args:
-        base_url: Up to `/v1`.
-        api_key: None for a server that wants none.
-        timeout_seconds: For each try.
-        max_retries: How often a request is sent again.
-        backoff_seconds: Before it is sent again, doubled each time; a server's `Retry-After` counts instead.
-        may_restart: Whether a request may be sent again after a lost connection: whoever answers then may be a new
-            process, without the weights that were handed to the one before.
+        client: Connection to the server.
+        body: JSON of the request.
+        prompt: Position of the prompt, for errors.
 
     Raises:
-        ImportError: If the package `openai` is not installed.
-    """
-
-    def __init__(
-        self,
-        base_url: str,
-        api_key: str | None,
-        timeout_seconds: float,
-        max_retries: int,
-        backoff_seconds: float,
-        may_restart: bool = True,
-    ) -> None:
-        self.url = f"{base_url.rstrip('/')}/completions"
-        self.max_retries, self.backoff_seconds, self.may_restart = max_retries, backoff_seconds, may_restart
-        openai = client_library()
-        # Servers close idle connections, which must not be taken for a restart: then each request has its own.
-        limits = {} if may_restart else {"http_client": openai.DefaultHttpxClient(headers={"Connection": "close"})}
-        # Its own retries are off: they hide what happened, and draw from the global generator.
-        self._client = openai.OpenAI(
-            api_key=api_key or "none", base_url=base_url, timeout=timeout_seconds, max_retries=0, **limits
-        )
-        self._is_closing = threading.Event()
-
-    def ask(self, body: Mapping[str, Any], prompt: int) -> list[Any]:
-        """Returns the choices of a reply, at least one.
-
-        Args:
-            body: The request.
-            prompt: Names the prompt in errors.
-
-        Raises:
-            ValueError: If the server refuses the request (4xx).
-            RuntimeError: If it cannot be reached, fails, or answers something else, after all retries; after a lost
-                connection at once, unless it may restart.
-        """
-        openai = client_library()
-        failure = ""
-        for attempt in range(self.max_retries + 1):
-            try:
-                fields = {name: value for name, value in body.items() if name not in ("model", "prompt")}
-                reply = self._client.completions.with_raw_response.create(
-                    model=body["model"], prompt=body["prompt"], extra_body=fields
-                )
-                return self._choices(reply.text, prompt)
-            except openai.APIStatusError as error:
-                status, said = error.status_code, error.response.text[:500]
-                if status < 500 and status not in _PASSING:
-                    raise ValueError(
-                        f"The server at {self.url} refused the request of prompt {prompt} with {status}: "
-                        f"{said}. {_REMEDIES.get(status, 'The request is at fault, not the moment.')}"
-                    ) from error
-                failure, wanted = f"{status}: {said}", _retry_after(error.response.headers)
-            except openai.APITimeoutError as error:
-                failure, wanted = f"{type(error).__name__}: {error}", None
-            except openai.APIConnectionError as error:
-                if not self.may_restart:
-                    raise RuntimeError(
-                        f"The connection to the server at {self.url} was lost ({error.__cause__ or error}). It may "
-                        "have restarted, and would answer with other weights than those it was handed. See its log and "
-                        "run again: what was generated is kept, and the weights are handed over anew."
-                    ) from error
-                failure, wanted = f"{type(error).__name__}: {error} {error.__cause__ or ''}".strip(), None
-            if attempt < self.max_retries:
-                self.pause(attempt, wanted)
-        raise RuntimeError(
-            f"The server at {self.url} gave no answer to prompt {prompt} in {self.max_retries + 1} tries; the last "
-            f"failed with {failure}. Check that it runs, or raise `timeout_seconds` or `max_retries`."
-        )
-
-    def pause(self, attempt: int, wanted: float | None = None) -> None:
-        """Waits before another try; ends at once when the connection is closed.
-
-        Args:
-            attempt: Tries that came to nothing before, from 0.
-            wanted: Seconds that the server asked for.
-
-        Raises:
-            RuntimeError: If the connection is closed.
-        """
-        seconds = self.backoff_seconds * 2**attempt if wanted is None else wanted
-        if self._is_closing.wait(min(seconds, _LONGEST_PAUSE_SECONDS)):
-            raise RuntimeError("Not tried again: the generation was given up.")
-
-    def give_up(self) -> None:
-        """Ends the retries; replies that are under way may still come."""
-        self._is_closing.set()
-
-    def close(self) -> None:
-        """Ends the retries and the connection."""
-        self.give_up()
-        self._client.close()
-
-    def _choices(self, text: str, prompt: int) -> list[Any]:
-        try:
-            choices = json.loads(text)["choices"]
-        except (ValueError, KeyError, TypeError):
-            choices = None
-        if not isinstance(choices, list) or not choices:
-            raise RuntimeError(
-                f"The server at {self.url} answered prompt {prompt} with something that is no completion: "
-                f"{text[:200]!r}. Check that `base_url` names a completions server, up to /v1."
-            )
-        return choices
-
-
-def client_library() -> Any:
-    """Returns the package `openai`.
-
-    Raises:
-        ImportError: If it is not installed.
+        ValueError: If the server refuses the request (4xx).
+        RuntimeError: If there is no reply after all tries, or one that is no completion.
     """
     try:
-        return importlib.import_module("openai")
-    except ImportError as error:
-        raise ImportError(
-            "EndpointEngine needs the client of OpenAI's API: `pip install rsft-hf[endpoint]`."
+        text = client.post("/completions", body, f"prompt {prompt}")
+    except RequestRefused as error:
+        raise ValueError(
+            f"{error}. {_REMEDIES.get(error.status, 'The request is at fault, not the moment.')}"
         ) from error
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Returns the seconds that a server asks to wait: it names a number, or a date."""
-    value = headers.get("retry-after", "")
     try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
+        choices = json.loads(text)["choices"]
+    except (ValueError, KeyError, TypeError):
+        choices = None
+    if not isinstance(choices, list) or not choices:
+        raise RuntimeError(
+            f"The server at {client.base_url}/completions answered prompt {prompt} with something that is no "
+            f"completion: {text[:200]!r}. Check that `base_url` names a completions server, up to /v1."
+        )
+    return choices
 
 
 _SEEDS = 2**30  # servers count on from a seed, and not all take one above 2**31 - 1
@@ -197,8 +73,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Answers:
-    """What came of a job: candidates by their index, and the reason why some are missing."""
+    """Result of a job: candidates by their index, and the failure if some are missing."""
 
+    job: Job
     found: dict[int, Answer]
     failure: RuntimeError | ValueError | None = None
 
@@ -230,14 +107,14 @@ class Asker:
     """Sees jobs through, from several threads.
 
     Attributes:
-        server: Where they go.
+        client: Connection to the server.
         request: What the jobs are parts of.
         reader: Of the choices.
         fields: What is the same in every body; None takes a field out.
         dialect: Of the prompts.
     """
 
-    server: Completions
+    client: OpenAIClient
     request: GenerationRequest
     reader: ReplyReader
     fields: Mapping[str, Any]
@@ -259,21 +136,21 @@ class Asker:
                 if index not in found:  # some servers ignore `n`: the rest comes one at a time
                     found[index] = self._one(job, index, problem)
         except (RuntimeError, ValueError) as error:
-            return Answers(found, error)
-        return Answers(found)
+            return Answers(job, found, error)
+        return Answers(job, found)
 
     def _one(self, job: Job, index: int, problem: str) -> Answer:
         """Asks for a single candidate, by its own seed."""
-        for attempt in range(self.server.max_retries + 1):
+        for attempt in range(self.client.max_retries + 1):
             if attempt:
-                self.server.pause(attempt - 1)
+                self.client.pause(attempt - 1)
             try:
                 return self.reader(self._ask(job, (index,))[0], job.limit)
             except UnusableChoice as error:
                 problem = str(error)
         raise RuntimeError(
-            f"The server at {self.server.url} gave no usable candidate {index} of prompt {job.prompt}, asked for alone "
-            f"{self.server.max_retries + 1} times; what came last: {problem}. See its log, or raise `max_retries`."
+            f"The server at {self.client.base_url} gave no usable candidate {index} of prompt {job.prompt}, asked for "
+            f"alone {self.client.max_retries + 1} times; the last one: {problem}. See its log, or raise `max_retries`."
         )
 
     def _ask(self, job: Job, indices: tuple[int, ...]) -> list[Any]:
@@ -287,7 +164,7 @@ class Asker:
             **self.fields,
         }
         body = {name: value for name, value in body.items() if value is not None}
-        return self.server.ask(body, job.prompt)[: len(indices)]
+        return ask_choices(self.client, body, job.prompt)[: len(indices)]
 
     def _look_for_copies(self, answers: list[Answer]) -> None:
         """Warns if all candidates of a request are the same, though each is a draw of its own."""
@@ -297,39 +174,3 @@ class Asker:
                 "All candidates of a request came back equal: the server seems to draw them from one seed. Set "
                 "candidates_per_request=1, so that each is asked for by its own."
             )
-
-
-class Workers:
-    """Threads that see jobs through, first come first served.
-
-    They are daemons, unlike those of a pool: whoever gives up, or is interrupted, waits for no reply under way.
-
-    Args:
-        asker: What a job is given to.
-        count: Most jobs at a time.
-    """
-
-    def __init__(self, asker: Asker, count: int) -> None:
-        self._asker, self._count = asker, count
-        self._waiting: queue.SimpleQueue[tuple[Future[Answers], Job] | None] = queue.SimpleQueue()
-        for _ in range(count):
-            threading.Thread(target=self._work, daemon=True).start()
-
-    def submit(self, job: Job) -> Future[Answers]:
-        """Returns what the job will come to."""
-        future: Future[Answers] = Future()
-        self._waiting.put((future, job))
-        return future
-
-    def stop(self) -> None:
-        """Lets each thread end after the job that it is at."""
-        for _ in range(self._count):
-            self._waiting.put(None)
-
-    def _work(self) -> None:
-        for future, job in iter(self._waiting.get, None):
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(self._asker(job))
-                except BaseException as error:  # noqa: BLE001 - to whoever asks for the result, as from a pool
-                    future.set_exception(error)

@@ -9,10 +9,9 @@ import copy
 import inspect
 import json
 import uuid
-from collections import deque
 from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,7 +19,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from rsft_hf.engines.base import Engine, GeneratedSequence, GenerationRequest, check_request
-from rsft_hf.engines.endpoint.client import Answers, Asker, Completions, Job, Workers, client_library, jobs_of
+from rsft_hf.engines.endpoint.client import Answers, Asker, jobs_of
 from rsft_hf.engines.endpoint.protocol import (
     DIALECTS,
     Dialect,
@@ -33,6 +32,7 @@ from rsft_hf.engines.endpoint.protocol import (
 from rsft_hf.engines.endpoint.weight_sync import SaveAndReload, WeightsHandOver, check_url
 from rsft_hf.engines.generation_config import context_length
 from rsft_hf.engines.log_probs import token_log_probabilities
+from rsft_hf.openai_client import OpenAIClient, client_library
 
 logger = logging.get_logger(__name__)
 
@@ -162,33 +162,22 @@ class EndpointEngine(Engine):
 
     def _generate(self, model: Any, request: GenerationRequest) -> Iterator[GeneratedSequence]:
         settings = (self.timeout_seconds, self.max_retries, self.backoff_seconds)
-        server = Completions(self.base_url, self.api_key, *settings, may_restart=self.is_fixed)
-        asker = Asker(server, request, self._reader(model, request), self._fields(request), self.dialect)
-        waiting, running = deque(jobs_of(request, self.candidates_per_request)), dict[Future[Answers], Job]()
-        workers, failure = Workers(asker, self.concurrency), None
+        client = OpenAIClient(self.base_url, self.api_key, *settings, may_restart=self.is_fixed)
+        ask = Asker(client, request, self._reader(model, request), self._fields(request), self.dialect)
+        # Its threads are daemons: after a failure or an interrupt nothing waits for the replies under way.
+        pool = ThreadPool(self.concurrency)
         try:
-            while (waiting or running) and failure is None:
-                # As many again lie ready, so that the server is not idle while the caller looks at a candidate.
-                while waiting and len(running) < 2 * self.concurrency:
-                    job = waiting.popleft()
-                    running[workers.submit(job)] = job
-                done = wait(running, return_when=FIRST_COMPLETED).done
-                replies = [(running.pop(future), future.result()) for future in done]
-                failure = next((answers.failure for _, answers in replies if answers.failure), None)
-                yield from self._sequences(model, request, replies)
-            if failure is not None:  # at once: what is under way may take minutes
-                raise failure
+            for answers in pool.imap_unordered(ask, jobs_of(request, self.candidates_per_request)):
+                yield from self._sequences(model, request, answers)
+                if answers.failure is not None:
+                    raise answers.failure
         finally:
-            for future in running:
-                future.cancel()
-            workers.stop()
-            server.close()
+            pool.terminate()
+            client.close()
 
-    def _sequences(
-        self, model: Any, request: GenerationRequest, replies: list[tuple[Job, Answers]]
-    ) -> Iterator[GeneratedSequence]:
-        """Yields the candidates of some replies, with their log probabilities where wanted."""
-        found = [(job.prompt, index, one) for job, answers in replies for index, one in answers.found.items()]
+    def _sequences(self, model: Any, request: GenerationRequest, answers: Answers) -> Iterator[GeneratedSequence]:
+        """Yields the candidates of a job, with their log probabilities where wanted."""
+        found = [(answers.job.prompt, index, one) for index, one in answers.found.items()]
         log_q: dict[int, Any] = {}
         log_p: dict[int, Any] = {}
         if request.with_log_probs:
