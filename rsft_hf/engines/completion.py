@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 _ROWS_PER_PASS = 16  # the logits of a whole vocabulary are held for every token of these rows
 
 
-def prompts_in_order(request: GenerationRequest) -> list[int]:
+def prompts_longest_first(request: GenerationRequest) -> list[int]:
     """Returns the positions of the prompts, longest expected completions first."""
     expected = request.expected_lengths or [0.0] * len(request.prompts)
     return sorted(range(len(request.prompts)), key=lambda prompt: -expected[prompt])

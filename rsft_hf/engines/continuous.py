@@ -20,8 +20,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.utils import logging
 
 from rsft_hf.engines.base import Engine, GeneratedSequence, GenerationRequest, check_request
-from rsft_hf.engines.completion import complete, prompts_in_order, whole_sequence, with_log_p
-from rsft_hf.engines.generation_config import context_length, refuse_settings
+from rsft_hf.engines.completion import complete, prompts_longest_first, whole_sequence, with_log_p
+from rsft_hf.engines.generation_config import check_settings_supported, context_length
 from rsft_hf.isolation import forked_rng, in_evaluation_mode
 from rsft_hf.memory import halve_batch_size, is_out_of_memory
 
@@ -102,7 +102,7 @@ class ContinuousEngine(Engine):
                 'engine="inflight" or "generate".'
             )
         remedy = 'Unset the others, or use engine="inflight" or "generate".'
-        refuse_settings(config, ("temperature", "top_k", "top_p"), "generate_batch", remedy)
+        check_settings_supported(config, ("temperature", "top_k", "top_p"), "generate_batch", remedy)
 
     def _sequences(self, model: Any, request: GenerationRequest) -> Iterator[GeneratedSequence]:
         missing: list[tuple[int, int]] = []
@@ -179,7 +179,7 @@ def split(request: GenerationRequest) -> Iterator[Call]:
     """
     most = request.generation_config.max_new_tokens
     calls: dict[tuple[int, int], Call] = {}
-    for prompt in prompts_in_order(request):
+    for prompt in prompts_longest_first(request):
         by_limit = defaultdict(list)
         for index in range(request.num_candidates):
             by_limit[min(most, 1 << (request.limit(prompt, index) - 1).bit_length())].append(index)

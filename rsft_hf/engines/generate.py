@@ -3,7 +3,7 @@
 `generate` prepares inputs, KV cache, logits processors and stopping criteria. Three things differ from its own
 sampling: each token is drawn from the random stream of its candidate, log probabilities are collected during decoding,
 and, where cache and processors allow it, finished rows leave the batch and a prompt is prefilled once for all of its
-candidates (`sample_and_drop`). `reason_to_go_alone` names the models and settings whose rows cannot share a batch.
+candidates (`sample_and_drop`). `reason_against_batching` names the models and settings whose rows cannot share a batch.
 """
 
 import itertools
@@ -89,7 +89,7 @@ class GenerateEngine(Engine):
     ) -> Iterator[tuple[list[tuple[int, int]], int]]:
         """Candidates that may stand in one batch, and how many of them at most."""
         width = self._width(request)
-        if reason := reason_to_go_alone(model, request):
+        if reason := reason_against_batching(model, request):
             logger.warning(f"{type(model).__name__} generates one candidate at a time: {reason}.")
             width = 1
         groups: list[list[int]] = [order]
@@ -236,10 +236,10 @@ _SHARE_TO_DROP = 8  # rows leave when an eighth has ended: picking copies the ca
 
 def can_drop(processors: LogitsProcessorList, model_kwargs: dict[str, Any]) -> bool:
     """Returns whether rows can leave a batch."""
-    return reason_to_stay(processors, model_kwargs) is None
+    return reason_against_dropping(processors, model_kwargs) is None
 
 
-def reason_to_stay(processors: LogitsProcessorList, model_kwargs: dict[str, Any]) -> str | None:
+def reason_against_dropping(processors: LogitsProcessorList, model_kwargs: dict[str, Any]) -> str | None:
     """Returns why rows cannot be taken apart, None if they can: if the cache allows it and nothing else holds them.
 
     Args:
@@ -266,7 +266,7 @@ def reason_to_stay(processors: LogitsProcessorList, model_kwargs: dict[str, Any]
     return None
 
 
-class Live:
+class ActiveRows:
     """What belongs to the rows that are still being generated: tokens, masks, cache, and which rows they are.
 
     Args:
@@ -327,33 +327,33 @@ def sample_and_drop(
         generation_config: As `generate` completed it.
         **model_kwargs: As `generate` prepared them.
     """
-    live = Live(input_ids, model_kwargs, sampler.processors)
-    outputs = model._prefill(input_ids, generation_config, live.model_kwargs)
+    active = ActiveRows(input_ids, model_kwargs, sampler.processors)
+    outputs = model._prefill(input_ids, generation_config, active.model_kwargs)
     while True:
-        live.model_kwargs = model._update_model_kwargs_for_generation(
-            outputs, live.model_kwargs, is_encoder_decoder=model.config.is_encoder_decoder
+        active.model_kwargs = model._update_model_kwargs_for_generation(
+            outputs, active.model_kwargs, is_encoder_decoder=model.config.is_encoder_decoder
         )
         scores = outputs.logits[:, -1].clone()
         del outputs  # the logits of a long prompt are large
         if copies > 1:
-            live.repeat(copies)
+            active.repeat(copies)
             scores, copies = scores.repeat_interleave(copies, 0), 1
-        tokens = sampler.draw(live.input_ids, scores, live.rows)
-        live.input_ids = torch.cat([live.input_ids, tokens[:, None]], dim=-1)
-        goes_on = ~criteria.ended(live.input_ids, live.rows)
+        tokens = sampler.draw(active.input_ids, scores, active.rows)
+        active.input_ids = torch.cat([active.input_ids, tokens[:, None]], dim=-1)
+        goes_on = ~criteria.ended(active.input_ids, active.rows)
         num_ended = len(goes_on) - int(goes_on.sum())
         if num_ended == len(goes_on):
             return
         if num_ended * _SHARE_TO_DROP >= len(goes_on):
-            live.keep(goes_on.nonzero().flatten())
-        inputs = model.prepare_inputs_for_generation(live.input_ids, next_sequence_length=1, **live.model_kwargs)
+            active.keep(goes_on.nonzero().flatten())
+        inputs = model.prepare_inputs_for_generation(active.input_ids, next_sequence_length=1, **active.model_kwargs)
         outputs = model(**inputs, return_dict=True)
 
 
 _CRITERIA = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria)
 
 
-def reason_to_go_alone(model: Any, request: GenerationRequest) -> str | None:
+def reason_against_batching(model: Any, request: GenerationRequest) -> str | None:
     """Returns why a candidate would come out otherwise in a batch with others, None if it would not.
 
     Args:

@@ -1,7 +1,7 @@
 """Generation configuration: the user's over the model's own, completed and validated before anything is generated.
 
-`sampling_config` leaves nothing to a default, so that log q is that of a known distribution. `refuse_settings` raises
-for settings that shape the sampled distribution and that an engine does not support.
+`sampling_config` leaves nothing to a default, so that log q is that of a known distribution.
+`check_settings_supported` raises for settings that shape the sampled distribution and that an engine does not support.
 """
 
 import copy
@@ -126,7 +126,7 @@ def held_out_config(options: Any, model: Any, tokenizer: PreTrainedTokenizerBase
     return sampling_config(config, model, tokenizer, is_greedy=not config.do_sample)
 
 
-def in_force(config: GenerationConfig) -> dict[str, Any]:
+def active_settings(config: GenerationConfig) -> dict[str, Any]:
     """Returns what there is to say of a configuration: every setting that is not unset."""
     return {
         name: value
@@ -213,7 +213,7 @@ def shaping_settings(config: GenerationConfig) -> dict[str, Any]:
     }
 
 
-def refuse_settings(config: GenerationConfig, allowed: Collection[str], engine_name: str, remedy: str) -> None:
+def check_settings_supported(config: GenerationConfig, allowed: Collection[str], engine_name: str, remedy: str) -> None:
     """Raises if a configuration holds settings that an engine does not obey.
 
     Args:

@@ -1,7 +1,7 @@
 """Access to the whole model for generation: unwrapped, gathered from shards, adapters merged; restored afterwards.
 
 `whole_model` yields a plain model on each process, with which no process waits for another; entering and leaving are
-collective. `unsharded_twin` is a copy of an FSDP2 model with the weights gathered from all processes: generating with
+collective. `unsharded_copy` is a copy of an FSDP2 model with the weights gathered from all processes: generating with
 the sharded model would gather every weight for each token, and deadlock on unequal lengths. `merged` merges a LoRA
 adapter into its base weights for the duration of a block and restores every weight bit for bit.
 """
@@ -52,7 +52,7 @@ def whole_model(accelerator: Accelerator | None, model: Any, merge_adapter: bool
                     f"{type(model).__name__} is sharded by FSDP2. Generate inside of "
                     "`with whole_model(accelerator, model) as whole:`, on every process."
                 )
-            model = stack.enter_context(unsharded_twin(accelerator, model))
+            model = stack.enter_context(unsharded_copy(accelerator, model))
         elif accelerator is not None and accelerator.distributed_type == DistributedType.FSDP:
             raise RuntimeError("Under FSDP2 the model can generate once training has begun. Call train() first.")
         elif accelerator is not None and _is_zero3(accelerator):
@@ -128,7 +128,7 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def unsharded_twin(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[Any]:
+def unsharded_copy(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[Any]:
     """Gives a whole model with the weights that a sharded one has at the entry. Collective.
 
     It takes the memory of all weights, in the dtypes of the shards, on every process, as long as the block lasts: room
@@ -241,7 +241,7 @@ def merged(model: Any) -> Iterator[None]:
     Raises:
         ValueError: If the adapter cannot be merged.
     """
-    refuse_unmergeable(model)
+    check_mergeable(model)
     layers = [layer for layer in _adapter_layers(model) if not layer.merged]
     weights = [values for layer in layers for values in layer.get_base_layer().parameters()]
     kept = [values.data for values in weights]
@@ -265,7 +265,7 @@ def merged(model: Any) -> Iterator[None]:
                 values.data = data
 
 
-def refuse_unmergeable(model: Any) -> None:
+def check_mergeable(model: Any) -> None:
     """Raises ValueError if the model has no adapter, or one that cannot be merged and taken out again exactly."""
     if is_peft_available():
         from peft import PeftModel

@@ -1,8 +1,8 @@
 """Sampling of tokens, and the logits processors and stopping criteria that `generate` would use.
 
 `prepare` builds logits processors, stopping criteria, first decoder tokens and KV cache as `model.generate` does.
-`Chains` runs logits processors over rows of different ages: those that read only scores over all rows at once, the
-others over rows of the same age. `StreamSampler` and `EndRecorder` draw each token from its candidate's stream and
+`ProcessorChains` runs logits processors over rows of different ages: those that read only scores over all rows at once,
+the others over rows of the same age. `StreamSampler` and `EndRecorder` draw each token from its candidate's stream and
 record log probabilities and ends inside `generate`.
 """
 
@@ -285,7 +285,7 @@ _SCORES_ALONE = (
 )
 
 
-class Chains:
+class ProcessorChains:
     """The processors of each row, built by `generate` for a prompt of its length.
 
     Args:

@@ -19,8 +19,8 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from rsft_hf.engines.base import Engine, GeneratedSequence, GenerationRequest, check_request
-from rsft_hf.engines.completion import complete, end_tokens, prompts_in_order, whole_sequence, with_log_p
-from rsft_hf.engines.generation_config import context_length, refuse_settings
+from rsft_hf.engines.completion import complete, end_tokens, prompts_longest_first, whole_sequence, with_log_p
+from rsft_hf.engines.generation_config import check_settings_supported, context_length
 from rsft_hf.engines.model_access import merged, without_wrappers
 from rsft_hf.isolation import forked_rng
 
@@ -196,7 +196,9 @@ class VLLMEngine(Engine):
         _refuse_sampling(config, self.llm_kwargs)
 
     def _sequences(self, llm: ColocatedLLM, model: Any, request: GenerationRequest) -> Iterator[GeneratedSequence]:
-        chosen = [(prompt, index) for prompt in prompts_in_order(request) for index in range(request.num_candidates)]
+        chosen = [
+            (prompt, index) for prompt in prompts_longest_first(request) for index in range(request.num_candidates)
+        ]
         outputs = _outputs(llm, request, chosen)
         sequences = [_sequence(request, pair, output) for pair, output in zip(chosen, outputs)]
         whole = [one for one in sequences if one is not None]
@@ -267,7 +269,7 @@ def _refuse_encoder(model: Any) -> None:
 
 def _refuse_sampling(config: GenerationConfig, llm_kwargs: Mapping[str, Any]) -> None:
     remedy = 'Unset the others, or use engine="inflight" or "generate".'
-    refuse_settings(config, _OBEYED, "vLLM", remedy)
+    check_settings_supported(config, _OBEYED, "vLLM", remedy)
     low, high = _TEMPERATURES
     if config.do_sample and not low <= config.temperature <= high:
         raise ValueError(f"vLLM samples at temperatures of {low} to {high}, and `temperature`={config.temperature}.")

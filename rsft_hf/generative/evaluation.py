@@ -21,7 +21,7 @@ from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.generation import Generator, Sampling
 from rsft_hf.generative.metrics import distinct_n
 from rsft_hf.generative.selection import score_candidates
-from rsft_hf.generative.validation import column_names, prompt_set, refuse_long_prompts
+from rsft_hf.generative.validation import column_names, prompt_set, validate_prompt_lengths
 from rsft_hf.rewards.functions import RewardFunctions
 
 logger = logging.get_logger(__name__)
@@ -99,7 +99,7 @@ def _mean(values: Sequence[float | None]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def look_at_evaluation(config: CandidateConfig, evaluation: Any, prompts: PromptSet, policy: Generator) -> None:
+def validate_evaluation(config: CandidateConfig, evaluation: Any, prompts: PromptSet, policy: Generator) -> None:
     """Checks what held-out prompts are to be generated with, and warns if one of them is trained on.
 
     Raises:
@@ -116,7 +116,7 @@ def look_at_evaluation(config: CandidateConfig, evaluation: Any, prompts: Prompt
         held_out = prompt_set(dataset, config, name, is_trained_on=False)
         if config.eval_functions is not None:
             config.eval_functions.check([column for column in column_names(dataset) if column != held_out.column])
-        refuse_long_prompts(held_out, policy.encoder, policy.model, generation_config.max_new_tokens)
+        validate_prompt_lengths(held_out, policy.encoder, policy.model, generation_config.max_new_tokens)
         policy.engine.check(policy.model, generation_config)
         shared = [row for row in range(len(held_out)) if repr(held_out.row(row)[0]) in known]
         if shared:

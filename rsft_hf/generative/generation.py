@@ -1,7 +1,7 @@
 """Rollout: generation of candidates, and the preparation of model, reference model and engine for it.
 
-`Generator` turns prompts into candidates; it needs no process group and no disk. `ready` prepares it for a round: the
-whole model, the reference model for log p, weight sync of the engine. `completion_log_probabilities` is the
+`Generator` turns prompts into candidates; it needs no process group and no disk. `prepared_generator` prepares it for a
+round: the whole model, the reference model for log p, weight sync of the engine. `completion_log_probabilities` is the
 teacher-forced pass of a reference model.
 """
 
@@ -23,7 +23,7 @@ from rsft_hf.engines.random_streams import candidate_seed
 from rsft_hf.generative.candidates import Candidate, PromptSet
 from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import IGNORED, Encoder, RowCollator
-from rsft_hf.generative.validation import refuse_model, refuse_other_vocabulary
+from rsft_hf.generative.validation import validate_model, validate_vocabulary
 from rsft_hf.isolation import in_evaluation_mode
 from rsft_hf.memory import map_in_batches
 
@@ -178,12 +178,12 @@ logger = logging.get_logger(__name__)
 
 
 @contextlib.contextmanager
-def ready(
+def prepared_generator(
     config: CandidateConfig,
     accelerator: Accelerator | None,
     generator: Generator,
     policy: Any,
-    hands_over: bool = True,
+    syncs_weights: bool = True,
 ) -> Iterator[Generator]:
     """Gives a generator that every process may call as often as it likes. Collective.
 
@@ -192,7 +192,7 @@ def ready(
         accelerator: Knows the processes; None where there is one process, without a trainer.
         generator: With the trained model, or another one, which is taken as it is.
         policy: The trained model.
-        hands_over: Whether an engine with weights of its own gets them here; else whoever calls hands them over.
+        syncs_weights: Whether an engine with weights of its own gets them here; else whoever calls hands them over.
     """
     with contextlib.ExitStack() as stack:
         model, reference = generator.model, generator.reference
@@ -201,7 +201,7 @@ def ready(
             model = whole if model is policy else model
             if reference is not None:
                 reference = reference_opener(config.reference_model, whole, whole.device)
-        if hands_over:
+        if syncs_weights:
             sync_weights(accelerator, generator.engine, model)
         yield replace(generator, model=model, reference=reference)
 
@@ -210,7 +210,7 @@ def sync_weights(accelerator: Accelerator | None, engine: Engine, model: Any) ->
     """Brings an engine with weights of its own up to date; any other is as it was. Collective.
 
     Args:
-        accelerator: As in `ready`.
+        accelerator: As in `prepared_generator`.
         engine: Any.
         model: What generates, whole.
     """
@@ -267,7 +267,7 @@ def reference_opener(
                 yield model
 
         return without_adapter
-    refuse_model(reference)
-    refuse_other_vocabulary(reference, model)
+    validate_model(reference)
+    validate_vocabulary(reference, model)
     reference.to(device)
     return lambda: contextlib.nullcontext(reference)

@@ -194,7 +194,7 @@ def _check_mask(name: str, mask: torch.Tensor, allowed: torch.Tensor, fault: str
 
 
 @dataclass
-class Effort:
+class Throughput:
     """Seconds and tokens that this process spent on a round."""
 
     generate_seconds: float = 0.0

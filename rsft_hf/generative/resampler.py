@@ -33,7 +33,7 @@ from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import Encoder, RowCollator
 from rsft_hf.generative.filters import Deduplicate, Filter, RejectEmpty, RejectTruncated
-from rsft_hf.generative.generation import Generator, Sampling, ready, reference_opener
+from rsft_hf.generative.generation import Generator, Sampling, prepared_generator, reference_opener
 from rsft_hf.generative.rounds import RoundRunner
 from rsft_hf.generative.selection import (
     COLUMNS,
@@ -46,7 +46,7 @@ from rsft_hf.generative.selection import (
     set_verdicts,
 )
 from rsft_hf.generative.training_rows import CandidatePool, draw_rows, encode_candidates, supervised_rows
-from rsft_hf.generative.validation import column_names, prompt_set, refuse_changes, refuse_model
+from rsft_hf.generative.validation import column_names, prompt_set, validate_model, validate_unchanged
 from rsft_hf.resampler import Resampler
 
 
@@ -198,7 +198,7 @@ class CandidateResampler(Resampler):
     def load(self, directory: Path) -> None:
         """Takes up what `save` wrote; candidates go on with the seed of the saved run."""
         numbers, tensors = load_state(directory, "generative")
-        refuse_changes(numbers["kept"], self._kept())
+        validate_unchanged(numbers["kept"], self._kept())
         self.pool.load(tensors)
         self.seed, self._metrics = numbers["seed"], numbers["metrics"]
         self.round_number = numbers["round_number"]
@@ -229,7 +229,7 @@ class CandidateResampler(Resampler):
             ValueError: If the model or the engine cannot generate so, `max_new_tokens` is unset or a column is missing.
         """
         model = unwrapped(model)
-        refuse_model(model)
+        validate_model(model)
         encoder = self._encoder(processing_class, bool(model.config.is_encoder_decoder))
         config = sampling_config(self.config.generation_config, model, processing_class)
         sampling = Sampling(config, self.config.num_candidates, seed, round_number, attempt, self.config.with_log_probs)
@@ -237,7 +237,7 @@ class CandidateResampler(Resampler):
         engine = choose_engine(self.config.engine, model)
         engine.check(model, config, self.config.engine_log_probs)
         generator = Generator(model, encoder, engine, reference=reference)
-        with ready(self.config, None, generator, model) as generator:
+        with prepared_generator(self.config, None, generator, model) as generator:
             return generator(prompt_set(prompts, self.config, "prompts"), range(len(prompts)), sampling)
 
     def score(self, candidates: Sequence[Candidate], trainer_state: Any = None) -> list[Candidate]:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from transformers.utils import logging
 
-from rsft_hf.engines.generation_config import in_force
+from rsft_hf.engines.generation_config import active_settings
 from rsft_hf.generative.candidates import CandidateStore, PromptSet
 from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import Encoder
@@ -69,7 +69,9 @@ def round_facts(
         "encoding": _encoding_digest(generator.encoder, prompts),
         "seed": sampling.run_seed,
         "num_candidates": sampling.num_candidates,
-        "generation_config": {name: _plain(value) for name, value in in_force(sampling.generation_config).items()},
+        "generation_config": {
+            name: _plain(value) for name, value in active_settings(sampling.generation_config).items()
+        },
         "with_log_probs": sampling.with_log_probs,
         "reward_functions": list(config.functions.names),
         "scoring": [source_digest(function) for function in config.functions.functions],

@@ -21,21 +21,21 @@ from transformers.utils import logging
 
 from rsft_hf.distributed import FailTogether, object_from_main
 from rsft_hf.engines.auto import choose_engine
-from rsft_hf.engines.generation_config import in_force, sampling_config
-from rsft_hf.engines.model_access import refuse_unmergeable, unwrapped
+from rsft_hf.engines.generation_config import active_settings, sampling_config
+from rsft_hf.engines.model_access import check_mergeable, unwrapped
 from rsft_hf.generative.candidates import CandidateStore, PromptSet
 from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import Encoder
-from rsft_hf.generative.evaluation import evaluate_prompts, look_at_evaluation
+from rsft_hf.generative.evaluation import evaluate_prompts, validate_evaluation
 from rsft_hf.generative.generation import (
     Generator,
     Sampling,
     evaluation_engine,
-    ready,
+    prepared_generator,
     reference_opener,
     sync_weights,
 )
-from rsft_hf.generative.metrics import Effort, explain_empty_round, round_metrics
+from rsft_hf.generative.metrics import Throughput, explain_empty_round, round_metrics
 from rsft_hf.generative.round_cache import (
     RoundPlan,
     model_fingerprint,
@@ -50,7 +50,7 @@ from rsft_hf.generative.selection import (
     SelectionRules,
     filter_candidates,
     judge,
-    prompts_in_need,
+    prompts_below_minimum,
     score_candidates,
     set_verdicts,
     stable_repr,
@@ -58,10 +58,10 @@ from rsft_hf.generative.selection import (
 from rsft_hf.generative.training_rows import reference_candidate
 from rsft_hf.generative.validation import (
     prompt_set,
-    refuse_arguments,
-    refuse_long_prompts,
-    refuse_model,
-    refuse_other_vocabulary,
+    validate_model,
+    validate_prompt_lengths,
+    validate_training_arguments,
+    validate_vocabulary,
 )
 from rsft_hf.training_set import dataset_fingerprint
 
@@ -97,23 +97,23 @@ class RoundRunner:
         Raises:
             ValueError: If the model, the prompts, the rewards, the engine or the trainer's arguments do not allow it.
         """
-        refuse_arguments(config, trainer)
+        validate_training_arguments(config, trainer)
         tokenizer, model = _tokenizer(trainer), unwrapped(trainer.model)
-        refuse_model(model)
+        validate_model(model)
         if config.merge_adapter:
-            refuse_unmergeable(model)
+            check_mergeable(model)
         encoder = Encoder(tokenizer, bool(model.config.is_encoder_decoder), dict(config.chat_template_kwargs or {}))
         prompts = prompt_set(trainer.train_dataset, config, "train_dataset")
         proposal = model if config.proposal_model is None else config.proposal_model
-        refuse_model(proposal)
+        validate_model(proposal)
         if proposal is not model:
             proposal.to(trainer.args.device)
-            refuse_other_vocabulary(proposal, model)
+            validate_vocabulary(proposal, model)
         if config.on_nothing_accepted == "reference":
             reference_candidate(prompts, 0, config.reference_column, encoder)  # a template it does not fit fails here
         generation_config = sampling_config(config.generation_config, proposal, tokenizer)
-        logger.info(f"Candidates are sampled with {in_force(generation_config)}.")
-        refuse_long_prompts(prompts, encoder, proposal, generation_config.max_new_tokens)
+        logger.info(f"Candidates are sampled with {active_settings(generation_config)}.")
+        validate_prompt_lengths(prompts, encoder, proposal, generation_config.max_new_tokens)
         engine, surroundings = choose_engine(config.engine, model), trainer.accelerator.autocast
         engine.check(proposal, generation_config, config.engine_log_probs)
         for functions in (config.functions, config.eval_functions):
@@ -121,7 +121,7 @@ class RoundRunner:
                 functions.to(trainer.args.device)
         policy = Generator(model, encoder, evaluation_engine(engine, model, proposal is not model), surroundings)
         if trainer.eval_dataset is not None:
-            look_at_evaluation(config, trainer.eval_dataset, prompts, policy)
+            validate_evaluation(config, trainer.eval_dataset, prompts, policy)
         reference = reference_opener(config.reference_model, model, trainer.args.device)
         generator = Generator(proposal, encoder, engine, surroundings, reference)
         sampling = Sampling(generation_config, config.num_candidates, run_seed, with_log_probs=config.with_log_probs)
@@ -157,7 +157,9 @@ class RoundRunner:
         Raises:
             RuntimeError: If nothing was accepted, unless that may be; the candidates stay on disk.
         """
-        with ready(self.config, self.accelerator, self.generator, self.policy.model, hands_over=False) as generator:
+        with prepared_generator(
+            self.config, self.accelerator, self.generator, self.policy.model, syncs_weights=False
+        ) as generator:
             plan = self._plan(round_number, generator)
             if plan.generates:
                 sync_weights(self.accelerator, generator.engine, generator.model)
@@ -165,11 +167,11 @@ class RoundRunner:
 
     def evaluate(self, prompts: PromptSet) -> dict[str, float]:
         """Returns the metrics of held-out prompts with the current weights. Collective."""
-        with ready(self.config, self.accelerator, self.policy, self.policy.model) as policy:
+        with prepared_generator(self.config, self.accelerator, self.policy, self.policy.model) as policy:
             return evaluate_prompts(self.config, policy, prompts, self.accelerator, self.trainer)
 
     def _run_stages(self, round_number: int, plan: RoundPlan, may_be_empty: bool) -> dict[str, float]:
-        began, store, effort = time.perf_counter(), self.store(round_number), Effort()
+        began, store, effort = time.perf_counter(), self.store(round_number), Throughput()
         rules = self._rules(round_number)
         with FailTogether(self.accelerator, f"preparing round {round_number}"):
             if self.accelerator.is_main_process:
@@ -180,20 +182,20 @@ class RoundRunner:
                     f"{store.directory} is not visible here: the processes must share `output_dir`. Put it on a file "
                     "system that all machines mount."
                 )
-        needy: Sequence[int] = range(len(self.prompts))
+        unfilled: Sequence[int] = range(len(self.prompts))
         verdicts: list[str] = []
         for attempt in range(self.config.max_attempts):
             lengths = self._lengths(round_number, attempt)
             sampling = replace(self.sampling, round_number=round_number, attempt=attempt, expected_lengths=lengths)
             with FailTogether(self.accelerator, f"generating and scoring round {round_number}"):
-                for path, prompt_ids in self._own_shards(store, needy, sampling):
+                for path, prompt_ids in self._own_shards(store, unfilled, sampling):
                     self._make_shard(store, path, prompt_ids, sampling, effort)
             is_last = attempt == self.config.max_attempts - 1
             takes_best = is_last and self.config.on_nothing_accepted == "best"
-            verdicts, needy = self._judged(store, replace(rules, takes_best=takes_best), attempt)
-            if not needy:
+            verdicts, unfilled = self._judged(store, replace(rules, takes_best=takes_best), attempt)
+            if not unfilled:
                 break
-        metrics = self._finish(store, rules, verdicts, needy)
+        metrics = self._finish(store, rules, verdicts, unfilled)
         with FailTogether(self.accelerator, f"looking at round {round_number}"):
             if self.accelerator.is_main_process and not may_be_empty and next(store.accepted(), None) is None:
                 table = RoundTable.of(store.columns(COLUMNS))
@@ -240,7 +242,7 @@ class RoundRunner:
         path: Path,
         prompt_ids: Sequence[int],
         sampling: Sampling,
-        effort: Effort,
+        effort: Throughput,
     ) -> None:
         work = shard_work(store, path)
         if work == "nothing":
@@ -270,7 +272,7 @@ class RoundRunner:
                 table = RoundTable.of(store.columns(COLUMNS), attempt)
                 verdicts = judge(table, rules, self._accepted_earlier(rules.round_number))
                 minimum = rules.min_accepted
-                decided = verdicts, prompts_in_need(range(len(self.prompts)), table, verdicts, minimum)
+                decided = verdicts, prompts_below_minimum(range(len(self.prompts)), table, verdicts, minimum)
         return object_from_main(self.accelerator, decided)
 
     def _accepted_earlier(self, round_number: int) -> set[tuple[int, str]]:
@@ -287,13 +289,13 @@ class RoundRunner:
         return keys
 
     def _finish(
-        self, store: CandidateStore, rules: SelectionRules, verdicts: Sequence[str], needy: Sequence[int]
+        self, store: CandidateStore, rules: SelectionRules, verdicts: Sequence[str], unfilled: Sequence[int]
     ) -> dict[str, float]:
         with FailTogether(self.accelerator, f"writing the verdicts of round {rules.round_number}"):
             self._write_verdicts(store, rules, verdicts)
-            if self.accelerator.is_main_process and needy and self.config.on_nothing_accepted == "reference":
+            if self.accelerator.is_main_process and unfilled and self.config.on_nothing_accepted == "reference":
                 column, encoder = self.config.reference_column, self.generator.encoder
-                references = [reference_candidate(self.prompts, prompt, column, encoder) for prompt in needy]
+                references = [reference_candidate(self.prompts, prompt, column, encoder) for prompt in unfilled]
                 store.write(store.directory / "references.parquet", references, "judged")
         metrics: dict[str, float] = {}
         with FailTogether(self.accelerator, f"describing round {rules.round_number}"):

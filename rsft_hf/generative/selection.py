@@ -163,7 +163,7 @@ def judge(table: RoundTable, rules: SelectionRules, earlier: Collection[tuple[in
     for row in accepted.nonzero().flatten().tolist():
         verdicts[row] = "accepted"
     if rules.takes_best:
-        for row in _best_of_prompts_in_need(table, verdicts, rules):
+        for row in _fallback_rows(table, verdicts, rules):
             verdicts[row] = "fallback"
     return verdicts
 
@@ -181,7 +181,9 @@ def set_verdicts(candidates: Iterable[Candidate], verdicts: Sequence[str], rules
         candidate.rule = rules.get(verdict, candidate.rule)
 
 
-def prompts_in_need(prompt_ids: Sequence[int], table: RoundTable, verdicts: Sequence[str], minimum: int) -> list[int]:
+def prompts_below_minimum(
+    prompt_ids: Sequence[int], table: RoundTable, verdicts: Sequence[str], minimum: int
+) -> list[int]:
     """Returns the prompts with fewer than `minimum` accepted candidates, sorted."""
     counts = dict.fromkeys(prompt_ids, 0)
     for prompt, verdict in zip(table.columns["prompt_id"], verdicts, strict=True):
@@ -189,7 +191,7 @@ def prompts_in_need(prompt_ids: Sequence[int], table: RoundTable, verdicts: Sequ
     return sorted(prompt for prompt, count in counts.items() if count < minimum)
 
 
-def _best_of_prompts_in_need(table: RoundTable, verdicts: Sequence[str], rules: SelectionRules) -> list[int]:
+def _fallback_rows(table: RoundTable, verdicts: Sequence[str], rules: SelectionRules) -> list[int]:
     """The best-rewarded rejected candidates of each prompt in need, as many as it lacks; of a random control any."""
     missing = dict.fromkeys(table.prompt_ids, rules.min_accepted)
     is_control = _is_random(rules.acceptance)

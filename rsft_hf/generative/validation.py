@@ -74,7 +74,7 @@ def column_names(dataset: Any) -> list[str]:
     return list(first) if isinstance(first, dict) else []
 
 
-def refuse_model(model: Any) -> None:
+def validate_model(model: Any) -> None:
     """Raises ValueError if the model cannot generate text."""
     try:
         can_generate = model.can_generate()
@@ -87,7 +87,7 @@ def refuse_model(model: Any) -> None:
         )
 
 
-def refuse_arguments(config: CandidateConfig, trainer: Trainer) -> None:
+def validate_training_arguments(config: CandidateConfig, trainer: Trainer) -> None:
     """Raises ValueError if the trainer's arguments do not go with rounds of generation."""
     args = trainer.args
     if args.dataloader_persistent_workers:
@@ -95,7 +95,7 @@ def refuse_arguments(config: CandidateConfig, trainer: Trainer) -> None:
             "`dataloader_persistent_workers=True` keeps workers that hold the rows of the first round for ever. Set it "
             "to False."
         )
-    _refuse_sharding(config, trainer)
+    _validate_sharding(config, trainer)
     if isinstance(trainer.data_collator, DataCollatorForLanguageModeling):
         raise ValueError(
             "`data_collator` is DataCollatorForLanguageModeling, which makes labels of its own: it would teach the "
@@ -115,7 +115,7 @@ def refuse_arguments(config: CandidateConfig, trainer: Trainer) -> None:
         )
 
 
-def _refuse_sharding(config: CandidateConfig, trainer: Trainer) -> None:
+def _validate_sharding(config: CandidateConfig, trainer: Trainer) -> None:
     accelerator = trainer.accelerator
     kind = accelerator.distributed_type
     if kind == DistributedType.MEGATRON_LM or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
@@ -137,7 +137,7 @@ def _refuse_sharding(config: CandidateConfig, trainer: Trainer) -> None:
         )
 
 
-def refuse_changes(saved: dict[str, int], present: dict[str, int]) -> None:
+def validate_unchanged(saved: dict[str, int], present: dict[str, int]) -> None:
     """Raises ValueError if a run that goes on from a checkpoint differs from the one that saved it."""
     for name, value in present.items():
         if saved[name] != value:
@@ -147,7 +147,7 @@ def refuse_changes(saved: dict[str, int], present: dict[str, int]) -> None:
             )
 
 
-def refuse_other_vocabulary(other: Any, model: Any) -> None:
+def validate_vocabulary(other: Any, model: Any) -> None:
     """Raises ValueError if two models cannot share a tokenizer."""
     sizes = other.config.get_text_config().vocab_size, model.config.get_text_config().vocab_size
     if sizes[0] != sizes[1]:
@@ -157,7 +157,7 @@ def refuse_other_vocabulary(other: Any, model: Any) -> None:
         )
 
 
-def refuse_long_prompts(prompts: PromptSet, encoder: Encoder, model: Any, max_new_tokens: int) -> None:
+def validate_prompt_lengths(prompts: PromptSet, encoder: Encoder, model: Any, max_new_tokens: int) -> None:
     """Raises ValueError if a prompt and its answer exceed what the model can read."""
     limit = context_length(model)
     if limit is None:

@@ -75,7 +75,7 @@ def is_async(function: RewardFunction) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def refuse_uncallable(function: RewardFunction, position: int) -> None:
+def check_callable(function: RewardFunction, position: int) -> None:
     """Raises unless `function` can be called with the keywords of the contract.
 
     Raises:
@@ -108,7 +108,7 @@ def check_columns(function: RewardFunction, name: str, columns: Collection[str])
     """Raises unless `columns` are what a function needs, and nothing it would refuse.
 
     Args:
-        function: One that `refuse_uncallable` let pass.
+        function: One that `check_callable` let pass.
         name: Its name in the error.
         columns: Names of the columns that the prompts have.
 

@@ -25,9 +25,9 @@ from rsft_hf.rewards.contract import (
     CONTRACT,
     WITHHELD,
     RewardFunction,
+    check_callable,
     check_columns,
     is_async,
-    refuse_uncallable,
     unique_names,
 )
 from rsft_hf.rewards.model_rewards import RewardModel, load_reward_model, load_tokenizer, model_name
@@ -100,7 +100,7 @@ class RewardFunctions:
         self.weights = checked_weights(weights, len(given))
         for position, function in enumerate(given):
             if not isinstance(function, (str, nn.Module)):
-                refuse_uncallable(function, position)
+                check_callable(function, position)
         self.functions: list[RewardFunction] = [
             _as_reward_model(function, tokenizer) if isinstance(function, (str, nn.Module)) else function
             for function, tokenizer in zip(given, tokenizers, strict=True)

@@ -4,7 +4,7 @@ import pytest
 from transformers import GenerationConfig
 
 import generators as g
-from rsft_hf.engines.generation_config import _WITHOUT_EFFECT, refuse_settings, shaping_settings
+from rsft_hf.engines.generation_config import _WITHOUT_EFFECT, check_settings_supported, shaping_settings
 
 SETTINGS = {
     "num_beams": 2, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.9,
@@ -21,9 +21,9 @@ def test_a_setting_is_refused_unless_it_is_obeyed(name):
     assert len(SETTINGS) == 26
     config = GenerationConfig(**{name: SETTINGS[name]})
     assert shaping_settings(config) == {name: SETTINGS[name]}
-    refuse_settings(config, (name,), "It", "Do without.")
+    check_settings_supported(config, (name,), "It", "Do without.")
     with pytest.raises(ValueError, match=rf"It cannot sample with {name}=.* obeys seed, top_x only\. Do without\."):
-        refuse_settings(config, ("top_x", "seed"), "It", "Do without.")
+        check_settings_supported(config, ("top_x", "seed"), "It", "Do without.")
 
 
 def test_what_changes_nothing_is_let_through():

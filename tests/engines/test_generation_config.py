@@ -5,7 +5,7 @@ import torch
 import transformers as hf
 
 import generators as g
-from rsft_hf.engines.generation_config import check_generation_config, context_length, in_force, sampling_config
+from rsft_hf.engines.generation_config import active_settings, check_generation_config, context_length, sampling_config
 from rsft_hf.generative.resampler import CandidateResampler
 
 
@@ -19,10 +19,10 @@ def model_with(name: str = "llama", **own):
 
 def test_the_models_own_settings_stay_and_the_users_override_them():
     model = model_with(temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.05, max_new_tokens=50)
-    own = in_force(sampling_config(None, model, g.tokenizer()))
+    own = active_settings(sampling_config(None, model, g.tokenizer()))
     wanted = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05, "max_new_tokens": 50}
     assert own | wanted == own
-    mixed = in_force(sampling_config(g.sampling(9, temperature=1.2, top_k=0), model, g.tokenizer()))
+    mixed = active_settings(sampling_config(g.sampling(9, temperature=1.2, top_k=0), model, g.tokenizer()))
     assert mixed | wanted | {"temperature": 1.2, "top_k": 0, "max_new_tokens": 9} == mixed
     assert model.generation_config.temperature == 0.6  # a copy was changed, not the model's
 

@@ -14,7 +14,7 @@ from architectures import request_for, run, texts
 from rsft_hf.engines.auto import choose_engine
 from rsft_hf.engines.generate import GenerateEngine
 from rsft_hf.engines.inflight.engine import InFlightEngine
-from rsft_hf.engines.inflight.scheduler import Flight
+from rsft_hf.engines.inflight.scheduler import Scheduler
 from rsft_hf.engines.model_access import without_wrappers
 
 ENGINES = [InFlightEngine(4), GenerateEngine(4)]
@@ -121,8 +121,8 @@ def test_one_candidate_that_does_not_fit_is_an_error():
 
 def test_a_budget_of_tokens_bounds_the_slots(monkeypatch):
     model, seen = architectures.model_of("llama"), []
-    begin = Flight.__init__
-    monkeypatch.setattr(Flight, "__init__", lambda self, *args: (begin(self, *args), seen.append(self.max_rows))[0])
+    begin = Scheduler.__init__
+    monkeypatch.setattr(Scheduler, "__init__", lambda self, *args: (begin(self, *args), seen.append(self.max_rows))[0])
     run(InFlightEngine(64, max_tokens=50), model, request_for(model, [[g.A] * 2] * 9))
     assert seen == [3, 5]  # the trial run's, and 50 tokens // (2 + 8)
 

@@ -1,4 +1,4 @@
-"""Who enters when, who leaves when, and what is computed: the schedule of candidates in flight, and their cache."""
+"""Who enters when, who leaves when, and what is computed: the schedule of candidates in scheduler, and their cache."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ import generators as g
 from architectures import request_for, run, texts
 from rsft_hf.engines.generate import GenerateEngine
 from rsft_hf.engines.inflight.engine import InFlightEngine
-from rsft_hf.engines.inflight.kv_cache import SlotCache
-from rsft_hf.engines.inflight.scheduler import Flight
+from rsft_hf.engines.inflight.kv_cache import BatchCache
+from rsft_hf.engines.inflight.scheduler import Scheduler
 
 ENGINES = [InFlightEngine(4), GenerateEngine(4)]
 
@@ -20,13 +20,13 @@ def test_the_order_of_entering(device):
     ids = [[g.A] * 3, [g.A] * 9, [g.A] * 3, [g.A] * 5]
     asked = request_for(model, ids, 1, expected_lengths=[2.0, 7.0, 6.0, 7.0])
 
-    class Rows:
+    class RunningBatch:
         max_rows = 4
 
-    Rows.device = torch.device(device)
-    flight = Flight(None, Rows, asked, {(prompt, 0) for prompt in range(4)}, 100)
+    RunningBatch.device = torch.device(device)
+    scheduler = Scheduler(None, RunningBatch, asked, {(prompt, 0) for prompt in range(4)}, 100)
     # On a CPU narrow rows first, of equal ones the long answer; elsewhere long answers first, of equal ones the narrow.
-    assert [one.prompt for one in flight.waiting] == ([2, 0, 3, 1] if device == "cpu" else [3, 1, 2, 0])
+    assert [one.prompt for one in scheduler.waiting] == ([2, 0, 3, 1] if device == "cpu" else [3, 1, 2, 0])
 
 
 def test_each_candidate_leaves_as_it_ends():
@@ -75,7 +75,7 @@ def test_more_candidates_than_slots_share_one_reading():
 
 
 def test_the_cache_grows_moves_and_stays_right():
-    cache, generator = SlotCache(max_rows=3), torch.Generator().manual_seed(0)
+    cache, generator = BatchCache(max_rows=3), torch.Generator().manual_seed(0)
     written: list[list[torch.Tensor]] = []  # what each row holds, by hand
 
     def enter(width: int, copies: int) -> None:

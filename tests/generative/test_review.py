@@ -21,7 +21,7 @@ from rsft_hf.generative.generation import completion_log_probabilities
 from rsft_hf.generative.metrics import round_metrics
 from rsft_hf.generative.selection import COLUMNS, RoundTable
 from rsft_hf.generative.training_rows import CandidatePool, draw_rows
-from rsft_hf.generative.validation import refuse_arguments
+from rsft_hf.generative.validation import validate_training_arguments
 
 NAMED = "{% for m in messages %}{{ '<|im_start|> ' + m['name'] + ' ' + m['content'] + ' <|im_end|> ' }}{% endfor %}"
 
@@ -165,7 +165,7 @@ def test_an_upload_of_the_candidates_is_told(tmp_path: Path, caplog: pytest.LogC
         data_collator=None,
     )
     with caplog.at_level(logging.WARNING):
-        refuse_arguments(resampler().config, run)
+        validate_training_arguments(resampler().config, run)
     assert (
         f"uploads the candidates too, prompts and answers in plain text: they are in {tmp_path}" in caplog.text
     ) is (push_to_hub)

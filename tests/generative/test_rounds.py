@@ -52,11 +52,11 @@ def test_only_prompts_in_need_are_sampled_again_with_fresh_streams(tmp_path: Pat
     engine = CountingEngine()
     trained(tmp_path, resampler(acceptance=HALF_OF_THEM, max_attempts=3, on_nothing_accepted="skip", engine=engine))
     rows = stored(tmp_path)
-    expected, needy = list(PROMPTS), set(range(NUM_PROMPTS))
+    expected, unfilled = list(PROMPTS), set(range(NUM_PROMPTS))
     for attempt in (0, 1):
-        needy -= accepted_prompts(rows, attempt)
-        assert 0 < len(needy) < NUM_PROMPTS  # or this test shows nothing
-        expected += [PROMPTS[prompt] for prompt in sorted(needy)]
+        unfilled -= accepted_prompts(rows, attempt)
+        assert 0 < len(unfilled) < NUM_PROMPTS  # or this test shows nothing
+        expected += [PROMPTS[prompt] for prompt in sorted(unfilled)]
     assert engine.prompts() == expected
     assert len(set(engine.seeds)) == len(engine.seeds) == len(rows)
     assert {row["attempt"] for row in rows} == {0, 1, 2}

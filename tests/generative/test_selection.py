@@ -7,7 +7,15 @@ import torch
 
 from rsft_hf import DensityRatio, Threshold, TopKOverall, TopKPerPrompt
 from rsft_hf.engines.random_streams import verdict_uniforms
-from rsft_hf.generative.selection import ACCEPTED, COLUMNS, VERDICTS, RoundTable, SelectionRules, judge, prompts_in_need
+from rsft_hf.generative.selection import (
+    ACCEPTED,
+    COLUMNS,
+    VERDICTS,
+    RoundTable,
+    SelectionRules,
+    judge,
+    prompts_below_minimum,
+)
 
 
 def table(*rows: dict) -> RoundTable:
@@ -90,7 +98,7 @@ def test_the_fallback_fills_up_to_the_minimum_with_the_best_rejected() -> None:
     verdicts = judge(round_, rules(minimum=2, takes_best=True))
     fallback = [number for number, verdict in enumerate(verdicts) if verdict == "fallback"]
     assert fallback == [2, 3, 5, 6]
-    assert prompts_in_need(range(4), round_, verdicts, 2) == [2, 3]  # nothing was generated for prompt 3
+    assert prompts_below_minimum(range(4), round_, verdicts, 2) == [2, 3]  # nothing was generated for prompt 3
 
 
 def test_ties_of_the_fallback_are_broken_by_chance_and_not_by_place() -> None:
@@ -106,8 +114,8 @@ def test_prompts_in_need_are_those_below_the_minimum() -> None:
     round_ = table({"prompt_id": 3}, {"prompt_id": 3}, {"prompt_id": 1}, {"prompt_id": 2})
     verdicts = ["accepted", "fallback", "accepted", "rejected"]
     assert all(name in VERDICTS for name in ACCEPTED)
-    assert prompts_in_need(range(4), round_, verdicts, 1) == [0, 2]
-    assert prompts_in_need(range(4), round_, verdicts, 2) == [0, 1, 2]
+    assert prompts_below_minimum(range(4), round_, verdicts, 1) == [0, 2]
+    assert prompts_below_minimum(range(4), round_, verdicts, 2) == [0, 1, 2]
 
 
 def test_nothing_is_accepted_where_nothing_is_open() -> None:

@@ -11,7 +11,7 @@ import sacrebleu
 
 import reward_parts
 from rsft_hf import rewards as scorers
-from rsft_hf.rewards.contract import Scorer, refuse_uncallable
+from rsft_hf.rewards.contract import Scorer, check_callable
 from rsft_hf.rewards.functions import RewardFunctions
 
 TEXTS = ["the cat sat on the mat", "a dog", "the cat sat on a mat today"]
@@ -81,7 +81,7 @@ def test_every_scorer_keeps_the_contract():
     assert len(set(functions.names)) == len(made)
     functions.check(["prompt", "reference", "gold", "document"])
     for scorer in made.values():
-        refuse_uncallable(scorer, 0)
+        check_callable(scorer, 0)
         assert isinstance(scorer, Scorer)
         assert dataclasses.is_dataclass(scorer)
         assert type(scorer).__dataclass_params__.frozen

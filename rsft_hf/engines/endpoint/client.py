@@ -1,7 +1,7 @@
 """HTTP requests of a generation request to a completions server.
 
-`jobs_of` splits a generation request into HTTP requests; `Asker` sends one of them, from several threads, until all of
-its candidates have come back or failed.
+`jobs_of` splits a generation request into HTTP requests; `RequestSender` sends one of them, from several threads, until
+all of its candidates have come back or failed.
 """
 
 import json
@@ -103,7 +103,7 @@ def jobs_of(request: GenerationRequest, candidates_per_request: int | None) -> l
 
 
 @dataclass(frozen=True)
-class Asker:
+class RequestSender:
     """Sees jobs through, from several threads.
 
     Attributes:

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from rsft_hf.engines.base import Engine, GeneratedSequence, GenerationRequest, check_request
-from rsft_hf.engines.endpoint.client import Answers, Asker, jobs_of
+from rsft_hf.engines.endpoint.client import Answers, RequestSender, jobs_of
 from rsft_hf.engines.endpoint.protocol import (
     DIALECTS,
     Dialect,
@@ -163,7 +163,7 @@ class EndpointEngine(Engine):
     def _generate(self, model: Any, request: GenerationRequest) -> Iterator[GeneratedSequence]:
         settings = (self.timeout_seconds, self.max_retries, self.backoff_seconds)
         client = OpenAIClient(self.base_url, self.api_key, *settings, may_restart=self.is_fixed)
-        ask = Asker(client, request, self._reader(model, request), self._fields(request), self.dialect)
+        ask = RequestSender(client, request, self._reader(model, request), self._fields(request), self.dialect)
         # Its threads are daemons: after a failure or an interrupt nothing waits for the replies under way.
         pool = ThreadPool(self.concurrency)
         try:
@@ -307,10 +307,10 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 def check_spared(options: Mapping[str, Any], config: GenerationConfig) -> None:
     """Raises ValueError if a setting is in force whose field was taken out of the requests."""
-    in_force = needed_settings(config) | ({"stop_strings"} if config.stop_strings else set())
+    active_settings = needed_settings(config) | ({"stop_strings"} if config.stop_strings else set())
     for name in options:
         setting = _SPARED.get(name)
-        if setting in in_force:
+        if setting in active_settings:
             raise ValueError(
                 f"`options` takes {name} out of the requests, and `generation_config` has "
                 f"{setting}={config.to_dict()[setting]!r}, which it says. Unset the one or the other."

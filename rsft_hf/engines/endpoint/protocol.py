@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from rsft_hf.engines.generation_config import in_force
+from rsft_hf.engines.generation_config import active_settings
 
 Dialect = Literal["vllm", "openai", "transformers"]
 
@@ -50,7 +50,7 @@ def check_settings(config: GenerationConfig, dialect: str) -> None:
     """
     if dialect == "transformers":
         return
-    for name, value in in_force(config).items():
+    for name, value in active_settings(config).items():
         if name in _SENT or name in _WITHOUT_EFFECT or value == _NEUTRAL.get(name) or not value:
             continue
         remedy = "Use min_new_tokens, which counts the answer alone." if name == "min_length" else (
@@ -68,8 +68,8 @@ def check_settings(config: GenerationConfig, dialect: str) -> None:
             )
         for name in sorted(needed_settings(config) - {"temperature", "top_p"}):
             raise ValueError(
-                f"`generation_config` has {name}={in_force(config)[name]!r}, which OpenAI's API does not have. Unset "
-                'it, or use dialect="vllm" where the server is vLLM or SGLang.'
+                f"`generation_config` has {name}={active_settings(config)[name]!r}, which OpenAI's API does not have. "
+                'Unset it, or use dialect="vllm" where the server is vLLM or SGLang.'
             )
 
 
@@ -78,7 +78,7 @@ def needed_settings(config: GenerationConfig) -> set[str]:
     neutral: dict[str, float] = {"repetition_penalty": 1.0, "min_new_tokens": 0}
     if config.do_sample:
         neutral |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    settings = in_force(config)
+    settings = active_settings(config)
     return {name for name, value in neutral.items() if settings.get(name, value) != value}
 
 
@@ -90,7 +90,7 @@ def sampling_fields(config: GenerationConfig, dialect: str) -> dict[str, Any]:
     stops = list(config.stop_strings or []) if not isinstance(config.stop_strings, str) else [config.stop_strings]
     fields: dict[str, Any] = {"stop": stops} if stops else {}
     if dialect == "transformers":
-        return fields | {"generation_config": json.dumps(in_force(config))}
+        return fields | {"generation_config": json.dumps(active_settings(config))}
     is_sampled = config.do_sample
     fields |= {"temperature": config.temperature if is_sampled else 0.0, "top_p": config.top_p if is_sampled else 1.0}
     if dialect == "openai":

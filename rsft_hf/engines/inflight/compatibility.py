@@ -1,4 +1,4 @@
-"""Compatibility test of a model with continuous batching: rows admitted in mid-flight against the same rows alone.
+"""Compatibility test of a model with continuous batching: rows admitted while others run against the same rows alone.
 
 Models differ in positions, masks and caches, and a mistake there raises no error. A few short candidates are generated
 with the slot KV cache, and their log probabilities compared with a plain forward pass over each of them.
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from rsft_hf.engines.base import GeneratedSequence, GenerationRequest
-from rsft_hf.engines.generate import _CRITERIA, reason_to_go_alone, reason_to_stay
+from rsft_hf.engines.generate import _CRITERIA, reason_against_batching, reason_against_dropping
 from rsft_hf.engines.generation_config import context_length
-from rsft_hf.engines.inflight.scheduler import Flight
+from rsft_hf.engines.inflight.scheduler import Scheduler
 from rsft_hf.engines.model_access import _is_peft
 from rsft_hf.engines.sampling import Prepared
 from rsft_hf.memory import is_out_of_memory
@@ -57,15 +57,15 @@ def probe_request(request: GenerationRequest, model: Any) -> GenerationRequest:
 
 
 @torch.no_grad()
-def probe_verdict(
-    model: Any, request: GenerationRequest, fly: Callable[[int], Flight], decoder_start: list[int]
+def probe_result(
+    model: Any, request: GenerationRequest, make_scheduler: Callable[[int], Scheduler], decoder_start: list[int]
 ) -> str | None:
     """Returns what is wrong with the model in slots, None if nothing is.
 
     Args:
         model: With whatever wraps it, which a plain pass goes through.
         request: From `probe_request`.
-        fly: Returns a flight of the request with so many slots.
+        make_scheduler: Returns a scheduler of the request with so many slots.
         decoder_start: First tokens of a decoder; empty for decoder-only models.
     """
     is_quantised = model.config.to_dict().get("quantization_config") is not None
@@ -74,17 +74,17 @@ def probe_verdict(
         try:
             # Where weights are float32 under autocast it shows more plainly without it whether a row is in its place.
             with torch.autocast(model.device.type, enabled=False):
-                differences = _differences(model, request, fly(_SLOTS), decoder_start)
+                differences = _differences(model, request, make_scheduler(_SLOTS), decoder_start)
         except RuntimeError as error:
             if is_out_of_memory(error) or not torch.is_autocast_enabled(model.device.type):
                 raise
             is_exact = False  # weights of several types, which only autocast brings together
-            differences = _differences(model, request, fly(_SLOTS), decoder_start)
+            differences = _differences(model, request, make_scheduler(_SLOTS), decoder_start)
         most = mean = _EXACT
         if not is_exact:
-            alone = _differences(model, request, fly(1), decoder_start)
+            alone = _differences(model, request, make_scheduler(1), decoder_start)
             most, mean = _MOST, max(_LEAST_MEAN, _TIMES * float(alone.mean()))
-            if _reads_what_is_masked(fly):
+            if _reads_what_is_masked(make_scheduler):
                 return "it reads keys and values that the mask hides"
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
         if is_out_of_memory(error):
@@ -92,21 +92,23 @@ def probe_verdict(
         return f"a trial run ended with {type(error).__name__}: {error}"
     if bool(differences.max() <= most) and bool(differences.mean() <= mean):  # NaN is neither
         return None
-    return f"rows that enter in mid-flight get other log probabilities than alone, by {differences.max():.3g} nats"
+    return f"rows admitted while others run get other log probabilities than alone, by {differences.max():.3g} nats"
 
 
-def _differences(model: Any, request: GenerationRequest, flight: Flight, decoder_start: list[int]) -> torch.Tensor:
-    """Distances, in nats, of the log probabilities of all tokens of a flight from those of plain passes."""
-    return torch.cat([_difference(model, request, one, decoder_start) for one in flight.run()]).abs()
+def _differences(
+    model: Any, request: GenerationRequest, scheduler: Scheduler, decoder_start: list[int]
+) -> torch.Tensor:
+    """Distances, in nats, of the log probabilities of all tokens from those of plain passes."""
+    return torch.cat([_difference(model, request, one, decoder_start) for one in scheduler.run()]).abs()
 
 
-def _reads_what_is_masked(fly: Callable[[int], Flight]) -> bool:
+def _reads_what_is_masked(make_scheduler: Callable[[int], Scheduler]) -> bool:
     """Whether anything depends on what a row has not written: in any precision, a mask that holds is exact."""
     found = []
     for value in (0.0, 1.0):
-        flight = fly(_SLOTS)
-        flight.reader.fill(value)
-        found.append([(one.prompt, one.token_ids, torch.as_tensor(one.log_p).tolist()) for one in flight.run()])
+        scheduler = make_scheduler(_SLOTS)
+        scheduler.runner.fill(value)
+        found.append([(one.prompt, one.token_ids, torch.as_tensor(one.log_p).tolist()) for one in scheduler.run()])
     return found[0] != found[1]
 
 
@@ -127,7 +129,7 @@ def _difference(
     return values.cpu() - torch.as_tensor(one.log_p)
 
 
-def reason_against(model: Any, request: GenerationRequest, prepared: Prepared | None = None) -> str | None:
+def reason_against_inflight(model: Any, request: GenerationRequest, prepared: Prepared | None = None) -> str | None:
     """Returns why the request cannot be generated in slots, None if it can.
 
     Args:
@@ -142,14 +144,14 @@ def reason_against(model: Any, request: GenerationRequest, prepared: Prepared | 
         return "token_healing changes the prompts"
     if _learns_prompts(model):
         return "its adapter puts learned tokens before the prompt"
-    if reason := reason_to_go_alone(model, request):
+    if reason := reason_against_batching(model, request):
         return reason
     if prepared is None:
         return None
     for criterion in prepared.criteria:
         if type(criterion) not in _CRITERIA:
             return f"{type(criterion).__name__} looks at more than one candidate"
-    return reason_to_stay(prepared.processors, prepared.model_kwargs)
+    return reason_against_dropping(prepared.processors, prepared.model_kwargs)
 
 
 def _learns_prompts(model: Any) -> bool:

@@ -17,11 +17,11 @@ from transformers.utils import logging
 from rsft_hf.engines.base import Engine, GeneratedSequence, GenerationRequest, check_request
 from rsft_hf.engines.generate import GenerateEngine
 from rsft_hf.engines.generation_config import context_length
-from rsft_hf.engines.inflight.compatibility import probe_request, probe_verdict, reason_against
-from rsft_hf.engines.inflight.model_runner import CausalReader, EncoderDecoderReader
-from rsft_hf.engines.inflight.scheduler import Flight, Rows
+from rsft_hf.engines.inflight.compatibility import probe_request, probe_result, reason_against_inflight
+from rsft_hf.engines.inflight.model_runner import CausalModelRunner, EncoderDecoderModelRunner
+from rsft_hf.engines.inflight.scheduler import RunningBatch, Scheduler
 from rsft_hf.engines.model_access import without_wrappers
-from rsft_hf.engines.sampling import Chains, Prepared, prepare
+from rsft_hf.engines.sampling import Prepared, ProcessorChains, prepare
 from rsft_hf.memory import halve_batch_size
 
 logger = logging.get_logger(__name__)
@@ -37,7 +37,7 @@ class InFlightEngine(Engine):
     precision other company changes the last bits of the scores, so that this holds of its distribution only.
 
     Args:
-        max_sequences: Most candidates in flight: slots; 128 on a CPU and 256 elsewhere where None. Halved, and kept so,
+        max_sequences: Maximum number of running sequences; 128 on a CPU and 256 elsewhere where None. Halved for good
             when memory runs out.
         max_tokens: Most tokens that all slots together may come to hold: with long prompts and answers there are fewer
             slots.
@@ -79,15 +79,15 @@ class InFlightEngine(Engine):
         left = {(prompt, index) for prompt in range(len(request.prompts)) for index in range(request.num_candidates)}
         slots = self._slots(model, request)
         while left:
-            flight = self._flight(model, request, prepared, left, slots)
+            scheduler = self._scheduler(model, request, prepared, left, slots)
             try:
-                for sequence in flight.run():
+                for sequence in scheduler.run():
                     left.discard((sequence.prompt, sequence.index))
                     yield sequence
                 return
             except (RuntimeError, MemoryError) as error:
-                slots = self._with_less_memory(flight, slots, error)
-            del flight
+                slots = self._with_less_memory(scheduler, slots, error)
+            del scheduler
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_verdicts": None}  # what was tried out belongs to the models of this process
@@ -95,23 +95,23 @@ class InFlightEngine(Engine):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state | {"_verdicts": weakref.WeakKeyDictionary()})
 
-    def _with_less_memory(self, flight: Flight, slots: int, error: Exception) -> int:
+    def _with_less_memory(self, scheduler: Scheduler, slots: int, error: Exception) -> int:
         """Returns the number of slots after an out-of-memory error; raises any other error, and that of one slot."""
-        if flight.tokens_being_read > 1:
-            self.prefill_tokens = halve_batch_size(flight.tokens_being_read, error, "prompt tokens")
+        if scheduler.num_prefill_tokens > 1:
+            self.prefill_tokens = halve_batch_size(scheduler.num_prefill_tokens, error, "prompt tokens")
             return slots
-        fewer = halve_batch_size(flight.max_rows, error, "sequences")
-        if flight.max_rows == slots:  # and not the few candidates of a small request
+        fewer = halve_batch_size(scheduler.max_rows, error, "sequences")
+        if scheduler.max_rows == slots:  # and not the few candidates of a small request
             self.max_sequences = fewer
         return fewer
 
     def _prepared(self, model: Any, request: GenerationRequest) -> tuple[Prepared | None, str | None]:
         """What `generate` makes of the request, and what speaks against slots, if anything."""
-        if reason := reason_against(model, request):
+        if reason := reason_against_inflight(model, request):
             return None, reason
         shortest = min(range(len(request.prompts)), key=lambda row: len(request.prompts[row]))
         prepared = prepare(model, request, request.prompts[shortest])
-        reason = reason_against(model, request, prepared)
+        reason = reason_against_inflight(model, request, prepared)
         inner = without_wrappers(model)
         if reason is None and inner not in self._verdicts:
             self._verdicts[inner] = self._probe(model, request)
@@ -123,21 +123,22 @@ class InFlightEngine(Engine):
         prepared = dataclasses.replace(prepared, criteria=StoppingCriteriaList())  # so that only the limits end a row
         every = {(prompt, 0) for prompt in range(len(trial.prompts))}
         start = prepared.input_ids[0].tolist() if model.config.is_encoder_decoder else []
-        return probe_verdict(model, trial, lambda slots: self._flight(model, trial, prepared, every, slots), start)
+        return probe_result(model, trial, lambda slots: self._scheduler(model, trial, prepared, every, slots), start)
 
-    def _flight(
+    def _scheduler(
         self, model: Any, request: GenerationRequest, prepared: Prepared, left: set[tuple[int, int]], slots: int
-    ) -> Flight:
+    ) -> Scheduler:
         inner, pad = without_wrappers(model), request.generation_config.pad_token_id
         max_rows, is_encoder_decoder = min(slots, len(left)), bool(model.config.is_encoder_decoder)
         if is_encoder_decoder:
             longest = max(len(prompt) for prompt in request.prompts)
-            reader: Any = EncoderDecoderReader(inner, pad, max_rows, prepared.input_ids, longest)
+            runner: Any = EncoderDecoderModelRunner(inner, pad, max_rows, prepared.input_ids, longest)
             starts: Any = prepared.input_ids.tolist() * len(request.prompts)
         else:
-            reader, starts = CausalReader(inner, pad, max_rows), request.prompts
-        rows = Rows(request, Chains(model, request, prepared), prepared.criteria, starts, max_rows, inner.device)
-        return Flight(reader, rows, request, left, self.prefill_tokens)
+            runner, starts = CausalModelRunner(inner, pad, max_rows), request.prompts
+        chains = ProcessorChains(model, request, prepared)
+        rows = RunningBatch(request, chains, prepared.criteria, starts, max_rows, inner.device)
+        return Scheduler(runner, rows, request, left, self.prefill_tokens)
 
     def _slots(self, model: Any, request: GenerationRequest) -> int:
         most = self.max_sequences or (_SLOTS_ON_CPU if model.device.type == "cpu" else _SLOTS)

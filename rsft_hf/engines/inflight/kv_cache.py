@@ -36,7 +36,7 @@ class Columns:
     fill: float = 0.0
 
 
-class SlotLayer(CacheLayerMixin):
+class BatchCacheLayer(CacheLayerMixin):
     """Keys and values of one layer, in buffers of shape (slots, heads, capacity, head dimension).
 
     Args:
@@ -114,8 +114,8 @@ class SlotLayer(CacheLayerMixin):
             self.buffers[number] = target
 
 
-class SlotCache(Cache):
-    """What the attention of a model reads of the candidates in flight.
+class BatchCache(Cache):
+    """What the attention of a model reads of the running candidates.
 
     Args:
         max_rows: Slots.
@@ -123,7 +123,7 @@ class SlotCache(Cache):
 
     def __init__(self, max_rows: int) -> None:
         super().__init__(layers=[])
-        self.layers: list[SlotLayer] = []
+        self.layers: list[BatchCacheLayer] = []
         self.columns = Columns(max_rows)
 
     def make_room(self, width: int) -> None:
@@ -159,7 +159,7 @@ class SlotCache(Cache):
 
     def _begin(self, states: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         if not self.layers:
-            self.layers = [SlotLayer(self.columns, *read) for read in states]
+            self.layers = [BatchCacheLayer(self.columns, *read) for read in states]
 
     def keep_only(self, rows: int, sources: list[int], targets: list[int]) -> None:
         """Leaves the first `rows` slots in use, after the slots `sources` have been copied over `targets`."""
@@ -169,7 +169,7 @@ class SlotCache(Cache):
         self.columns.rows = rows
 
 
-class CrossSlotCache(SlotCache):
+class CrossAttentionCache(BatchCache):
     """The same for what a decoder reads of its encoder: nothing is written to it, and rows begin at one column.
 
     Args:

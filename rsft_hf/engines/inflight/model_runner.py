@@ -15,14 +15,14 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from rsft_hf.engines.inflight.kv_cache import CrossSlotCache, SlotCache
+from rsft_hf.engines.inflight.kv_cache import BatchCache, CrossAttentionCache
 from rsft_hf.engines.sampling import pad_prompts
 
 States = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
-class ReadPrompts:
+class PrefillOutput:
     """Prompts that have been read once, for all of their candidates.
 
     Attributes:
@@ -37,17 +37,17 @@ class ReadPrompts:
     cross_states: States
     source_lengths: list[int]
 
-    def only(self, row: int) -> "ReadPrompts":
+    def only(self, row: int) -> "PrefillOutput":
         """Returns one of the prompts, in memory of its own."""
         one = slice(row, row + 1)
         states, cross_states = (
             [(keys[one].clone(), values[one].clone()) for keys, values in layers]
             for layers in (self.states, self.cross_states)
         )
-        return ReadPrompts(self.scores[one].clone(), states, cross_states, self.source_lengths[one])
+        return PrefillOutput(self.scores[one].clone(), states, cross_states, self.source_lengths[one])
 
 
-class CausalReader:
+class CausalModelRunner:
     """A decoder-only model.
 
     Args:
@@ -57,7 +57,7 @@ class CausalReader:
     """
 
     def __init__(self, model: Any, pad_token_id: int, max_rows: int) -> None:
-        self.model, self.pad_token_id, self.cache = model, pad_token_id, SlotCache(max_rows)
+        self.model, self.pad_token_id, self.cache = model, pad_token_id, BatchCache(max_rows)
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in parameters
         # The scores of a whole prompt over the vocabulary would be the largest thing in memory.
@@ -67,13 +67,13 @@ class CausalReader:
         """Says what stands in the cache where nothing has been written."""
         self.cache.columns.fill = value
 
-    def read(self, prompts: Sequence[Sequence[int]]) -> ReadPrompts:
+    def read(self, prompts: Sequence[Sequence[int]]) -> PrefillOutput:
         """Reads prompts in one pass, padded on the left."""
         inputs = pad_prompts(prompts, self.pad_token_id, self.model.device, is_left=True)
         positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache()
         scores = self._scores(inputs["input_ids"], inputs["attention_mask"], positions, cache, **self._last_only)
-        return ReadPrompts(scores, _states(cache), [], [])
+        return PrefillOutput(scores, _states(cache), [], [])
 
     def step(self, tokens: torch.Tensor, lengths: torch.Tensor, width: int) -> torch.Tensor:
         """Returns the scores of each row's next token, shape (rows, vocabulary).
@@ -89,7 +89,7 @@ class CausalReader:
         self.cache.columns.write += 1
         return scores
 
-    def admit(self, read: ReadPrompts, sources: list[int]) -> None:
+    def admit(self, read: PrefillOutput, sources: list[int]) -> None:
         """Lets a row enter for each of `sources`, which says what prompt it goes on from."""
         self.cache.make_room(read.states[0][0].shape[2])
         self.cache.admit(read.states, sources)
@@ -112,7 +112,7 @@ class CausalReader:
         return outputs.logits[:, -1]
 
 
-class EncoderDecoderReader:
+class EncoderDecoderModelRunner:
     """A model that reads the prompt with an encoder.
 
     Args:
@@ -125,7 +125,7 @@ class EncoderDecoderReader:
 
     def __init__(self, model: Any, pad_token_id: int, max_rows: int, decoder_start: torch.Tensor, longest: int) -> None:
         self.model, self.pad_token_id, self.decoder_start = model, pad_token_id, decoder_start
-        self.cache, self.cross_cache = SlotCache(max_rows), CrossSlotCache(max_rows, longest)
+        self.cache, self.cross_cache = BatchCache(max_rows), CrossAttentionCache(max_rows, longest)
         self._source_lengths: list[int] = []
         self._placeholder = torch.zeros(0)
 
@@ -133,7 +133,7 @@ class EncoderDecoderReader:
         """Says what stands in the caches where nothing has been written."""
         self.cache.columns.fill = self.cross_cache.columns.fill = value
 
-    def read(self, prompts: Sequence[Sequence[int]]) -> ReadPrompts:
+    def read(self, prompts: Sequence[Sequence[int]]) -> PrefillOutput:
         """Encodes prompts in one pass, padded on the right, and takes the decoder's first step."""
         inputs = pad_prompts(prompts, self.pad_token_id, self.model.device, is_left=False)
         encoded = self.model.get_encoder()(**inputs, return_dict=True).last_hidden_state
@@ -143,7 +143,7 @@ class EncoderDecoderReader:
         scores = self._scores(start, None, encoded, inputs["attention_mask"], caches)
         lengths = [len(prompt) for prompt in prompts]
         cross = [(keys, values) for keys, values in _states(caches.cross_attention_cache)]
-        return ReadPrompts(scores, _states(caches.self_attention_cache), cross, lengths)
+        return PrefillOutput(scores, _states(caches.self_attention_cache), cross, lengths)
 
     def step(self, tokens: torch.Tensor, lengths: torch.Tensor, width: int) -> torch.Tensor:
         """Returns the scores of each row's next token, shape (rows, vocabulary).
@@ -166,7 +166,7 @@ class EncoderDecoderReader:
         self.cache.columns.write += 1
         return scores
 
-    def admit(self, read: ReadPrompts, sources: list[int]) -> None:
+    def admit(self, read: PrefillOutput, sources: list[int]) -> None:
         """Lets a row enter for each of `sources`, which says what prompt it goes on from."""
         self.cache.make_room(read.states[0][0].shape[2])
         self.cache.admit(read.states, sources)

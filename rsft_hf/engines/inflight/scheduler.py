@@ -1,7 +1,7 @@
 """Scheduler of continuous batching, and the running sequences.
 
-`Flight` admits prompts and runs decode steps; the order affects speed only. `Rows` holds the running sequences: tokens
-so far, random streams, log probabilities and end conditions.
+`Scheduler` admits prompts and runs decode steps; the order affects speed only. `RunningBatch` holds the running
+sequences: tokens so far, random streams, log probabilities and end conditions.
 """
 
 from collections import deque
@@ -13,12 +13,12 @@ import torch
 from transformers.generation import EosTokenCriteria, StopStringCriteria
 
 from rsft_hf.engines.base import GeneratedSequence, GenerationRequest
-from rsft_hf.engines.inflight.model_runner import ReadPrompts
+from rsft_hf.engines.inflight.model_runner import PrefillOutput
 from rsft_hf.engines.random_streams import token_uniforms
-from rsft_hf.engines.sampling import Chains, choose, log_probability
+from rsft_hf.engines.sampling import ProcessorChains, choose, log_probability
 
 
-class Rows:
+class RunningBatch:
     """The state of every slot but for its keys and values. Rows in use are the first ones.
 
     Args:
@@ -33,7 +33,7 @@ class Rows:
     def __init__(
         self,
         request: GenerationRequest,
-        chains: Chains,
+        chains: ProcessorChains,
         criteria: Any,
         starts: Sequence[Sequence[int]],
         max_rows: int,
@@ -162,33 +162,33 @@ _SHARE_TO_REFILL = 4  # prompts are read when a quarter of the slots is free, se
 
 
 @dataclass
-class Waiting:
+class WaitingPrompt:
     """Candidates of a prompt that have not entered yet.
 
     Attributes:
         prompt: Position of the prompt in the request.
         indices: Of the candidates.
-        read: The prompt as it was read for those of its candidates that are in flight already.
+        read: The prompt as it was read for those of its candidates that are running already.
     """
 
     prompt: int
     indices: list[int]
-    read: ReadPrompts | None = None
+    read: PrefillOutput | None = None
 
 
 @dataclass
-class Entering:
+class AdmittedPrompt:
     """Some candidates of a prompt that enter now."""
 
-    waiting: Waiting
+    waiting: WaitingPrompt
     indices: list[int]
 
 
-class Flight:
+class Scheduler:
     """Runs some candidates of a request to their ends.
 
     Args:
-        reader: Reads prompts and takes steps.
+        runner: Reads prompts and takes steps.
         rows: The state of the slots.
         request: What is asked for.
         left: Prompt and index of the candidates to generate.
@@ -196,15 +196,20 @@ class Flight:
     """
 
     def __init__(
-        self, reader: Any, rows: Rows, request: GenerationRequest, left: set[tuple[int, int]], prefill_tokens: int
+        self,
+        runner: Any,
+        rows: RunningBatch,
+        request: GenerationRequest,
+        left: set[tuple[int, int]],
+        prefill_tokens: int,
     ) -> None:
-        self.reader, self.rows, self.request, self.prefill_tokens = reader, rows, request, prefill_tokens
-        self.max_rows, self.tokens_being_read = rows.max_rows, 0  # of several prompts at once
+        self.runner, self.rows, self.request, self.prefill_tokens = runner, rows, request, prefill_tokens
+        self.max_rows, self.num_prefill_tokens = rows.max_rows, 0  # of several prompts at once
         by_prompt: dict[int, list[int]] = {}
         for prompt, index in sorted(left):
             by_prompt.setdefault(prompt, []).append(index)
         order = sorted(by_prompt, key=_last_to_end_first(request, rows.device))
-        self.waiting = deque(Waiting(prompt, by_prompt[prompt]) for prompt in order)
+        self.waiting = deque(WaitingPrompt(prompt, by_prompt[prompt]) for prompt in order)
 
     def run(self) -> Iterator[GeneratedSequence]:
         """Yields each sequence as it ends."""
@@ -220,8 +225,8 @@ class Flight:
     def _step(self) -> list[GeneratedSequence]:
         """Takes one step with all rows."""
         rows = self.rows
-        self.reader.make_room(is_last=not self.waiting)
-        scores = self.reader.step(rows.last_tokens(), rows.lengths, rows.width)
+        self.runner.make_room(is_last=not self.waiting)
+        scores = self.runner.step(rows.last_tokens(), rows.lengths, rows.width)
         return self._leave(rows.draw(scores))
 
     def _leave(self, ended: list[int]) -> list[GeneratedSequence]:
@@ -229,15 +234,15 @@ class Flight:
             return []
         sequences = self.rows.sequences(ended)
         sources, targets = self.rows.take_out(ended)
-        self.reader.keep_only(len(self.rows), sources, targets)
+        self.runner.keep_only(len(self.rows), sources, targets)
         return sequences
 
     def _admit(self) -> Iterator[list[GeneratedSequence]]:
         """Fills the free slots; prompts of like length are read together."""
-        free, chosen = self.max_rows - len(self.rows), list[Entering]()
+        free, chosen = self.max_rows - len(self.rows), list[AdmittedPrompt]()
         while free and self.waiting:
             first = self.waiting[0]
-            chosen.append(Entering(first, first.indices[:free]))
+            chosen.append(AdmittedPrompt(first, first.indices[:free]))
             first.indices = first.indices[free:]
             free -= len(chosen[-1].indices)
             if not first.indices:
@@ -245,10 +250,10 @@ class Flight:
         already_read = [one for one in chosen if one.waiting.read is not None]
         for group in self._groups([one for one in chosen if one.waiting.read is None]):
             longest = len(self.request.prompts[group[0].waiting.prompt])
-            self.tokens_being_read = len(group) * longest if len(group) > 1 else 0
+            self.num_prefill_tokens = len(group) * longest if len(group) > 1 else 0
             with torch.no_grad():
-                read = self.reader.read([self.request.prompts[one.waiting.prompt] for one in group])
-            self.tokens_being_read = 0
+                read = self.runner.read([self.request.prompts[one.waiting.prompt] for one in group])
+            self.num_prefill_tokens = 0
             for row, one in enumerate(group):
                 if one.waiting.indices:  # the slots did not suffice for all of its candidates
                     one.waiting.read = read.only(row)
@@ -257,13 +262,13 @@ class Flight:
             if one.waiting.read is not None:
                 yield self._enter([one], one.waiting.read)
 
-    def _groups(self, entering: list[Entering]) -> Iterator[list[Entering]]:
+    def _groups(self, entering: list[AdmittedPrompt]) -> Iterator[list[AdmittedPrompt]]:
         """Prompts to read in one pass: sorted by length, within the budget of tokens."""
 
-        def length(one: Entering) -> int:
+        def length(one: AdmittedPrompt) -> int:
             return len(self.request.prompts[one.waiting.prompt])
 
-        group: list[Entering] = []
+        group: list[AdmittedPrompt] = []
         for one in sorted(entering, key=length, reverse=True):
             if group and (len(group) + 1) * length(group[0]) > self.prefill_tokens:
                 yield group
@@ -273,13 +278,13 @@ class Flight:
             yield group
 
     @torch.no_grad()
-    def _enter(self, group: list[Entering], read: ReadPrompts) -> list[GeneratedSequence]:
+    def _enter(self, group: list[AdmittedPrompt], read: PrefillOutput) -> list[GeneratedSequence]:
         """Puts candidates into slots and draws their first tokens from the one pass over their prompt."""
         first, sources = len(self.rows), list[int]()
         for row, one in enumerate(group):
             self.rows.add(one.waiting.prompt, one.indices)
             sources += [row] * len(one.indices)
-        self.reader.admit(read, sources)
+        self.runner.admit(read, sources)
         return self._leave(self.rows.draw(read.scores[sources], first))
 
 
