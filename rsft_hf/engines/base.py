@@ -38,7 +38,7 @@ class GeneratedSequence:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What an engine is asked for.
+    """Request for candidates of several prompts.
 
     Attributes:
         prompts: Token ids of each prompt.

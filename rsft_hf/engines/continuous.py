@@ -95,7 +95,7 @@ class ContinuousEngine(Engine):
         return self._sequences(model, request)
 
     def check(self, model: Any, config: GenerationConfig, log_probs: Collection[str] = ()) -> None:
-        """Raises ValueError if the model has an encoder, or a setting is in force that the library ignores."""
+        """Raises ValueError if the model has an encoder, or the library ignores an active setting."""
         if model.config.is_encoder_decoder:
             raise ValueError(
                 f"generate_batch runs decoder-only models, and {type(model).__name__} has an encoder. Use "

@@ -57,7 +57,7 @@ class GenerateEngine(Engine):
                 raise ValueError(f"`{name}`={vars(self)[name]} must be at least 1: it is the size of a batch.")
 
     def __call__(self, model: Any, request: GenerationRequest) -> Iterator[GeneratedSequence]:
-        """Yields the candidates batch by batch, longest prompts first, so that a want of memory shows at once.
+        """Yields the candidates batch by batch, longest prompts first, so that an out-of-memory error comes at once.
 
         Raises:
             ValueError: If a prompt is empty or fills the context.
@@ -267,7 +267,7 @@ def reason_against_dropping(processors: LogitsProcessorList, model_kwargs: dict[
 
 
 class ActiveRows:
-    """What belongs to the rows that are still being generated: tokens, masks, cache, and which rows they are.
+    """State of the rows that are still being generated: tokens, masks, cache and row numbers.
 
     Args:
         input_ids: Prompt tokens, shape (rows, width).

@@ -52,7 +52,7 @@ def check_generation_config(config: GenerationConfig | None, num_candidates: int
 def sampling_config(
     config: GenerationConfig | None, model: Any, tokenizer: PreTrainedTokenizerBase, is_greedy: bool = False
 ) -> GenerationConfig:
-    """Returns the configuration in force: the model's own, overridden by the user's, with nothing left open.
+    """Returns the complete sampling configuration: the model's own, overridden by the user's.
 
     The model's `generation_config.json` may bring a temperature or a truncation unasked; it stays in force, since it is
     how the model is meant to be sampled. What neither says is plain sampling: temperature 1, no top-k (where
@@ -100,7 +100,7 @@ def sampling_config(
 
 
 def held_out_config(options: Any, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Returns the configuration in force when evaluating: greedy, a beam search, or sampling, as the user says.
+    """Returns the complete configuration for evaluation: greedy, beam search or sampling, as the user sets it.
 
     Args:
         options: Has `eval_generation_config`, and `generation_config`, which says how long an answer may be where the
@@ -127,7 +127,7 @@ def held_out_config(options: Any, model: Any, tokenizer: PreTrainedTokenizerBase
 
 
 def active_settings(config: GenerationConfig) -> dict[str, Any]:
-    """Returns what there is to say of a configuration: every setting that is not unset."""
+    """Returns every setting of a configuration that is not unset."""
     return {
         name: value
         for name, value in config.to_dict().items()

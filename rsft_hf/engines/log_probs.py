@@ -108,7 +108,7 @@ def _causal_logits(model: Any, prompts: list[Any], completions: list[Any]) -> to
 
 
 def _prepare(model: Any, prompts: list[Any], config: GenerationConfig, is_left: bool) -> Prepared:
-    """Returns what `generate` would run with for these prompts."""
+    """Returns the inputs, processors and cache that `generate` would prepare for these prompts."""
     config = copy.deepcopy(config)
     config.stop_strings = None  # they end an answer, and change no probability
     inputs = pad_prompts(prompts, config.pad_token_id, model.device, is_left)

@@ -65,7 +65,7 @@ def whole_model(accelerator: Accelerator | None, model: Any, merge_adapter: bool
 
 
 def unwrapped(model: Any) -> Any:
-    """Returns the module inside of DDP, DeepSpeed and `torch.compile`, in whatever order they stand."""
+    """Returns the module inside of DDP, DeepSpeed and `torch.compile`, in any order of wrapping."""
     # A compiled wrapper would be compiled again for each width of a batch.
     while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
         model = inner

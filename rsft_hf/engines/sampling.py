@@ -29,7 +29,7 @@ from rsft_hf.engines.base import GenerationRequest
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `generate` prepared for one prompt or several.
+    """Inputs, processors and criteria that `generate` prepared for one or several prompts.
 
     Attributes:
         processors: From the scores of the next token to those it is drawn from.
@@ -45,7 +45,7 @@ class Prepared:
 
 
 def prepare(model: Any, request: GenerationRequest, prompt: Sequence[int]) -> Prepared:
-    """Returns what `model.generate` would run with for this prompt alone; nothing is generated.
+    """Returns the preparation of `model.generate` for one prompt, without generating.
 
     Args:
         model: Has `generate`.
@@ -60,7 +60,7 @@ def prepare(model: Any, request: GenerationRequest, prompt: Sequence[int]) -> Pr
 def prepare_inputs(
     model: Any, config: GenerationConfig, inputs: dict[str, torch.Tensor], criteria: StoppingCriteriaList
 ) -> Prepared:
-    """Returns what `model.generate` would run with for these inputs; nothing is generated, but an encoder runs.
+    """Returns the preparation of `model.generate` for these inputs, without generating; an encoder runs.
 
     Args:
         model: Has `generate`.

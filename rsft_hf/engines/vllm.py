@@ -238,7 +238,7 @@ def sampling_params(request: GenerationRequest, prompt: int, index: int) -> dict
 
 
 def _outputs(llm: ColocatedLLM, request: GenerationRequest, chosen: list[tuple[int, int]]) -> list[Any]:
-    """Returns vLLM's output of each candidate, none at all where it cannot be told which is whose."""
+    """Returns vLLM's output of each candidate; none if outputs and candidates cannot be matched."""
     asked = [list(request.prompts[prompt]) for prompt, _ in chosen]
     outputs = llm.generate(asked, [sampling_params(request, *pair) for pair in chosen])
     if [list(output.prompt_token_ids) for output in outputs] != asked:

@@ -124,7 +124,7 @@ class CandidateStore:
         return self.directory / f"attempt-{attempt:02d}-shard-{number:05d}.parquet"
 
     def stage(self, path: Path) -> str | None:
-        """Returns how far the candidates of a shard have come, None where there is no shard."""
+        """Returns the stage of a shard, one of `STAGES`; None without a shard."""
         if not path.is_file():
             return None
         return (pq.read_schema(path).metadata or {}).get(_STAGE_KEY, b"").decode() or None
@@ -185,7 +185,7 @@ class CandidateStore:
                 yield _from_row(row, self.reward_names)
 
     def manifest(self) -> dict[str, Any]:
-        """Returns what was written of the round as a whole; empty where there is nothing."""
+        """Returns the manifest of the round; empty if there is none."""
         path = self.directory / MANIFEST
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 

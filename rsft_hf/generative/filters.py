@@ -35,7 +35,7 @@ class RejectTruncated:
 
 @dataclass(frozen=True)
 class RejectEmpty:
-    """Keeps what has any text beside white space."""
+    """Keeps candidates with any text besides white space."""
 
     def __call__(self, candidate: Candidate) -> bool:
         """Returns whether there is text."""
@@ -64,7 +64,7 @@ class LengthRange:
             )
 
     def __call__(self, candidate: Candidate) -> bool:
-        """Returns whether the number of tokens lies in the range."""
+        """Returns whether the number of tokens is in the range."""
         return self.min_tokens <= candidate.num_tokens and (
             self.max_tokens is None or candidate.num_tokens <= self.max_tokens
         )
@@ -168,7 +168,7 @@ class Satisfies:
             raise ValueError("`name` is empty. Name the filter, so that the store can say who rejected a candidate.")
 
     def __call__(self, candidate: Candidate) -> bool:
-        """Returns what the predicate says of the text."""
+        """Returns the value of the predicate for the text."""
         return bool(self.predicate(candidate.text))
 
     def __repr__(self) -> str:

@@ -30,7 +30,7 @@ from rsft_hf.memory import map_in_batches
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the candidates of a round are drawn.
+    """Sampling options of a round.
 
     Attributes:
         generation_config: Complete: see `generation_config.sampling_config`.
@@ -59,7 +59,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generator:
-    """What turns prompts into candidates.
+    """Generator of candidates from prompts.
 
     Attributes:
         model: Unwrapped, on its device.
@@ -226,7 +226,7 @@ def sync_weights(accelerator: Accelerator | None, engine: Engine, model: Any) ->
 
 
 def evaluation_engine(engine: Engine, model: Any, has_proposal: bool) -> Engine:
-    """Returns what generates from the trained model when it is evaluated: the engine of the rounds where that can.
+    """Returns the engine for evaluating the trained model: that of the rounds where possible.
 
     One with weights of its own may hold a teacher's, or those of a proposal, in which the trained model's may not fit:
     then it is an engine in this process.
@@ -248,7 +248,7 @@ def evaluation_engine(engine: Engine, model: Any, has_proposal: bool) -> Engine:
 def reference_opener(
     reference: Any, model: Any, device: Any
 ) -> Callable[[], contextlib.AbstractContextManager[Any]] | None:
-    """Returns what gives the reference model while it is needed, None where there is none."""
+    """Returns a context manager that gives the reference model, None without one."""
     if reference is None:
         return None
     if isinstance(reference, str):

@@ -122,7 +122,7 @@ def candidate_metrics(
     rewards_by_function: Mapping[str, torch.Tensor] | None = None,
     is_generated: torch.Tensor | None = None,
 ) -> dict[str, float]:
-    """Returns what a round is described by in the logs.
+    """Returns the logged metrics of a round.
 
     Args:
         batch: The round's candidates.

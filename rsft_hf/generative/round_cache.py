@@ -147,7 +147,7 @@ _JUDGING = {
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What is left to do of a round that may be stored in part.
+    """Work that is left of a round, which may be stored in part.
 
     Attributes:
         facts: Facts of the round, as `round_facts` returns them.
@@ -170,7 +170,7 @@ class RoundPlan:
 
 
 def plan_round(store: CandidateStore, facts: Mapping[str, Any], num_shards: int, max_attempts: int) -> RoundPlan:
-    """Returns what is left to do of a round.
+    """Returns the work that is left of a round.
 
     Args:
         store: Store of the round.
@@ -186,7 +186,7 @@ def plan_round(store: CandidateStore, facts: Mapping[str, Any], num_shards: int,
 
 
 def shard_work(store: CandidateStore, path: Path) -> Literal["generate", "score", "nothing"]:
-    """Returns what is left to do of a shard before the round is judged.
+    """Returns the work that is left of a shard before the round is judged.
 
     A shard for which no reward function answered is scored again: a judge may have been out of reach.
     """
@@ -239,7 +239,7 @@ def _begin_anew(store: CandidateStore, changed: Sequence[str]) -> None:
 
 
 def _place_aside(folder: Path) -> Path:
-    """A path that is free, for what is put aside of a round."""
+    """A free path for the candidates of a round that are moved aside."""
     aside = folder.parent / "replaced"
     aside.mkdir(exist_ok=True)
     return aside / f"{folder.name}-{sum(1 for _ in aside.glob(f'{folder.name}-*'))}"

@@ -204,7 +204,7 @@ class RoundRunner:
         return metrics | effort.metrics(self.accelerator) | {"round/seconds": time.perf_counter() - began}
 
     def _plan(self, round_number: int, generator: Generator) -> RoundPlan:
-        """What is left to do of a round, as the main process finds it on disk. Collective."""
+        """The work that is left of a round, as the main process finds it on disk. Collective."""
         digest = object_from_main(self.accelerator, model_fingerprint(generator.model))
         facts = round_facts(self.config, generator, self.prompts, self.sampling, {**self.digests, "model": digest})
         found: RoundPlan | None = None
@@ -264,7 +264,7 @@ class RoundRunner:
         store.write(path, candidates, "scored")
 
     def _judged(self, store: CandidateStore, rules: SelectionRules, attempt: int) -> tuple[list[str], list[int]]:
-        """The verdict on every candidate so far, and the prompts in need, as the main process has them."""
+        """The verdict on every candidate so far, and the prompts below the minimum, decided on the main process."""
         decided: tuple[list[str], list[int]] = ([], [])
         with FailTogether(self.accelerator, f"judging round {rules.round_number}"):
             if self.accelerator.is_main_process:

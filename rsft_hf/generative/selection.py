@@ -36,7 +36,7 @@ _NO_PROMPT = -1  # names the stream of the rules, which belong to no prompt
 
 @dataclass(frozen=True)
 class SelectionRules:
-    """How a round is judged.
+    """Options of the selection of a round.
 
     Attributes:
         acceptance: The rule, for this round.
@@ -100,11 +100,11 @@ class RoundTable:
 
     @functools.cached_property
     def uniforms(self) -> list[float]:
-        """The u of each candidate, in the order of the store; drawing them is the dearest part of judging."""
+        """Uniform number u of each candidate, in the order of the store; the slowest part of judging."""
         return verdict_uniforms(self.columns["seed"]).tolist()
 
     def batch(self, is_valid: Sequence[bool]) -> CandidateBatch:
-        """Returns what an acceptance rule reads; candidates that are not valid are in no maximum and no quantile."""
+        """Returns the batch for an acceptance rule; invalid candidates enter no maximum and no quantile."""
         columns = self.columns
         has_log_probs = any(value is not None for value in columns["log_q"])
         return CandidateBatch(
@@ -192,7 +192,7 @@ def prompts_below_minimum(
 
 
 def _fallback_rows(table: RoundTable, verdicts: Sequence[str], rules: SelectionRules) -> list[int]:
-    """The best-rewarded rejected candidates of each prompt in need, as many as it lacks; of a random control any."""
+    """The best-rewarded rejected candidates of prompts below the minimum; any for a random control."""
     missing = dict.fromkeys(table.prompt_ids, rules.min_accepted)
     is_control = _is_random(rules.acceptance)
     for prompt, verdict in zip(table.columns["prompt_id"], verdicts, strict=True):
@@ -216,7 +216,7 @@ def _is_random(rule: Acceptance) -> bool:
 
 
 def filter_candidates(candidates: Sequence[Candidate], filters: Sequence[Filter], dedup: Deduplicate | None) -> None:
-    """Marks the candidates that a filter refuses, and gives the others the key by which duplicates are told."""
+    """Marks the candidates that a filter refuses, and gives the others their key for deduplication."""
     for candidate in candidates:
         refusing = next((rule for rule in filters if not rule(candidate)), None)
         if refusing is not None:

@@ -36,7 +36,7 @@ from rsft_hf.rewards.templates import Completion, Prompt
 
 @dataclass(frozen=True)
 class Scores:
-    """What the reward functions said of C completions.
+    """Rewards of C completions.
 
     Attributes:
         rewards: Shape (C,), float64: the weighted sum over the functions that answered; NaN where none did.
@@ -53,7 +53,7 @@ class Scores:
 
 @dataclass
 class _Log:
-    """What one function logged during one call."""
+    """Columns and metrics that one function logged during one call."""
 
     extras: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
     metrics: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))

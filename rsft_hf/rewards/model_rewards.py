@@ -99,7 +99,7 @@ class RewardModel:
 
 
 def class_logits(model: nn.Module, tokenizer: Any, rows: Sequence[Encoded], batch_size: int) -> list[torch.Tensor]:
-    """Returns the logits of each encoded text, float32 on the CPU, shape (labels,), whatever batches it shared.
+    """Returns the logits of each encoded text, float32 on the CPU, shape (labels,), independent of its batch.
 
     Args:
         model: A sequence-classification model.
@@ -204,7 +204,7 @@ class _Templated:
 
 @dataclass(frozen=True, eq=False)
 class ModelReward(_Templated):
-    """What a sequence classifier says of a completion: the logit of its only label, or how likely one class is.
+    """Reward from a sequence classifier: the logit of its only label, or the probability of one class.
 
     Attributes:
         model: A sequence-classification model.

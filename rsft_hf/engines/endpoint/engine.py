@@ -111,7 +111,7 @@ class EndpointEngine(Engine):
         return self.weights is None
 
     def facts(self) -> dict[str, Any]:
-        """Returns what candidates depend on beside model, seeds and configuration; not where the server stands."""
+        """Returns what candidates depend on besides model, seeds and configuration, without the address."""
         facts = {
             "logprobs_mode": self.logprobs_mode,
             "options": json.loads(json.dumps(dict(self.options), default=str)),
@@ -196,7 +196,7 @@ class EndpointEngine(Engine):
             yield GeneratedSequence(prompt, index, one.token_ids, one.finish_reason, log_q.get(at), log_p.get(at))
 
     def _asks_log_probs(self, request: GenerationRequest) -> bool:
-        """Whether the server's log probabilities are of any use: raw ones are not log q unless nothing is in force."""
+        """Whether to request log probabilities: raw ones are log q only without active settings."""
         is_plain = not needed_settings(request.generation_config)
         is_wanted = request.with_log_probs and self.dialect != "transformers"
         return is_wanted and (is_plain or self.logprobs_mode == "processed")
@@ -219,7 +219,7 @@ class EndpointEngine(Engine):
         )
 
     def _fields(self, request: GenerationRequest) -> dict[str, Any]:
-        """What every request says."""
+        """Fields of every request."""
         fields = {"model": self.model, **sampling_fields(request.generation_config, self.dialect)}
         if self._asks_log_probs(request):
             fields |= {"logprobs": 1}
@@ -306,7 +306,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def check_spared(options: Mapping[str, Any], config: GenerationConfig) -> None:
-    """Raises ValueError if a setting is in force whose field was taken out of the requests."""
+    """Raises ValueError if an active setting lost its field in the requests."""
     active_settings = needed_settings(config) | ({"stop_strings"} if config.stop_strings else set())
     for name in options:
         setting = _SPARED.get(name)

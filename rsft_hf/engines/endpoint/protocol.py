@@ -74,7 +74,7 @@ def check_settings(config: GenerationConfig, dialect: str) -> None:
 
 
 def needed_settings(config: GenerationConfig) -> set[str]:
-    """Returns the settings by which the distribution in force differs from the model's own; empty if it does not."""
+    """Returns the active settings that change the sampled distribution from the model's own; empty if none does."""
     neutral: dict[str, float] = {"repetition_penalty": 1.0, "min_new_tokens": 0}
     if config.do_sample:
         neutral |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
@@ -83,7 +83,7 @@ def needed_settings(config: GenerationConfig) -> set[str]:
 
 
 def sampling_fields(config: GenerationConfig, dialect: str) -> dict[str, Any]:
-    """Returns how to sample, in a dialect; what is the same for every request.
+    """Returns the sampling fields of a dialect, equal in every request.
 
     Every setting is said, also where it does nothing: servers fill in a `generation_config.json` of their own.
     """
@@ -153,7 +153,7 @@ _ROUNDING = 1e-4  # nats by which a certain token may pass probability 1
 
 
 class UnusableChoice(Exception):
-    """What came back is no candidate, and may be asked for again: it was aborted, or is empty."""
+    """Error for a choice that is no candidate, aborted or empty, and may be requested again."""
 
 
 @dataclass(frozen=True)

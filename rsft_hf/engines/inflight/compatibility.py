@@ -60,7 +60,7 @@ def probe_request(request: GenerationRequest, model: Any) -> GenerationRequest:
 def probe_result(
     model: Any, request: GenerationRequest, make_scheduler: Callable[[int], Scheduler], decoder_start: list[int]
 ) -> str | None:
-    """Returns what is wrong with the model in slots, None if nothing is.
+    """Returns why the model cannot run in continuous batches, None if it can.
 
     Args:
         model: With whatever wraps it, which a plain pass goes through.

@@ -106,7 +106,7 @@ class InFlightEngine(Engine):
         return fewer
 
     def _prepared(self, model: Any, request: GenerationRequest) -> tuple[Prepared | None, str | None]:
-        """What `generate` makes of the request, and what speaks against slots, if anything."""
+        """The request as `generate` prepares it, and the reason against continuous batching, if any."""
         if reason := reason_against_inflight(model, request):
             return None, reason
         shortest = min(range(len(request.prompts)), key=lambda row: len(request.prompts[row]))

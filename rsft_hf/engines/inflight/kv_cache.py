@@ -80,11 +80,11 @@ class BatchCacheLayer(CacheLayerMixin):
         return self.buffers[0][: place.rows, :, used], self.buffers[1][: place.rows, :, used]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Returns how many columns attention reads, and the number of the first, counted from the first in use."""
+        """Returns the number of columns that attention reads, and the first of them, counted from the first in use."""
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Returns how many columns are in use."""
+        """Returns the number of columns in use."""
         return self.columns.write - self.columns.start
 
     def get_max_length(self) -> int:
@@ -115,7 +115,7 @@ class BatchCacheLayer(CacheLayerMixin):
 
 
 class BatchCache(Cache):
-    """What the attention of a model reads of the running candidates.
+    """KV cache of the running candidates, one row each.
 
     Args:
         max_rows: Slots.

@@ -144,7 +144,7 @@ class RunningBatch:
         return is_stopped
 
     def sequences(self, ended: list[int]) -> list[GeneratedSequence]:
-        """Returns what these rows, which have ended, have come to."""
+        """Returns the sequences of rows that have ended."""
         rows = torch.tensor(ended, device=self.device)
         is_stopped = self._is_stopped(rows, self._state["sequences"][rows, self._state["lengths"][rows] - 1]).tolist()
         tokens = self._state["sequences"][rows].tolist()
