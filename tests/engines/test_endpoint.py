@@ -9,15 +9,13 @@ import torch
 
 import generators as g
 from completions_server import NAME, CompletionsServer
+from endpoint_runs import IDS, MODEL, VOUCHED, engine, request, run, tokens, whole
 from rsft_hf.engines.base import GenerationRequest
-from rsft_hf.engines.endpoint.engine import EndpointEngine
+from rsft_hf.engines.endpoint.engine import _NEVER, _SPARED, EndpointEngine
+from rsft_hf.engines.endpoint.weight_sync import SaveAndReload
 from rsft_hf.engines.generate import GenerateEngine
-from rsft_hf.engines.random_streams import candidate_seed
 
 pytest.importorskip("openai", reason="the extra `endpoint` is not installed")
-
-MODEL, IDS = g.tiny_model().eval(), g.prompt_ids(5)
-VOUCHED = {"weights": lambda model: None}  # the server holds the weights of the model
 
 
 @pytest.fixture
@@ -25,38 +23,6 @@ def server():
     server = CompletionsServer(MODEL)
     yield server
     server.stop()
-
-
-def engine(server, **keywords) -> EndpointEngine:
-    defaults = {"timeout_seconds": 20, "max_retries": 2, "backoff_seconds": 0.01}
-    made = EndpointEngine(server.base_url, NAME, **{**defaults, **keywords})
-    if made.weights is not None:
-        made.sync_weights(MODEL, is_main_process=True)
-    return made
-
-
-def request(
-    num_candidates=3, ids=IDS, with_log_probs=False, is_greedy=False, more=None, **settings
-) -> GenerationRequest:
-    seeds = [[candidate_seed(0, 0, number, 0, index) for index in range(num_candidates)] for number in range(len(ids))]
-    config = g.complete(MODEL, is_greedy, **settings)
-    return GenerationRequest(ids, seeds, config, with_log_probs, g.tokenizer(), **(more or {}))
-
-
-def run(engine, asked) -> dict:
-    """Sequences by prompt and candidate; none comes twice."""
-    found = list(engine(MODEL, asked))
-    by_place = {(one.prompt, one.index): one for one in found}
-    assert len(by_place) == len(found)
-    return by_place
-
-
-def tokens(found) -> dict:
-    return {place: (one.token_ids, one.finish_reason) for place, one in found.items()}
-
-
-def whole(asked) -> set:
-    return {(prompt, index) for prompt in range(len(asked.prompts)) for index in range(asked.num_candidates)}
 
 
 def test_greedy_candidates_are_those_of_the_local_engine(server):
@@ -234,3 +200,79 @@ def test_the_key_is_not_shown_and_the_client_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ImportError, match=r"rsft-hf\[endpoint\]"):
         EndpointEngine("http://localhost:1/v1", NAME)
+
+
+pytest.importorskip("openai", reason="the extra `endpoint` is not installed")
+
+
+URL = "http://localhost:1/v1"
+
+
+WRONG_ARGUMENTS = [
+    ({"base_url": "localhost:1/v1"}, ValueError, "`base_url`='localhost:1/v1' is no address.*'http://"),
+    ({"base_url": ""}, ValueError, "`base_url`='' is no address"),
+    ({"base_url": "http:///v1"}, ValueError, "`base_url`='http:///v1' is no address"),
+    ({"base_url": None}, TypeError, "`base_url`=None must be text"),
+    ({"weights": "/shared"}, TypeError, "`weights`='/shared' must be None, or what takes a model"),
+    ({"weights": SaveAndReload}, TypeError, "`weights`=.*with its arguments"),
+    ({"weights": SaveAndReload.sglang}, TypeError, "`weights`=.*with its arguments"),
+    ({"max_retries": None}, TypeError, "`max_retries`=None must be an integer of at least 0"),
+    ({"concurrency": 2.5}, TypeError, "`concurrency`=2.5 must be an integer"),
+    ({"candidates_per_request": -1}, ValueError, "`candidates_per_request`=-1 must be at least 1"),
+    ({"timeout_seconds": "9"}, TypeError, "`timeout_seconds`='9' must be a number"),
+    ({"timeout_seconds": float("nan")}, ValueError, "`timeout_seconds`=nan must be more than 0"),
+    ({"backoff_seconds": -1.0}, ValueError, "`backoff_seconds`=-1.0 must be at least 0"),
+]
+
+
+@pytest.mark.parametrize(("keywords", "kind", "message"), WRONG_ARGUMENTS, ids=str)
+def test_wrong_arguments_are_refused_where_the_engine_is_made(keywords, kind, message):
+    with pytest.raises(kind, match=message):
+        EndpointEngine(**{"base_url": URL, "model": NAME, **keywords})
+
+
+def test_an_address_that_takes_weights_must_be_one(tmp_path):
+    with pytest.raises(ValueError, match="`url`='localhost:1/update_weights_from_disk' is no address"):
+        SaveAndReload.sglang("localhost:1/v1", tmp_path)
+
+
+def test_methods_and_functions_may_bring_the_weights():
+    class Mine:
+        def bring(self, model): ...
+
+    for weights in (Mine().bring, lambda model: None, SaveAndReload.sglang(URL, "somewhere")):
+        assert not EndpointEngine(URL, NAME, weights=weights).is_fixed
+    assert EndpointEngine(URL, NAME).is_fixed
+
+
+def test_what_a_request_says_is_not_said_otherwise(server):
+    one = request(2, with_log_probs=True, stop_strings=["em"])
+    run(engine(server), one)
+    assert server.bodies[0].keys() <= _NEVER | _SPARED.keys()
+    for name in (*_NEVER, *_SPARED):
+        with pytest.raises(ValueError, match=f"`options` has {name}=1, which every request says by itself"):
+            EndpointEngine(URL, NAME, options={name: 1})
+    for name in _NEVER:
+        with pytest.raises(ValueError, match=f"`options` has {name}=None"):
+            EndpointEngine(URL, NAME, options={name: None})
+
+
+TAKEN_OUT = [
+    ("min_p", {"min_p": 0.1}, "takes min_p out .* has min_p=0.1"),
+    ("top_p", {"top_p": 0.9}, "takes top_p out"),
+    ("top_k", {"top_k": 5}, "takes top_k out"),
+    ("repetition_penalty", {"repetition_penalty": 1.2}, "takes repetition_penalty out"),
+    ("min_tokens", {"min_new_tokens": 2}, "takes min_tokens out .* has min_new_tokens=2"),
+    ("include_stop_str_in_output", {"stop_strings": ["em"]}, "takes include_stop_str_in_output out .* stop_strings="),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "message"), TAKEN_OUT)
+def test_a_field_is_taken_out_only_where_it_would_say_nothing(server, name, settings, message):
+    one = engine(server, options={name: None})
+    with pytest.raises(ValueError, match=message):
+        one(MODEL, request(**settings))
+    assert server.bodies == []
+    if name != "top_p":  # the tests' server wants it
+        assert len(run(one, request(1, ids=g.prompt_ids(2)))) == 2
+        assert name not in server.bodies[-1]

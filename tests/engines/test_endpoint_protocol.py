@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_endpoint import IDS, MODEL, VOUCHED, engine, request, run, tokens, whole
 
 import generators as g
 from completions_server import CompletionsServer
+from endpoint_runs import IDS, MODEL, VOUCHED, engine, request, run, tokens, whole
 
 pytest.importorskip("openai", reason="the extra `endpoint` is not installed")
 

@@ -5,10 +5,10 @@ import re
 
 import pytest
 import torch
-from test_endpoint import IDS, MODEL, engine, request, run, tokens
 
 import generators as g
 from completions_server import NAME, CompletionsServer
+from endpoint_runs import IDS, MODEL, engine, request, run, tokens
 from rsft_hf.engines.endpoint.engine import EndpointEngine
 from rsft_hf.engines.endpoint.weight_sync import SaveAndReload
 

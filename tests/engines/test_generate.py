@@ -7,22 +7,11 @@ import torch
 import transformers as hf
 
 import generators as g
+from generation_oracle import NUM_CANDIDATES, NUM_PROMPTS, SETTINGS, check_log_probs, cut, ids_for, short_of_memory
 from rsft_hf.engines.auto import choose_engine
 from rsft_hf.engines.generate import GenerateEngine
 from rsft_hf.generative.encoding import Encoder
 from rsft_hf.generative.generation import completion_log_probabilities
-
-NUM_PROMPTS, NUM_CANDIDATES = 5, 3
-
-
-def ids_for(name: str) -> list[list[int]]:
-    """Prompts of 2 to 6 tokens, so that every batch is padded."""
-    return g.prompt_ids(NUM_PROMPTS, closes_text=name in g.ENCODER_DECODER)
-
-
-def cut(ids: list[int], ends: list[int]) -> list[int]:
-    """Up to the first end token, which is kept."""
-    return next((ids[: at + 1] for at, token in enumerate(ids) if token in ends), ids)
 
 
 def one_at_a_time(model, ids: list[list[int]], **settings) -> list[list[int]]:
@@ -92,13 +81,6 @@ def test_stop_strings_end_a_candidate(settings):
     assert any(one.token_ids[-1] == ends[1] for one in found)
 
 
-SETTINGS = {
-    "plain": {},
-    "truncated": {"temperature": 0.7, "top_p": 0.9, "top_k": 5},
-    "penalised": {"repetition_penalty": 1.8},
-    "pad_is_eos": {"no_repeat_ngram_size": 2, "pad_token_id": g.EOS},
-    "kept": {"sequence_bias": [[[g.A], 1.5]]},  # a processor for which rows that ended stay in the batch
-}
 CASES = [(name, "plain") for name in g.NAMES] + [(name, kind) for name in ("gpt2", "t5") for kind in [*SETTINGS][1:]]
 
 
@@ -126,35 +108,6 @@ def test_candidates_depend_on_no_batch_order_or_company(name, settings):
             torch.testing.assert_close(one.log_q, other.log_q, atol=1e-4, rtol=0)
 
 
-def processed_by_hand(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
-    """Log probabilities after temperature, then the k most probable, then the fewest that hold top_p."""
-    found = torch.full_like(logits, -torch.inf)
-    for row, values in enumerate((logits / temperature).tolist()):
-        order = sorted(range(len(values)), key=lambda token: -values[token])[: top_k or None]
-        probabilities = torch.tensor([values[token] for token in order], dtype=torch.float64).softmax(0).tolist()
-        before = [sum(probabilities[:place]) for place in range(len(order))]
-        kept = [token for token, mass in zip(order, before) if mass < top_p]
-        found[row, kept] = torch.tensor([values[token] for token in kept]).log_softmax(0)
-    return found
-
-
-def check_log_probs(model, ids: list[list[int]], found: list, settings: tuple[float, int, float]) -> None:
-    """Compares log q and log p of every token with a pass over its candidate alone, to 1e-4."""
-    for one in found:
-        tokens = torch.tensor(one.token_ids)
-        with torch.no_grad():  # one row, no padding
-            if model.config.is_encoder_decoder:
-                start = [model.config.decoder_start_token_id, *one.token_ids[:-1]]
-                logits = model(torch.tensor([ids[one.prompt]]), decoder_input_ids=torch.tensor([start])).logits[0]
-            else:
-                whole = torch.tensor([ids[one.prompt] + one.token_ids])
-                logits = model(whole).logits[0, len(ids[one.prompt]) - 1 : -1]
-        log_p = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        log_q = processed_by_hand(logits, *settings).gather(1, tokens[:, None])[:, 0]
-        torch.testing.assert_close(one.log_p, log_p, atol=1e-4, rtol=0)
-        torch.testing.assert_close(one.log_q, log_q, atol=1e-4, rtol=0)
-
-
 @pytest.mark.parametrize("settings", [(1.0, 0, 1.0), (0.7, 0, 0.9), (1.3, 6, 0.8)], ids=str)
 @pytest.mark.parametrize("name", g.NAMES)
 def test_log_q_and_log_p_are_those_of_a_teacher_forced_pass(name, settings):
@@ -170,20 +123,6 @@ def test_log_q_and_log_p_are_those_of_a_teacher_forced_pass(name, settings):
         asked = [ids[one.prompt] for one in found]
         total = completion_log_probabilities(model, encoder, asked, answers, batch_size)
         torch.testing.assert_close(total, sums, atol=1e-4, rtol=0)
-
-
-def short_of_memory(model, most: int) -> list[int]:
-    """Makes the model refuse more than `most` rows, and returns the list to which it adds the rows of each pass."""
-    passes: list[int] = []
-
-    def refuse(_, args, keywords):
-        rows = keywords["decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"]
-        passes.append(len(rows))
-        if len(rows) > most:
-            raise torch.OutOfMemoryError(f"{len(rows)} rows")
-
-    model.register_forward_pre_hook(refuse, with_kwargs=True)
-    return passes
 
 
 @pytest.mark.parametrize("most", [1, 3, 5])
@@ -230,3 +169,19 @@ def test_engines_are_chosen_by_name_or_given():
         choose_engine(GenerateEngine, None)
     with pytest.raises(ValueError, match="`max_sequences`=0 must be at least 1"):
         GenerateEngine(0)
+
+
+@pytest.mark.parametrize("name", g.NAMES)
+def test_a_prompt_is_read_once_for_all_its_candidates(name):
+    model, read = g.tiny_model(name), []
+    reader = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+
+    def note(_, args, keywords):
+        ids = keywords.get("input_ids", args[0] if args else None)
+        read.append(len(ids) if ids.shape[1] > 1 else 0)
+
+    reader.register_forward_pre_hook(note, with_kwargs=True)
+    for max_sequences, rows in ((64, [3]), (9, [2, 1])):  # of 3 prompts with 4 candidates each: whole prompts a batch
+        read.clear()
+        g.generated(model, g.complete(model), g.prompt_ids(3), 4, GenerateEngine(max_sequences))
+        assert [count for count in read if count] == rows

@@ -1,11 +1,22 @@
 """The configuration in force: the model's own, the user's over it, and nothing that a default brings in unasked."""
 
+import logging
+
 import pytest
 import torch
 import transformers as hf
+from transformers import GenerationConfig
 
 import generators as g
-from rsft_hf.engines.generation_config import active_settings, check_generation_config, context_length, sampling_config
+from rsft_hf.engines.generation_config import (
+    _WITHOUT_EFFECT,
+    active_settings,
+    check_generation_config,
+    check_settings_supported,
+    context_length,
+    sampling_config,
+    shaping_settings,
+)
 from rsft_hf.generative.resampler import CandidateResampler
 
 
@@ -133,3 +144,49 @@ def test_an_end_that_is_forced_at_the_limit_is_no_end(is_greedy):
 def test_the_context_of_every_architecture_is_known():
     known = {name: context_length(g.tiny_model(name)) for name in g.NAMES}
     assert known == {"llama": 64, "gpt2": 64, "qwen3": 64, "t5": None, "bart": 64, "marian": 64}
+
+
+SETTINGS = {
+    "num_beams": 2, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.9,
+    "epsilon_cutoff": 3e-4, "eta_cutoff": 3e-4, "repetition_penalty": 1.2, "encoder_repetition_penalty": 1.2,
+    "no_repeat_ngram_size": 2, "encoder_no_repeat_ngram_size": 2, "bad_words_ids": [[g.A]], "suppress_tokens": [g.A],
+    "begin_suppress_tokens": [g.A], "sequence_bias": [[[g.A], 1.5]], "forced_bos_token_id": 0, "forced_eos_token_id": 0,
+    "exponential_decay_length_penalty": [2, 1.1], "guidance_scale": 1.5, "token_healing": True, "min_length": 2,
+    "remove_invalid_values": True, "min_new_tokens": 2, "stop_strings": ["em"], "max_time": 9.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_is_refused_unless_it_is_obeyed(name):
+    assert len(SETTINGS) == 26
+    config = GenerationConfig(**{name: SETTINGS[name]})
+    assert shaping_settings(config) == {name: SETTINGS[name]}
+    check_settings_supported(config, (name,), "It", "Do without.")
+    with pytest.raises(ValueError, match=rf"It cannot sample with {name}=.* obeys seed, top_x only\. Do without\."):
+        check_settings_supported(config, ("top_x", "seed"), "It", "Do without.")
+
+
+def test_what_changes_nothing_is_let_through():
+    plain = g.complete(g.tiny_model("llama"))
+    greedy = g.complete(g.tiny_model("llama"), is_greedy=True)
+    assert (plain.temperature, plain.top_k, plain.top_p) == (1.0, 0, 1.0)
+    assert shaping_settings(plain) == shaping_settings(greedy) == {}
+    assert shaping_settings(GenerationConfig(repetition_penalty=1.0, suppress_tokens=[], no_repeat_ngram_size=0)) == {}
+
+
+def test_no_name_is_misspelt():
+    missing = set(_WITHOUT_EFFECT) - set(GenerationConfig().to_dict())
+    assert missing <= {"top_h", "constraints", "force_words_ids", "num_beam_groups", "penalty_alpha", "dola_layers"}
+
+
+def test_settings_of_the_model_are_said_and_log_q_is_the_processed_one(tmp_path, caplog):
+    """The overriding: tests/engines/test_generation_config.py. The processing: tests/engines/test_generate.py."""
+    model = g.tiny_model()
+    model.generation_config.temperature, model.generation_config.top_k = 0.5, 3
+    with caplog.at_level(logging.INFO, logger="rsft_hf"):
+        run = g.trainer(tmp_path, g.resampler(keep_log_probs=True), model=model)
+        run.train()
+    said = next(line for line in caplog.messages if "Candidates are sampled with" in line)
+    assert "'temperature': 0.5" in said
+    assert "'top_k': 3" in said
+    assert all(one.log_q > one.log_p for one in g.stored(run))  # three tokens share what twenty-one had

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_generate import SETTINGS, ids_for, processed_by_hand, short_of_memory
 
 import architectures
 import generators as g
+from generation_oracle import SETTINGS, ids_for, processed_by_hand, short_of_memory
 from rsft_hf.engines.generate import GenerateEngine
 from rsft_hf.engines.log_probs import token_log_probabilities
 

@@ -1,6 +1,6 @@
-"""An engine with weights of its own gets them before each round and each evaluation, and nobody generates before.
+"""Weight sync of an engine with weights of its own: once per round and per evaluation, before anything is generated.
 
-Errors, with two processes: test_whole_model_sharded.py.
+Errors, with two processes: test_model_access_sharded.py.
 """
 
 from pathlib import Path

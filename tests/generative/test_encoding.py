@@ -1,11 +1,18 @@
 """From prompts to ids and from ids to training rows: what is masked, what is learnt, what is padded."""
 
+from pathlib import Path
+from typing import Any
+
+import datasets
 import pytest
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models
 
+import generators
 import generators as g
+from generative_runs import NUM_PROMPTS, CountingEngine, resampler, stored, trained
+from rsft_hf.engines.sampling import pad_prompts
 from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.encoding import IGNORED, Encoder, RowCollator
 from rsft_hf.generative.training_rows import encode_candidates
@@ -139,3 +146,61 @@ def test_the_sampled_tokens_are_the_ones_that_are_learnt(is_encoder_decoder):
     prompt = [] if is_encoder_decoder else [IGNORED]
     rows = encode_candidates([candidate, refused], made)
     assert [row["labels"] for row in rows] == [[*prompt, 1, 2, 0]]
+
+
+NAMED = "{% for m in messages %}{{ '<|im_start|> ' + m['name'] + ' ' + m['content'] + ' <|im_end|> ' }}{% endfor %}"
+
+
+def conversations(**changes: Any) -> datasets.Dataset:
+    rows = generators.prompts(NUM_PROMPTS, conversational=True).to_list()
+    for number, row in enumerate(rows):
+        row["prompt"] = [{**message, "name": generators.LETTERS[number], **changes} for message in row["prompt"]]
+    return datasets.Dataset.from_list(rows)
+
+
+def test_training_rows_begin_with_what_the_engine_saw_whatever_the_template_reads(tmp_path: Path) -> None:
+    """The store keeps role and content alone; the prompt is encoded from the data set."""
+    engine, words = CountingEngine(), generators.tokenizer()
+    words.chat_template = NAMED
+    ours = trained(tmp_path, resampler(engine=engine), train_dataset=conversations(), processing_class=words)
+    seen = [list(ids) for call in engine.calls for ids in call]
+    assert [ids[1] for ids in seen] == [generators.A + number for number in range(NUM_PROMPTS)]
+    assert set(stored(tmp_path)[0]["prompt"][0]) == {"role", "content"}
+    accepted = [row["token_ids"] for row in stored(tmp_path) if row["is_accepted"]]
+    rows = ours.resampler.pool.accepted
+    assert [row["input_ids"] for row in rows] == [ids + answer for ids, answer in zip(seen, accepted, strict=True)]
+
+
+def test_generation_pads_left_and_training_right():
+    """Tokens: tests/engines/test_generate.py, greedy tokens of each prompt alone."""
+    rows = [[A], [A, B, C]]
+    assert pad_prompts(rows, g.PAD, "cpu", is_left=True)["input_ids"].tolist() == [[g.PAD, g.PAD, A], [A, B, C]]
+    assert pad_prompts(rows, g.PAD, "cpu", is_left=True)["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
+    assert pad_prompts(rows, g.PAD, "cpu", is_left=False)["input_ids"].tolist() == [[A, g.PAD, g.PAD], [A, B, C]]
+    encoder = Encoder(g.tokenizer(), is_encoder_decoder=False)
+    batch = RowCollator(g.PAD)([encoder.training_row([A], [B]), encoder.training_row([A, B], [C])])
+    assert batch["input_ids"].tolist() == [[A, B, g.PAD], [A, B, C]]
+
+
+def test_sampled_tokens_are_learnt_and_the_prompt_is_not(tmp_path):
+    """Tokens that encoding again would change: test_generative_encoding.py."""
+    run = g.trainer(tmp_path, g.resampler())
+    run.train()
+    ids, accepted = g.prompt_ids(4), [one for one in g.stored(run) if one.is_accepted]
+    assert any(token < 6 for one in accepted for token in one.token_ids[:-1])  # special tokens, which texts leave out
+    for one, row in zip(accepted, run.resampler.pool.accepted, strict=True):
+        assert row["input_ids"] == ids[one.prompt_id] + one.token_ids
+        assert row["labels"] == [-100] * len(ids[one.prompt_id]) + one.token_ids
+
+
+def test_every_end_token_ends_and_is_learnt_also_as_padding(tmp_path):
+    """Ends: tests/engines/test_generate.py. Padding: test_generative_encoding.py."""
+    config = g.sampling(12, eos_token_id=[g.EOS, B], pad_token_id=g.EOS)
+    run = g.trainer(tmp_path, g.resampler(generation_config=config, num_candidates=8), num_prompts=6)
+    run.train()
+    ended = [one for one in g.stored(run) if one.finish_reason == "stop"]
+    assert {one.token_ids[-1] for one in ended} == {g.EOS, B}
+    batch = run.resampler.collator(hf.default_data_collator)(run.resampler.pool.accepted)
+    lasts = [labels[labels != -100][-1].item() for labels in batch["labels"]]
+    assert lasts == [row["input_ids"][-1] for row in run.resampler.pool.accepted]
+    assert g.EOS in lasts

@@ -11,6 +11,7 @@ import transformers as hf
 
 import generators
 from generative_runs import CountingEngine, logged, resampler, stored, trained, trainer
+from rsft_hf import RejectionSamplingSeq2SeqTrainer
 
 HELD_OUT = generators.prompts(5, first=82)
 KEYS = {"reward", "rewards/share_of_wanted/mean", "length", "truncated", "distinct_1", "distinct_2", "runtime"}
@@ -226,3 +227,16 @@ def test_held_out_prompts_without_rows_to_look_at(tmp_path: Path, rows: Any) -> 
     with pytest.raises(ValueError, match="`eval_dataset`"):
         trained(tmp_path, resampler(engine=engine), args={"eval_strategy": "epoch"}, eval_dataset=rows)
     assert engine.calls == []
+
+
+def test_arguments_of_evaluate_that_prompts_do_not_heed_are_refused(tmp_path: Path) -> None:
+    engine, args = CountingEngine(), generators.arguments(tmp_path, seq2seq=True)
+    ours = RejectionSamplingSeq2SeqTrainer(
+        model=generators.tiny_model("t5"), args=args, resampler=resampler(engine=engine),
+        train_dataset=generators.prompts(4), eval_dataset=generators.prompts(2, first=80),
+        processing_class=generators.tokenizer_for("t5"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"evaluate\(\) got max_length, .*eval_generation_config"):
+        ours.evaluate(max_length=2)
+    assert engine.calls == []
+    assert "eval_reward" in ours.evaluate()

@@ -2,12 +2,25 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from rsft_hf.acceptance import CandidateBatch, TopKPerPrompt
-from rsft_hf.generative.metrics import candidate_metrics, correlation, distinct_n, frac_reward_zero_std, pass_at_k
+import generators
+import generators as g
+from generative_runs import logged, resampler, stored, trained, trainer
+from rsft_hf.acceptance import CandidateBatch, Threshold, TopKPerPrompt
+from rsft_hf.generative.candidates import Candidate, CandidateStore
+from rsft_hf.generative.metrics import (
+    candidate_metrics,
+    correlation,
+    distinct_n,
+    frac_reward_zero_std,
+    pass_at_k,
+    round_metrics,
+)
+from rsft_hf.generative.selection import COLUMNS, RoundTable
 from rsft_hf.rejection import effective_sample_size, effective_sample_size_from_logs
 
 NAN = math.nan
@@ -127,3 +140,73 @@ def test_masks_that_contradict_the_batch_are_refused():
         candidate_metrics(batch, torch.tensor([True]))
     with pytest.raises(ValueError, match="`is_generated` leaves out a candidate"):
         candidate_metrics(batch, torch.tensor([[False, False]]), is_generated=torch.tensor([[False, True]]))
+
+
+def noise(completions: list, **_) -> list[float]:
+    return torch.rand(len(completions)).tolist()  # no two are equal, and nothing else is known of them
+
+
+def test_fallbacks_beside_accepted_ones_are_counted_apart(tmp_path: Path) -> None:
+    made = resampler(noise, Threshold(0.8), on_nothing_accepted="best", num_draws=2)
+    ours = trained(tmp_path, made, train_dataset=generators.prompts(20))
+    rows = stored(tmp_path)
+    with_accepted = {row["prompt_id"] for row in rows if row["reward"] > 0.8}
+    assert 0 < len(with_accepted) < 20
+    assert logged(ours, "round/acceptance_rate") == [sum(row["reward"] > 0.8 for row in rows) / 80]
+    assert logged(ours, "round/prompts_without_accepted") == [(20 - len(with_accepted)) / 20]
+    assert logged(ours, "candidates/fallback") == [(20 - len(with_accepted)) / 80]
+
+
+def test_pass_at_k_is_of_the_first_attempt_alone(tmp_path: Path) -> None:
+    """Attempts 1 to 3 were made for the second prompt only, as it was not solved: they say nothing of one sampling."""
+    store = CandidateStore(tmp_path, ["judge"], is_conversational=False)
+    for attempt, rewards in enumerate([{0: (1.0, 0.0), 1: (0.0, 0.0)}, {1: (0.0, 0.0)}, {1: (0.0, 0.0)}, {1: (1, 1)}]):
+        candidates = [
+            Candidate(prompt, "a", [6, 1], "a", "stop", attempt, index, index, reward=float(reward))
+            for prompt, both in rewards.items()
+            for index, reward in enumerate(both)
+        ]
+        store.write(store.path(attempt, 0), candidates, "scored")
+    table = RoundTable.of(store.columns(COLUMNS))
+    verdicts = ["accepted" if reward else "rejected" for reward in table.columns["reward"]]
+    figures = round_metrics(store, table, verdicts, Threshold(0.5))
+    # pass@1 = (1/2 + 0/2) / 2 and pass@2 = (1 + 0) / 2; with all attempts (1/2 + 2/8) / 2.
+    assert {name: value for name, value in figures.items() if "pass@" in name} == {
+        "round/pass@1": 0.25,
+        "round/pass@2": 0.5,
+    }
+
+
+def test_a_log_by_epoch_has_the_loss_and_the_figures_of_the_round(tmp_path: Path) -> None:
+    args = {"logging_strategy": "epoch", "num_train_epochs": 2}
+    ours = trainer(tmp_path, args=args)
+    ours.train()
+    lines = [line for line in ours.state.log_history if "loss" in line]
+    assert [line["epoch"] for line in lines] == [1.0, 2.0]
+    assert all("candidates/reward" in line and "round/acceptance_rate" in line for line in lines)
+    for key in ("candidates/reward", "round/trained_tokens", "train_loss"):
+        assert len(logged(ours, key)) == (1 if key == "train_loss" else 2)
+
+
+def test_length_bias_and_collapse_are_logged(tmp_path):
+    """The figures by hand: test_metrics.py."""
+
+    def length(completion_ids, **_):
+        return [3.0 * len(ids) for ids in completion_ids]
+
+    held_out = []
+
+    def watched(completions, **_):
+        held_out.extend(completions)
+        return [0.25] * len(completions)
+
+    source = g.resampler(length, eval_reward_funcs=watched)
+    run = g.trainer(tmp_path, source, eval_dataset=g.prompts(3, first=50))
+    run.train()
+    logged = {name: value for line in run.state.log_history for name, value in line.items()}
+    assert logged["candidates/length_reward_correlation"] == pytest.approx(1)
+    assert {f"{kind}/distinct_{n}" for kind in ("candidates", "accepted") for n in (1, 2)} <= set(logged)
+    assert not held_out  # it selected nothing
+    figures = run.evaluate()
+    assert figures["eval_rewards/watched/mean"] == 0.25
+    assert len(held_out) == 3

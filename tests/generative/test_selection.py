@@ -1,12 +1,20 @@
 """From rewards to verdicts, on columns written by hand."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from rsft_hf import DensityRatio, Threshold, TopKOverall, TopKPerPrompt
+import generators
+import generators as g
+from generative_runs import resampler, stored, trained
+from rsft_hf import DensityRatio, TopKOverall
+from rsft_hf.acceptance import RSO, RandomLike, Threshold, TopKPerPrompt
 from rsft_hf.engines.random_streams import verdict_uniforms
+from rsft_hf.generative.candidates import Candidate
+from rsft_hf.generative.filters import RejectTruncated
+from rsft_hf.generative.resampler import CandidateResampler
 from rsft_hf.generative.selection import (
     ACCEPTED,
     COLUMNS,
@@ -171,3 +179,63 @@ def test_prompts_of_unequal_counts_are_padded() -> None:
     batch = round_.batch([True] * 3)
     assert batch.rewards.nan_to_num(-1).tolist() == [[1.0, 2.0], [3.0, -1.0]]
     assert batch.is_candidate.tolist() == [[True, True], [True, False]]
+
+
+def noise(completions: list, **_) -> list[float]:
+    return torch.rand(len(completions)).tolist()  # no two are equal, and nothing else is known of them
+
+
+@pytest.mark.parametrize("is_control", [False, True], ids=["rule", "control"])
+def test_the_fallback_of_a_random_control_is_random_and_that_of_a_rule_the_best(tmp_path: Path, is_control) -> None:
+    rule = RandomLike(Threshold(5.0)) if is_control else Threshold(5.0)
+    made = resampler(noise, rule, on_nothing_accepted="best", num_draws=2)
+    ours = trained(tmp_path, made, train_dataset=generators.prompts(40))
+    rows, num_best, places = stored(tmp_path), 0, set()
+    for prompt in range(40):
+        own = [row for row in rows if row["prompt_id"] == prompt]
+        (chosen,) = (row for row in own if row["is_accepted"])
+        assert chosen["verdict"] == "fallback"
+        num_best += chosen["reward"] == max(row["reward"] for row in own)
+        places.add(chosen["candidate"])
+    # 40 prompts of 4: 10 are the best by chance, with a standard deviation of (40 * 1/4 * 3/4)^0.5 = 2.7.
+    assert 2 <= num_best <= 18 if is_control else num_best == 40
+    assert places == {0, 1, 2, 3}  # not the first of each prompt either
+    (figures,) = (line for line in ours.state.log_history if "candidates/fallback" in line)
+    assert (figures["round/acceptance_rate"], figures["round/prompts_without_accepted"]) == (0.0, 1.0)
+    assert figures["candidates/fallback"] == 0.25  # one of four
+    assert "accepted/reward" not in figures
+    assert figures["round/accepted_rows"] == 40
+
+
+A, B, C = g.A, g.A + 1, g.A + 2
+
+
+def test_a_truncated_candidate_is_in_no_maximum():
+    seen = []
+
+    def reward(completions, **_):
+        seen.extend(completions)
+        return [100.0 if text == "cut" else 1.0 for text in completions]
+
+    candidates = [Candidate(0, "a", [A], "whole", "stop"), Candidate(0, "a", [B], "cut", "length", index=1)]
+    # With r_max = 100 the other would be accepted with probability exp(-99 / 0.1).
+    source = CandidateResampler(reward, RSO(beta=0.1, k=1), num_candidates=2)
+    judged = source.accept(source.score(candidates))
+    assert [one.verdict for one in judged] == ["accepted", "filtered"]
+    assert seen == ["whole"]
+    assert judged[1].rule == repr(RejectTruncated())
+
+
+def test_a_judge_that_fails_is_none_and_accepts_nothing(tmp_path):
+    """A judge behind a server: test_judge.py."""
+
+    def judge(completions, **_):
+        return [None if number % 2 else -5.0 for number in range(len(completions))]
+
+    source = g.resampler(judge, Threshold(minimum=-9.0), on_nothing_accepted="skip")
+    run = g.trainer(tmp_path, source)
+    run.train()
+    assert [one.verdict for one in g.stored(run)] == ["accepted", "unjudged"] * 4
+    assert [one.reward for one in g.stored(run)] == [-5.0, None] * 4
+    assert source.metrics()["candidates/reward"] == -5.0  # neither -1 nor 0 is in the mean
+    assert source.metrics()["candidates/unjudged"] == 0.5

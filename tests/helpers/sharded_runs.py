@@ -1,4 +1,4 @@
-"""Models sharded by FSDP2 over two gloo processes on the CPU, for `test_whole_model_sharded.py`: started by torchrun.
+"""Models sharded by FSDP2 over two gloo processes on the CPU, for `test_model_access_sharded.py`: started by torchrun.
 
 torchrun --nproc_per_node 2 tests/helpers/sharded_runs.py OUTPUT_DIR [broken]
 

@@ -9,8 +9,10 @@ import pytest
 import rouge_score.rouge_scorer
 import sacrebleu
 
+import generators as g
 import reward_parts
 from rsft_hf import rewards as scorers
+from rsft_hf.rewards import BleuReward, MetricReward
 from rsft_hf.rewards.contract import Scorer, check_callable
 from rsft_hf.rewards.functions import RewardFunctions
 
@@ -215,3 +217,38 @@ def test_a_missing_package_names_its_extra(monkeypatch, package, build, extra):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"pip install rsft-hf\[{extra}\]"):
         build()
+
+
+def test_bleu_is_of_each_sentence_and_smoothed():
+    """Values: test_scorers.py."""
+    # "a b c" and "a b d" share no 4-gram and no 3-gram: unsmoothed both would be 0 beside "a b c d".
+    answers, references = ["a b c", "j"], ["a b d", "a b d"]
+    scores = BleuReward()(prompts=answers, completions=answers, reference=references)
+    assert scores[0] > 0
+    assert scores[1] == 0  # and alone: another row's words change nothing
+    assert BleuReward()(prompts=answers[:1], completions=answers[:1], reference=references[:1]) == scores[:1]
+
+
+METRIC = """
+import datasets
+import evaluate
+
+
+class Share(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references):
+        return {"share": float(predictions[0].count(references[0]))}
+"""
+
+
+def test_a_metric_of_ones_own_is_loaded_by_its_path(tmp_path):
+    """No hub is asked: the tests run offline."""
+    (tmp_path / "share").mkdir()
+    (tmp_path / "share" / "share.py").write_text(METRIC)
+    run = g.trainer(tmp_path, g.resampler(MetricReward(str(tmp_path / "share"))))
+    run.train()
+    wanted = g.prompts(4)["reference"]
+    assert [one.reward for one in g.stored(run)] == [one.text.count(wanted[one.prompt_id]) for one in g.stored(run)]

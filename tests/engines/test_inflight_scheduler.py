@@ -1,4 +1,4 @@
-"""Who enters when, who leaves when, and what is computed: the schedule of candidates in scheduler, and their cache."""
+"""Scheduler and KV cache: order of admission and removal, and the positions that are computed."""
 
 import pytest
 import torch

@@ -1,18 +1,22 @@
-"""What cannot be generated from or scored is refused by name, before anything is spent or with the candidates kept."""
+"""Validation: what cannot be generated from or scored is refused by name, early or with the candidates kept."""
 
+import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
 import transformers as hf
+from accelerate.utils import DistributedType
 from torch.utils.data import Dataset
 
 import generators
-from generative_runs import CountingEngine, resampler, stored, trained, trainer
+from generative_runs import NUM_PROMPTS, CountingEngine, resampler, stored, trained, trainer
 from rsft_hf import CandidateResampler, Deduplicate, TopKPerPrompt
 from rsft_hf.generative import RejectTruncated
+from rsft_hf.generative.validation import validate_training_arguments
 
 PROMPTS = generators.prompts(5)
 
@@ -240,3 +244,42 @@ def test_any_data_set_with_a_length_serves(tmp_path: Path) -> None:
     trained(tmp_path / "torch", train_dataset=Rows())
     trained(tmp_path / "list", train_dataset=list(PROMPTS))
     assert stored(tmp_path / "torch") == stored(tmp_path / "list")
+
+
+def conversations(**changes: Any) -> datasets.Dataset:
+    rows = generators.prompts(NUM_PROMPTS, conversational=True).to_list()
+    for number, row in enumerate(rows):
+        row["prompt"] = [{**message, "name": generators.LETTERS[number], **changes} for message in row["prompt"]]
+    return datasets.Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("content", [None, [{"type": "text", "text": "a"}]], ids=["none", "parts"])
+def test_content_that_is_not_text_is_refused_before_anything_is_generated(tmp_path: Path, content: Any) -> None:
+    engine = CountingEngine()
+    with pytest.raises(ValueError, match="The prompt in row 0 of `train_dataset` has a message whose content is not"):
+        trained(tmp_path, resampler(engine=engine), train_dataset=conversations(content=content))
+    assert engine.calls == []
+
+
+def test_a_collator_that_makes_its_own_labels_is_refused(tmp_path: Path) -> None:
+    engine = CountingEngine()
+    collator = hf.DataCollatorForLanguageModeling(generators.tokenizer(), mlm=False)
+    with pytest.raises(ValueError, match=r"DataCollatorForLanguageModeling.*Leave it out, or take DataCollatorForSeq2"):
+        trained(tmp_path, resampler(engine=engine), data_collator=collator)
+    assert engine.calls == []
+    assert not (tmp_path / "candidates").exists()
+
+
+@pytest.mark.parametrize("push_to_hub", [False, True])
+def test_an_upload_of_the_candidates_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture, push_to_hub) -> None:
+    """A stand-in: a trainer that pushes looks for its repository when it is made."""
+    run = SimpleNamespace(
+        args=generators.arguments(tmp_path, push_to_hub=push_to_hub),
+        accelerator=SimpleNamespace(distributed_type=DistributedType.NO),
+        data_collator=None,
+    )
+    with caplog.at_level(logging.WARNING):
+        validate_training_arguments(resampler().config, run)
+    assert (
+        f"uploads the candidates too, prompts and answers in plain text: they are in {tmp_path}" in caplog.text
+    ) is (push_to_hub)

@@ -1,4 +1,4 @@
-"""A server that misbehaves: what can be made up for is, what cannot is named, and what came before is not lost."""
+"""Faults of a completions server: retries, refusals, missing candidates, and what came before a failure."""
 
 import email.utils
 import logging
@@ -7,10 +7,10 @@ import time
 
 import pytest
 import torch
-from test_endpoint import IDS, MODEL, VOUCHED, engine, request, run, tokens, whole
 
 import generators as g
 from completions_server import NAME, CompletionsServer
+from endpoint_runs import IDS, MODEL, VOUCHED, engine, request, run, tokens, whole
 from rsft_hf.engines.endpoint.client import ask_choices
 from rsft_hf.engines.endpoint.engine import EndpointEngine
 from rsft_hf.openai_client import OpenAIClient

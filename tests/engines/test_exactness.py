@@ -1,4 +1,4 @@
-"""Models and settings by which rows in one batch would disturb each other, and numbers that would silently go wrong."""
+"""Models and settings by which rows in one batch would disturb each other, or numbers go wrong without an error."""
 
 import copy
 import pickle
