@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from rsft_hf.engines.base import GeneratedSequence, GenerationRequest
 from rsft_hf.engines.generate import GenerateEngine
+from rsft_hf.engines.generation_config import end_tokens
 from rsft_hf.engines.log_probs import token_log_probabilities
 
 logger = logging.get_logger(__name__)
@@ -43,7 +44,7 @@ def whole_sequence(
         log_q: Log probability of each of them, nats; None where not asked for.
         is_stopped: Whether a stop string ended it.
     """
-    ends, limit = end_tokens(request), request.limit(*pair)
+    ends, limit = end_tokens(request.generation_config), request.limit(*pair)
     first_end = next((at for at, token in enumerate(token_ids) if token in ends), None)
     is_ended = is_stopped or first_end == len(token_ids) - 1
     if not len(token_ids) or (first_end is not None and first_end < len(token_ids) - 1):
@@ -58,12 +59,6 @@ def whole_sequence(
         values = values[:limit]
     reason = "stop" if is_ended and len(token_ids) <= limit else "length"
     return GeneratedSequence(*pair, list(token_ids[:limit]), reason, values)
-
-
-def end_tokens(request: GenerationRequest) -> list[int]:
-    """Returns the tokens that end a candidate."""
-    ends = request.generation_config.eos_token_id
-    return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
 
 
 def with_log_p(model: Any, request: GenerationRequest, sequences: list[GeneratedSequence]) -> list[GeneratedSequence]:

@@ -19,9 +19,10 @@ from transformers.utils import logging
 
 from rsft_hf.engines.base import Engine, GeneratedSequence, GenerationRequest, check_request
 from rsft_hf.engines.generation_config import context_length
-from rsft_hf.engines.model_access import _is_peft
+from rsft_hf.engines.model_access import is_peft_model
 from rsft_hf.engines.random_streams import token_uniforms
 from rsft_hf.engines.sampling import (
+    ROW_WISE,
     EndRecorder,
     StreamSampler,
     counts_tokens,
@@ -201,29 +202,6 @@ def _split_beams(
     return sequences
 
 
-# They read nothing but a row's own tokens and scores, and so do not care which rows stand beside it.
-_ROW_WISE = (
-    generation.ExponentialDecayLengthPenalty,
-    generation.EpsilonLogitsWarper,
-    generation.EtaLogitsWarper,
-    generation.ForcedBOSTokenLogitsProcessor,
-    generation.ForcedEOSTokenLogitsProcessor,
-    generation.InfNanRemoveLogitsProcessor,
-    generation.LogitNormalization,
-    generation.MinLengthLogitsProcessor,
-    generation.MinNewTokensLengthLogitsProcessor,
-    generation.MinPLogitsWarper,
-    generation.NoBadWordsLogitsProcessor,
-    generation.NoRepeatNGramLogitsProcessor,
-    generation.RepetitionPenaltyLogitsProcessor,
-    generation.SuppressTokensAtBeginLogitsProcessor,
-    generation.SuppressTokensLogitsProcessor,
-    generation.TemperatureLogitsWarper,
-    generation.TopKLogitsWarper,
-    generation.TopPLogitsWarper,
-    generation.TypicalLogitsWarper,
-)
-
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 _ROWS_BY_NAME = ("attention_mask", "decoder_attention_mask", "position_ids", "decoder_position_ids", "token_type_ids")
@@ -258,7 +236,7 @@ def reason_against_dropping(processors: LogitsProcessorList, model_kwargs: dict[
             if type(layer) not in _LAYERS:
                 return f"its cache has a {type(layer).__name__}"
     for processor in processors:
-        if type(processor) not in _ROW_WISE:
+        if type(processor) not in ROW_WISE:
             return f"{type(processor).__name__} may look at more than a row"
     for name, value in model_kwargs.items():
         if name not in _ROWS_BY_NAME + _SETTINGS and isinstance(value, torch.Tensor):
@@ -360,7 +338,7 @@ def reason_against_batching(model: Any, request: GenerationRequest) -> str | Non
         model: May carry adapters.
         request: What is asked for.
     """
-    if _is_peft(model) and any(config.alora_invocation_tokens for config in _loras(model)):
+    if is_peft_model(model) and any(config.alora_invocation_tokens for config in _loras(model)):
         return "its adapter (aLoRA) begins at a place in each prompt, which PEFT keeps for a whole batch"
     longest = max(len(prompt) for prompt in request.prompts) + request.generation_config.max_new_tokens
     for rope in _ropes(model.config.get_text_config().to_dict()):

@@ -135,6 +135,17 @@ def active_settings(config: GenerationConfig) -> dict[str, Any]:
     }
 
 
+def end_tokens(config: GenerationConfig) -> list[int]:
+    """Returns the tokens that end a candidate, as a list.
+
+    Example:
+        >>> end_tokens(GenerationConfig(eos_token_id=2)), end_tokens(GenerationConfig(eos_token_id=[2, 5]))
+        ([2], [2, 5])
+    """
+    ends = config.eos_token_id
+    return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
+
+
 def context_length(model: Any) -> int | None:
     """Returns the most positions a model can read, None where its config sets no limit."""
     config = model.config.get_text_config()

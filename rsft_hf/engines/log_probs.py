@@ -8,21 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, generation
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from rsft_hf.engines.sampling import Prepared, counts_tokens, pad_prompts, prepare_inputs
+from rsft_hf.engines.sampling import TRUNCATING, Prepared, counts_tokens, pad_prompts, prepare_inputs
 from rsft_hf.memory import halve_batch_size
 
 LogProbabilities = tuple[torch.Tensor | None, torch.Tensor]
-
-_TRUNCATING = (
-    generation.EpsilonLogitsWarper,
-    generation.EtaLogitsWarper,
-    generation.MinPLogitsWarper,
-    generation.TopKLogitsWarper,
-    generation.TopPLogitsWarper,
-    generation.TypicalLogitsWarper,
-)
 
 
 @torch.no_grad()
@@ -119,8 +110,8 @@ def _log_q(
     logits: torch.Tensor, chosen: torch.Tensor, first: torch.Tensor, processors: LogitsProcessorList
 ) -> torch.Tensor:
     """Returns log q of the chosen tokens, shape (rows, steps); processors see the tokens that came before each step."""
-    shaping = LogitsProcessorList(one for one in processors if not isinstance(one, _TRUNCATING))
-    truncating = LogitsProcessorList(one for one in processors if isinstance(one, _TRUNCATING))
+    shaping = LogitsProcessorList(one for one in processors if not isinstance(one, TRUNCATING))
+    truncating = LogitsProcessorList(one for one in processors if isinstance(one, TRUNCATING))
     history, log_q = torch.cat([first, chosen], 1), torch.zeros(chosen.shape, device=logits.device)
     for step in range(chosen.shape[1]):
         before, token = history[:, : first.shape[1] + step], chosen[:, step, None]

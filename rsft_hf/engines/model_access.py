@@ -267,9 +267,7 @@ def merged(model: Any) -> Iterator[None]:
 
 def check_mergeable(model: Any) -> None:
     """Raises ValueError if the model has no adapter, or one that cannot be merged and taken out again exactly."""
-    if is_peft_available():
-        from peft import PeftModel
-    if not is_peft_available() or not isinstance(model, PeftModel):
+    if not is_peft_model(model):
         raise ValueError(
             f"`merge_adapter=True` merges a PEFT adapter, and {type(model).__name__} has none. Leave it at False."
         )
@@ -316,10 +314,11 @@ def _name(model: Any) -> str:
 
 def without_wrappers(model: Any) -> Any:
     """Returns the transformers model inside a PEFT model, adapters in place; any other model as it is."""
-    return model.get_base_model() if _is_peft(model) else model
+    return model.get_base_model() if is_peft_model(model) else model
 
 
-def _is_peft(model: Any) -> bool:
+def is_peft_model(model: Any) -> bool:
+    """Returns whether the model is a `peft.PeftModel`, without importing peft where it is not installed."""
     if not is_peft_available():
         return False
     from peft import PeftModel  # an extra

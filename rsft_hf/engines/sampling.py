@@ -271,17 +271,36 @@ def log_probability(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     return logits.gather(1, chosen[:, None]).squeeze(1) - logits.logsumexp(-1)
 
 
-_SCORES_ALONE = (
+# Logits processors by what they read of a batch; one that is in no group may read anything.
+# They leave out tokens whose scores are too low.
+TRUNCATING = (
     generation.EpsilonLogitsWarper,
     generation.EtaLogitsWarper,
-    generation.InfNanRemoveLogitsProcessor,
-    generation.LogitNormalization,
     generation.MinPLogitsWarper,
-    generation.SuppressTokensLogitsProcessor,
-    generation.TemperatureLogitsWarper,
     generation.TopKLogitsWarper,
     generation.TopPLogitsWarper,
     generation.TypicalLogitsWarper,
+)
+# They read the scores of a row alone.
+SCORES_ONLY = (
+    *TRUNCATING,
+    generation.InfNanRemoveLogitsProcessor,
+    generation.LogitNormalization,
+    generation.SuppressTokensLogitsProcessor,
+    generation.TemperatureLogitsWarper,
+)
+# They read the scores and the tokens of a row, and no other row.
+ROW_WISE = (
+    *SCORES_ONLY,
+    generation.ExponentialDecayLengthPenalty,
+    generation.ForcedBOSTokenLogitsProcessor,
+    generation.ForcedEOSTokenLogitsProcessor,
+    generation.MinLengthLogitsProcessor,
+    generation.MinNewTokensLengthLogitsProcessor,
+    generation.NoBadWordsLogitsProcessor,
+    generation.NoRepeatNGramLogitsProcessor,
+    generation.RepetitionPenaltyLogitsProcessor,
+    generation.SuppressTokensAtBeginLogitsProcessor,
 )
 
 
@@ -347,7 +366,7 @@ def counts_tokens(processors: LogitsProcessorList) -> bool:
 def _looks_at_scores_alone(processor: Any) -> bool:
     if type(processor) is generation.NoBadWordsLogitsProcessor:
         return all(len(word) == 1 for word in processor.bad_word_ids)
-    return type(processor) in _SCORES_ALONE
+    return type(processor) in SCORES_ONLY
 
 
 def pad_prompts(

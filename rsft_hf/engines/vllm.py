@@ -19,8 +19,8 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from rsft_hf.engines.base import Engine, GeneratedSequence, GenerationRequest, check_request
-from rsft_hf.engines.completion import complete, end_tokens, prompts_longest_first, whole_sequence, with_log_p
-from rsft_hf.engines.generation_config import check_settings_supported, context_length
+from rsft_hf.engines.completion import complete, prompts_longest_first, whole_sequence, with_log_p
+from rsft_hf.engines.generation_config import check_settings_supported, context_length, end_tokens
 from rsft_hf.engines.model_access import merged, without_wrappers
 from rsft_hf.isolation import forked_rng
 
@@ -228,7 +228,7 @@ def sampling_params(request: GenerationRequest, prompt: int, index: int) -> dict
         "min_p": (config.min_p or 0.0) if is_sampled else 0.0,
         "repetition_penalty": config.repetition_penalty or 1.0,
         "stop": _stop_strings(request),
-        "stop_token_ids": end_tokens(request),
+        "stop_token_ids": end_tokens(request.generation_config),
         "ignore_eos": True,  # the tokens that end are those of the request alone, not those of vLLM's tokenizer too
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,  # a stop string may be one

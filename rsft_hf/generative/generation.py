@@ -18,7 +18,7 @@ from transformers.utils import logging
 from rsft_hf.distributed import FailTogether
 from rsft_hf.engines.auto import choose_engine
 from rsft_hf.engines.base import Engine, GenerationRequest
-from rsft_hf.engines.model_access import whole_model
+from rsft_hf.engines.model_access import is_peft_model, whole_model
 from rsft_hf.engines.random_streams import candidate_seed
 from rsft_hf.generative.candidates import Candidate, PromptSet
 from rsft_hf.generative.config import CandidateConfig
@@ -254,9 +254,7 @@ def reference_opener(
     if isinstance(reference, str):
         if reference != "base":
             raise ValueError(f'`reference_model`={reference!r} must be a model, "base" or None.')
-        from peft import PeftModel  # an extra: whoever has an adapter has it
-
-        if not isinstance(model, PeftModel):
+        if not is_peft_model(model):
             raise ValueError(
                 'reference_model="base" is the model with its adapter off, and this model has none. Pass a model.'
             )

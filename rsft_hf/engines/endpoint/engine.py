@@ -25,12 +25,11 @@ from rsft_hf.engines.endpoint.protocol import (
     Dialect,
     ReplyReader,
     check_settings,
-    end_tokens,
     needed_settings,
     sampling_fields,
 )
 from rsft_hf.engines.endpoint.weight_sync import SaveAndReload, WeightsHandOver, check_url
-from rsft_hf.engines.generation_config import context_length
+from rsft_hf.engines.generation_config import context_length, end_tokens
 from rsft_hf.engines.log_probs import token_log_probabilities
 from rsft_hf.openai_client import OpenAIClient, client_library
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from rsft_hf.engines.generation_config import active_settings
+from rsft_hf.engines.generation_config import active_settings, end_tokens
 
 Dialect = Literal["vllm", "openai", "transformers"]
 
@@ -105,12 +105,6 @@ def sampling_fields(config: GenerationConfig, dialect: str) -> dict[str, Any]:
         "skip_special_tokens": False,
         "return_token_ids": True,
     }
-
-
-def end_tokens(config: GenerationConfig) -> list[int]:
-    """Returns the tokens that end an answer."""
-    ends = config.eos_token_id
-    return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
 
 
 def prompt_field(

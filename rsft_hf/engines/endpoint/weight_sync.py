@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from transformers.utils import is_peft_available
+from rsft_hf.engines.model_access import is_peft_model
 
 WeightsHandOver = Callable[[Any], None]
 
@@ -210,11 +210,7 @@ def _filled(value: Any, path: str) -> Any:
 
 def _active_adapter(model: Any) -> str | None:
     """Returns the name of the adapter that the model runs with, None if it has none."""
-    if not is_peft_available():
-        return None
-    from peft import PeftModel  # an extra
-
-    if not isinstance(model, PeftModel):
+    if not is_peft_model(model):
         return None
     if len(model.active_adapters) != 1:
         raise ValueError(

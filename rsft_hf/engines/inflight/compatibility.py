@@ -15,7 +15,7 @@ from rsft_hf.engines.base import GeneratedSequence, GenerationRequest
 from rsft_hf.engines.generate import _CRITERIA, reason_against_batching, reason_against_dropping
 from rsft_hf.engines.generation_config import context_length
 from rsft_hf.engines.inflight.scheduler import Scheduler
-from rsft_hf.engines.model_access import _is_peft
+from rsft_hf.engines.model_access import is_peft_model
 from rsft_hf.engines.sampling import Prepared
 from rsft_hf.memory import is_out_of_memory
 
@@ -155,4 +155,4 @@ def reason_against_inflight(model: Any, request: GenerationRequest, prepared: Pr
 
 
 def _learns_prompts(model: Any) -> bool:
-    return _is_peft(model) and bool(model.active_peft_config.is_prompt_learning)
+    return is_peft_model(model) and bool(model.active_peft_config.is_prompt_learning)
