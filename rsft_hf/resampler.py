@@ -5,12 +5,14 @@ The trainer binds a `Resampler`, asks it for indices once per epoch, and saves i
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer
+
+from rsft_hf.isolation import forked_rng
 
 
 class Resampler(ABC):
@@ -105,6 +107,7 @@ class EpochSampler(torch.utils.data.Sampler[int]):
 
     Attributes:
         indices: Rows of the coming epoch, shape (num_draws,), int64.
+        num_iterations: Number of times that it has been iterated.
 
     Example:
         >>> sampler = EpochSampler(num_draws=2, num_rows=5)
@@ -115,6 +118,7 @@ class EpochSampler(torch.utils.data.Sampler[int]):
 
     def __init__(self, num_draws: int, num_rows: int) -> None:
         self.num_draws = num_draws
+        self.num_iterations = 0
         # Before the first resampling, for scripts that inspect a batch before training.
         self.indices = torch.arange(num_draws) % num_rows
 
@@ -131,7 +135,17 @@ class EpochSampler(torch.utils.data.Sampler[int]):
             )
         self.indices = indices
 
+    def is_read_by(self, loader: Any) -> bool:
+        """Returns whether a data loader takes its rows from this sampler, whatever wraps it; moves no random state."""
+        batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+        num_before = self.num_iterations
+        with forked_rng(0):
+            first: Any = next(iter(batches), [])
+        rows = first if isinstance(first, Iterable) else [first]
+        return self.num_iterations > num_before and set(rows) <= set(self.indices.tolist())
+
     def __iter__(self) -> Iterator[int]:
+        self.num_iterations += 1
         return iter(self.indices.tolist())
 
     def __len__(self) -> int:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
@@ -39,6 +40,8 @@ logger = logging.get_logger(__name__)
 STATE_DIRECTORY = "resampler"
 
 BASE_WEIGHTS = "base.safetensors"
+
+_LOADER_HOOKS = ("get_train_dataloader", "_get_train_sampler", "get_batch_sampler")
 
 _Base: Any = object  # the Trainer class is chosen by the subclass
 
@@ -83,6 +86,7 @@ class RejectionSamplingMixin(_Base):
         self._settings: dict[str, Any] = {}
         self._step_model: torch.nn.Module | None = None
         self._num_observed = 0
+        self._is_loader_validated = False
         self.add_callback(ResampleCallback(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -97,6 +101,9 @@ class RejectionSamplingMixin(_Base):
         A resumed run continues with the rows of the interrupted epoch, because they were drawn from model weights of
         the epoch's start, which the checkpoint no longer has.
         """
+        if not self._is_loader_validated:
+            validate_loader(self, loader, self._epoch_sampler(), self._bound_dataset)
+            self._is_loader_validated = True
         self.log_pending_metrics()
         progress, num_skipped = self._progress, 0
         if progress.is_resumed:
@@ -229,7 +236,7 @@ class RejectionSamplingMixin(_Base):
     ) -> Any:
         # Here the checkpoint path is resolved; `auto_find_batch_size` calls it again with a smaller batch size.
         validate_dataset(self.train_dataset)
-        self._progress, self._sampler = EpochProgress(), None
+        self._progress, self._sampler, self._is_loader_validated = EpochProgress(), None, False
         self._bound_dataset = self.resampler.bind(self)
         self._settings = run_settings(self, self.resampler.draws_per_epoch(), batch_size)
         if resume_from_checkpoint is not None:
@@ -326,6 +333,44 @@ def validate_arguments(args: TrainingArguments, accelerator: Accelerator) -> Non
             '`train_sampling_strategy="batch_rebalance"` fixes the batches for the whole run. Use "random", '
             '"group_by_length" or "sequential", which order the accepted rows.'
         )
+
+
+def validate_loader(trainer: Any, loader: Any, sampler: EpochSampler, dataset: Any) -> None:
+    """Validate that the loader which is iterated reads the drawn rows of the resampler's data set.
+
+    A trainer class may build its own loader or sampler, above the mixin or below it; without this check it would train
+    on other rows than the ones that are logged.
+
+    Args:
+        trainer: Trainer with the mixin.
+        loader: Training loader, prepared or not.
+        sampler: Sampler with the rows of the epoch.
+        dataset: Data set that the resampler is bound to.
+
+    Raises:
+        ValueError: If it does not; the override is named.
+    """
+    # A pool of candidates must be read itself; a training set may be wrapped, or have lost unused columns.
+    may_be_wrapped = dataset is trainer.train_dataset or isinstance(dataset, datasets.Dataset)
+    is_own_dataset = loader.dataset is dataset or (may_be_wrapped and len(loader.dataset) == len(dataset))
+    if is_own_dataset and sampler.is_read_by(loader):
+        return
+    owners = [
+        owner
+        for owner in type(trainer).__mro__
+        if owner is not RejectionSamplingMixin and not owner.__module__.startswith("transformers.")
+    ]
+    overrides = [
+        f"{owner.__module__.split('.')[0]}.{owner.__qualname__}.{name}"
+        for owner in owners
+        for name in _LOADER_HOOKS
+        if name in vars(owner)
+    ]
+    raise ValueError(
+        "The training loader does not read the rows that the resampler draws, so training would ignore the resampler; "
+        f"see {' and '.join(overrides) or type(trainer).__qualname__}. Remove the override, or build the loader over "
+        "`self.train_dataset` with `sampler=self._get_train_sampler()`, in a class below RejectionSamplingMixin."
+    )
 
 
 class ResampleCallback(TrainerCallback):

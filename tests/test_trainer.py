@@ -1,12 +1,18 @@
-"""Validation of the trainer's arguments, at construction."""
+"""Validation of the trainer: its arguments at construction, and before the first step the loader that is iterated."""
 
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
+import torch
+import transformers as hf
+from torch.utils.data import BatchSampler, DataLoader, WeightedRandomSampler
 
+import generators
 import runs
-from rsft_hf import LossResampler, Proportional, RejectionSamplingTrainer
+from generative_runs import CountingEngine, resampler
+from rsft_hf import LossResampler, Proportional, RejectionSamplingMixin, RejectionSamplingTrainer
 
 
 def trainer(output_dir: Path, resampler: Any = None, **arguments: Any) -> RejectionSamplingTrainer:
@@ -42,3 +48,176 @@ def test_settings_that_take_the_order_from_the_sampler_are_refused_at_constructi
     arguments, message = SETTINGS[name]
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **arguments)
+
+
+# Trainers that build their own loader or sampler: read by the loop, or refused by name.
+
+
+def weighted_loader(self: hf.Trainer) -> DataLoader:
+    """A loader of the trainer's own rows, the usual remedy for unbalanced classes."""
+    weights = [1.0 + 9 * row["labels"] for row in runs.rows()]
+    sampler = WeightedRandomSampler(weights, len(weights))
+    return DataLoader(self.train_dataset, batch_size=4, sampler=sampler, collate_fn=self.data_collator)
+
+
+def loader_of_the_sampler(self: hf.Trainer, is_prepared: bool = False) -> DataLoader:
+    """A loader of its own that asks for the trainer's sampler."""
+    sampler = self._get_train_sampler()
+    loader = DataLoader(self.train_dataset, batch_size=4, sampler=sampler, collate_fn=self.data_collator)
+    return self.accelerator.prepare(loader) if is_prepared else loader
+
+
+class ReversedBatches(BatchSampler):
+    """A batch sampler around the trainer's sampler, which turns every batch around."""
+
+    def __iter__(self):
+        return (batch[::-1] for batch in super().__iter__())
+
+
+def loader_of_a_batch_sampler(self: hf.Trainer) -> DataLoader:
+    batches = ReversedBatches(self._get_train_sampler(), batch_size=4, drop_last=False)
+    return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
+
+
+class OwnLoader(hf.Trainer):
+    get_train_dataloader = weighted_loader
+
+
+class Below(RejectionSamplingMixin, OwnLoader):
+    pass
+
+
+class Above(RejectionSamplingTrainer):
+    get_train_dataloader = weighted_loader
+
+
+class AboveWithSampler(RejectionSamplingTrainer):
+    def _get_train_sampler(self, train_dataset: Any = None) -> WeightedRandomSampler:
+        return WeightedRandomSampler([1.0] * runs.NUM_ROWS, runs.NUM_ROWS)
+
+
+class Bypassing(RejectionSamplingTrainer):
+    """Keeps the sampler, and hands the rows to the loop in another order of its own."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        super().get_train_dataloader()
+        return DataLoader(self.train_dataset, batch_size=4, shuffle=True, collate_fn=self.data_collator)
+
+
+OVERRIDES = {
+    Below: "OwnLoader.get_train_dataloader",
+    Above: "Above.get_train_dataloader",
+    AboveWithSampler: "AboveWithSampler._get_train_sampler",
+    Bypassing: "Bypassing.get_train_dataloader",
+}
+
+
+@pytest.mark.parametrize("losses", ["forward", "training"])
+@pytest.mark.parametrize("trainer_class", OVERRIDES)
+def test_a_loader_that_ignores_the_draws_is_refused_by_name(tmp_path, trainer_class, losses):
+    counter = runs.StepCounter()
+    with pytest.raises(ValueError, match=f"would ignore the resampler; see .*{OVERRIDES[trainer_class]}"):
+        runs.trained(trainer_class, tmp_path, resampler=LossResampler(losses=losses), callbacks=[counter])
+    assert counter.num_steps == 0
+
+
+SUPPORTED = {
+    "loader": loader_of_the_sampler,
+    "prepared": lambda self: loader_of_the_sampler(self, is_prepared=True),
+    "batch_sampler": loader_of_a_batch_sampler,
+}
+
+
+@pytest.mark.parametrize("losses", ["forward", "training"])
+@pytest.mark.parametrize("form", SUPPORTED)
+def test_a_loader_of_its_own_may_read_the_draws(tmp_path, form, losses):
+    """The rows that the loop reads are those of `table()`, and their losses are their own."""
+
+    class Own(hf.Trainer):
+        get_train_dataloader = SUPPORTED[form]
+
+    seen: list[str] = []
+
+    class Reads(RejectionSamplingMixin, Own):
+        def training_step(self, model, inputs, *args, **kwargs):
+            seen.extend(str(row[row != 0].tolist()) for row in inputs["input_ids"])
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    ours = runs.trained(
+        Reads, tmp_path, model=runs.bert(dropout=0.0), resampler=LossResampler(losses=losses),
+        args={"num_train_epochs": 2, "learning_rate": 0.0},
+    )  # fmt: skip
+    names = [str(row["input_ids"]) for row in runs.rows()]
+    table = [line for line in ours.resampler.table() if line["epoch"] == 1]
+    drawn = sorted(names[line["row"]] for line in table for _ in range(line["count"]))
+    assert sorted(seen[runs.NUM_ROWS :]) == drawn
+    with torch.no_grad():
+        batch = runs.collate(runs.rows())
+        expected = torch.nn.functional.cross_entropy(
+            ours.model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
+            batch["labels"],
+            reduction="none",
+        )
+    measured = {line["row"]: line["loss"] for line in table if line["loss"] == line["loss"]}
+    assert len(measured) == runs.NUM_ROWS
+    for row, loss in measured.items():
+        assert loss == pytest.approx(float(expected[row]), abs=1e-4)
+
+
+def test_a_round_is_not_generated_for_a_loader_that_ignores_it(tmp_path):
+    class Prompts(RejectionSamplingTrainer):
+        def get_train_dataloader(self) -> DataLoader:
+            return DataLoader(self.train_dataset, batch_size=2)
+
+    engine = CountingEngine()
+    made = Prompts(
+        model=generators.tiny_model(),
+        args=generators.arguments(tmp_path),
+        train_dataset=generators.prompts(9),
+        processing_class=generators.tokenizer(),
+        resampler=resampler(engine=engine),
+    )
+    with pytest.raises(ValueError, match=r"would ignore the resampler; see .*Prompts.get_train_dataloader"):
+        made.train()
+    assert engine.calls == []
+
+
+def test_a_trainer_of_another_library_with_batches_of_its_own_is_refused(tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    losses = pytest.importorskip("sentence_transformers.losses")
+
+    class Ours(RejectionSamplingMixin, sentence_transformers.SentenceTransformerTrainer):
+        pass
+
+    class Words(torch.nn.Module):
+        """Sums of word vectors, as a module of sentence-transformers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.vectors = torch.nn.Embedding(50, 4)
+
+        def tokenize(self, texts: list[str], **kwargs: Any) -> dict[str, torch.Tensor]:
+            return {"input_ids": torch.tensor([[len(text) % 50] for text in texts])}
+
+        def forward(self, features: dict[str, torch.Tensor], **kwargs: Any) -> dict[str, torch.Tensor]:
+            return features | {"sentence_embedding": self.vectors(features["input_ids"]).sum(1)}
+
+        def save(self, *args: Any, **kwargs: Any) -> None: ...
+
+    rows = {
+        "a": ["x" * n for n in range(1, 9)],
+        "b": ["y" * n for n in range(1, 9)],
+        "label": [0.1 * n for n in range(8)],
+    }
+    model = sentence_transformers.SentenceTransformer(modules=[Words()], device="cpu")
+    arguments = sentence_transformers.SentenceTransformerTrainingArguments(
+        str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no"
+    )
+    made = Ours(
+        model=model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_dict(rows),
+        loss=losses.CosineSimilarityLoss(model),
+    )
+    with pytest.raises(ValueError, match=r"would ignore the resampler; see sentence_transformers\..*get_batch_sampler"):
+        made.train()
