@@ -104,7 +104,6 @@ class RejectionSamplingMixin(_Base):
         if not self._is_loader_validated:
             validate_loader(self, loader, self._epoch_sampler(), self._bound_dataset)
             self._is_loader_validated = True
-        self.log_pending_metrics()
         progress, num_skipped = self._progress, 0
         if progress.is_resumed:
             num_skipped = self._num_skipped_batches(loader)
@@ -116,6 +115,7 @@ class RejectionSamplingMixin(_Base):
                     f"{progress.num_batches_done}, because an epoch was stopped early. The rest of the epoch differs."
                 )
         else:
+            self.log_pending_metrics()
             progress.epoch += 1
             accepted = self.resampler.resample(progress.epoch)
             progress.indices = order_rows(self, self._bound_dataset, accepted, progress.epoch)

@@ -150,3 +150,22 @@ def test_an_epoch_stopped_early_does_not_confuse_the_count(tmp_path: Path) -> No
     trainer = runs.trained(RejectionSamplingTrainer, tmp_path, callbacks=[StopFirstEpoch()])
     assert trainer.resampler.history.epochs == [0, 1, 2]
     assert trainer.state.global_step == 3 + 2 * STEPS_PER_EPOCH
+
+
+@pytest.mark.parametrize("at", [3, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 3])
+def test_a_resumed_run_logs_the_figures_of_an_epoch_at_the_same_steps(tmp_path: Path, at: int) -> None:
+    whole, cut = resumed(tmp_path, at, LossResampler, logging_steps=500, num_train_epochs=3)
+    steps = [
+        [line["step"] for line in trainer.state.log_history if "resampling/acceptance_rate" in line]
+        for trainer in (whole, cut)
+    ]
+    assert steps[0] == steps[1] == [7, 14, 21]
+
+
+@pytest.mark.parametrize("at", [STEPS_PER_EPOCH + 3, 2 * STEPS_PER_EPOCH + 3])
+def test_suspects_count_measured_epochs_alone_and_alike_after_a_resume(tmp_path: Path, at: int) -> None:
+    """Four epochs, of which the first and the third are measured."""
+    whole, cut = resumed(tmp_path, at, lambda: LossResampler(every_n_epochs=2), num_train_epochs=4)
+    tables = [trainer.resampler.suspects(runs.NUM_ROWS).to_list() for trainer in (whole, cut)]
+    assert {len(row["losses"]) for row in tables[0]} == {2}
+    assert tables[0] == tables[1]

@@ -86,7 +86,12 @@ def _figures(candidates: Sequence[Candidate]) -> dict[str, float]:
     figures |= {f"distinct_{n}": distinct_n(tokens, n) for n in (1, 2)}
     for name in dict.fromkeys(name for candidate in candidates for name in candidate.rewards):
         figures[f"rewards/{name}/mean"] = _mean([candidate.rewards.get(name) for candidate in candidates])
-    return {name: value for name, value in figures.items() if math.isfinite(value)}
+    if candidates and math.isnan(figures["reward"]):
+        logger.warning(
+            f"No reward function answered for any of {len(candidates)} held-out prompts: their reward is NaN, which is "
+            "never the best. Look at the log of the judge."
+        )
+    return {name: value for name, value in figures.items() if math.isfinite(value) or name.startswith("reward")}
 
 
 def _plain(value: Any) -> Any:
@@ -97,6 +102,36 @@ def _plain(value: Any) -> Any:
 def _mean(values: Sequence[float | None]) -> float:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else math.nan
+
+
+def validate_best_metric(config: CandidateConfig, trainer: Any) -> None:
+    """Raises ValueError if `metric_for_best_model` is no metric of the held-out prompts, before a round is spent.
+
+    What `compute_metrics` returns is not known beforehand: with it nothing is checked.
+    """
+    metric, evaluation = trainer.args.metric_for_best_model, trainer.eval_dataset
+    if metric is None or evaluation is None or trainer.compute_metrics is not None:
+        return
+    named = evaluation if isinstance(evaluation, dict) else {"": evaluation}
+    if trainer.args.eval_strategy == "no" or not all(
+        config.prompt_column in column_names(dataset) for dataset in named.values()
+    ):
+        return
+    functions = [*config.functions.names, *(config.eval_functions.names if config.eval_functions is not None else ())]
+    metrics = [
+        "reward",
+        "length",
+        "truncated",
+        "distinct_1",
+        "distinct_2",
+        *(f"rewards/{name}/mean" for name in functions),
+    ]
+    known = [f"{name}_{one}" if name else one for name in named for one in metrics]
+    if metric.removeprefix("eval_") not in known:
+        raise ValueError(
+            f"`metric_for_best_model`={metric!r} is not measured on held-out prompts. Use one of {', '.join(known)}, "
+            "or return it from `compute_metrics`."
+        )
 
 
 def validate_evaluation(config: CandidateConfig, evaluation: Any, prompts: PromptSet, policy: Generator) -> None:

@@ -26,7 +26,7 @@ from rsft_hf.engines.model_access import check_mergeable, unwrapped
 from rsft_hf.generative.candidates import CandidateStore, PromptSet
 from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import Encoder
-from rsft_hf.generative.evaluation import evaluate_prompts, validate_evaluation
+from rsft_hf.generative.evaluation import evaluate_prompts, validate_best_metric, validate_evaluation
 from rsft_hf.generative.generation import (
     Generator,
     Sampling,
@@ -121,6 +121,7 @@ class RoundRunner:
                 functions.to(trainer.args.device)
         policy = Generator(model, encoder, evaluation_engine(engine, model, proposal is not model), surroundings)
         if trainer.eval_dataset is not None:
+            validate_best_metric(config, trainer)
             validate_evaluation(config, trainer.eval_dataset, prompts, policy)
         reference = reference_opener(config.reference_model, model, trainer.args.device)
         generator = Generator(proposal, encoder, engine, surroundings, reference)

@@ -60,6 +60,11 @@ def prompt_set(dataset: Any, config: CandidateConfig, name: str, is_trained_on: 
                 f"The prompt in row {row} of `{name}` has a message whose content is not text: {prompt!r}. Only text "
                 "is read; give messages with a `role` and a `content` that is a string."
             )
+        if isinstance(prompt, list) and prompt[-1].get("role") == "assistant":
+            raise ValueError(
+                f"The prompt in row {row} of `{name}` ends with the assistant's turn: a second one would be generated "
+                f"after it. Move that turn to the column {config.reference_column!r}, or remove it."
+            )
         kinds.add(isinstance(prompt, str))
     if len(kinds) > 1:
         raise ValueError(f"`{name}` mixes prompts that are text with prompts that are messages. Give one kind.")

@@ -4,7 +4,7 @@ import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 RewardFunction = Callable[..., Any]
 
@@ -44,6 +44,15 @@ class _Named(Protocol):
     __name__: str
 
 
+def is_scorer(function: Any) -> TypeGuard[Scorer]:
+    """Returns whether a reward function declares a name that is text and a set of required columns.
+
+    An object that answers to any attribute, such as a mock, has other values there.
+    """
+    is_named = isinstance(function, Scorer) and isinstance(function.name, str)
+    return is_named and isinstance(function.requires, (set, frozenset))
+
+
 def unique_names(functions: Sequence[RewardFunction]) -> list[str]:
     """Returns one name per function; the second of two equal ones gets `_2`, the third `_3`."""
     names: list[str] = []
@@ -63,9 +72,10 @@ def function_name(function: RewardFunction) -> str:
     """Returns the name of a function, of the function inside a `partial`, or of the class of a callable object."""
     while isinstance(function, functools.partial):
         function = function.func
-    if isinstance(function, Scorer):
+    if is_scorer(function):
         return function.name
-    return function.__name__ if isinstance(function, _Named) else type(function).__name__
+    name = function.__name__ if isinstance(function, _Named) else type(function).__name__
+    return name if isinstance(name, str) else type(function).__name__
 
 
 def is_async(function: RewardFunction) -> bool:
@@ -137,8 +147,8 @@ def required_columns(function: RewardFunction) -> frozenset[str]:
         >>> sorted(required_columns(accuracy))
         ['solution']
     """
-    if isinstance(function, Scorer):
-        return function.requires
+    if is_scorer(function):
+        return frozenset(function.requires)
     named = [p for p in _parameters(function) if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return frozenset(p.name for p in named if p.default is p.empty and p.name not in CONTRACT)
 

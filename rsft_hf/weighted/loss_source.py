@@ -104,6 +104,8 @@ class LossSource:
             )
             self.ledger.replace(measurement.losses, measurement.logit_margins)
             self.predictions, self._is_measured = measurement.predictions, True
+        elif not self._is_from_training:
+            self.ledger.is_fresh = torch.zeros_like(self.ledger.is_fresh)
         losses, is_unlabelled = self.ledger.losses, self.ledger.is_unlabelled
         if self._reading is not None and self._reading.is_collator_random:
             is_unlabelled = torch.zeros_like(is_unlabelled)  # masked at random, so only temporarily

@@ -1,6 +1,7 @@
 """Held-out figures of what the model generates, in the places where Trainer looks for them."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,36 @@ def test_eval_reward_can_choose_the_best(tmp_path: Path) -> None:
     args = {"eval_strategy": "epoch", "save_strategy": "best", "metric_for_best_model": "reward", "num_train_epochs": 2}
     ours = trained(tmp_path, args={**args, "greater_is_better": True}, eval_dataset=HELD_OUT)
     assert ours.state.best_metric == max(logged(ours, "eval_reward"))
+
+
+@pytest.mark.parametrize("metric", [None, "rewrad", "eval_loss"])
+def test_a_best_metric_that_is_not_measured_is_refused_before_the_first_round(tmp_path: Path, metric) -> None:
+    """Without a name Trainer takes the loss, which held-out prompts do not have."""
+    engine = CountingEngine(0)
+    args = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    with pytest.raises(ValueError, match=r"is not measured on held-out prompts. Use one of reward, length, .*rewards/"):
+        trained(
+            tmp_path,
+            resampler(engine=engine),
+            args={**args, "metric_for_best_model": metric},
+            eval_dataset=HELD_OUT,
+        )
+    assert engine.calls == []
+
+
+def test_a_judge_that_answers_for_no_held_out_prompt_is_nan_and_never_the_best(tmp_path: Path, caplog) -> None:
+    rounds = iter(range(99))
+
+    def judge(prompts: list, completions: list, **_) -> list[float | None]:
+        is_out = prompts[0] in HELD_OUT["prompt"] and next(rounds) == 0  # in the first evaluation
+        return [None if is_out else float(len(text)) for text in completions]
+
+    args = {"eval_strategy": "epoch", "save_strategy": "epoch", "num_train_epochs": 2, "greater_is_better": True}
+    ours = trained(tmp_path, resampler(judge), args={**args, "metric_for_best_model": "reward"}, eval_dataset=HELD_OUT)
+    first, second = logged(ours, "eval_reward")
+    assert math.isnan(first)
+    assert ours.state.best_metric == second
+    assert "No reward function answered for any of 5 held-out prompts" in caplog.text
 
 
 def test_sampled_evaluation_draws_the_same_every_time(tmp_path: Path) -> None:

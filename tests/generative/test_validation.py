@@ -31,6 +31,19 @@ def refused(tmp_path: Path, error: type[Exception], match: str, made: Any = None
     assert not (tmp_path / "candidates").exists()
 
 
+@pytest.mark.parametrize("is_held_out", [False, True])
+def test_a_prompt_that_ends_with_the_answer(tmp_path: Path, is_held_out: bool) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]
+    answered = datasets.Dataset.from_list([{"prompt": one, "wanted": "a"} for one in (turns[:1], turns)])
+    sets = {"train_dataset": generators.prompts(2, conversational=True), "eval_dataset": answered}
+    refused(
+        tmp_path,
+        ValueError,
+        "prompt in row 1 of `(eval|train)_dataset` ends with the assistant's turn.*Move that turn to the column",
+        **(sets if is_held_out else {"train_dataset": answered}),
+    )
+
+
 def test_no_prompt_column(tmp_path: Path) -> None:
     rows = PROMPTS.rename_column("prompt", "question")
     refused(

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import random
 import threading
+import unittest.mock
 
 import numpy as np
 import pytest
@@ -87,6 +88,14 @@ def named(name):
 
     function.__name__ = name
     return function
+
+
+def test_an_object_that_answers_to_any_attribute_is_a_plain_function():
+    mock = unittest.mock.Mock(side_effect=lambda completions, **kwargs: [2.0] * len(completions))
+    functions = RewardFunctions(mock)
+    assert functions.names == ["Mock"]
+    functions.check(["prompt", "solution"])
+    assert functions(PROMPTS, COMPLETIONS, IDS, {}).rewards.tolist() == [2.0] * 3
 
 
 def test_extras_and_metrics_are_collected():
