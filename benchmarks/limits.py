@@ -15,6 +15,8 @@ import torch
 from measures import seconds_of
 from workloads import FIRST_WORD, PAD, Workload
 
+from rsft_hf.engines.transformers_names import cache_argument, cache_name
+
 PREFILL_BATCHES = (1, 4, 16, 32)
 DECODE_BATCHES = (16, 32, 64, 128)
 NUM_TRIALS = 5
@@ -106,12 +108,13 @@ def decode_call(model: Any, rows: int, workload: Workload) -> Callable[[], Any]:
     tokens = random_words(model, rows, 1)
     if not model.config.is_encoder_decoder:
         warm = model(random_words(model, rows, before_prompt + before_token), use_cache=True, logits_to_keep=1)
-        return lambda: model(tokens, past_key_values=warm.past_key_values, use_cache=True)
+        return lambda: model(tokens, use_cache=True, **cache_argument(model, warm[cache_name(warm)]))
     prompts, prefix = random_words(model, rows, before_prompt), random_words(model, rows, before_token)
     prefix[:, 0] = PAD
     encoded = model.get_encoder()(prompts)
-    cache = model(encoder_outputs=encoded, decoder_input_ids=prefix, use_cache=True).past_key_values
-    return lambda: model(encoder_outputs=encoded, decoder_input_ids=tokens, past_key_values=cache, use_cache=True)
+    outputs = model(encoder_outputs=encoded, decoder_input_ids=prefix, use_cache=True)
+    cache = cache_argument(model, outputs[cache_name(outputs)])
+    return lambda: model(encoder_outputs=encoded, decoder_input_ids=tokens, use_cache=True, **cache)
 
 
 def copy_bandwidth() -> float:

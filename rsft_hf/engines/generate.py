@@ -32,6 +32,7 @@ from rsft_hf.engines.sampling import (
     without_forced_end,
     without_own_stops,
 )
+from rsft_hf.engines.transformers_names import CACHE_NAMES, cache_name
 from rsft_hf.memory import halve_batch_size
 
 logger = logging.get_logger(__name__)
@@ -206,7 +207,7 @@ _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 _ROWS_BY_NAME = ("attention_mask", "decoder_attention_mask", "position_ids", "decoder_position_ids", "token_type_ids")
 
-_SETTINGS = ("past_key_values", "encoder_outputs", "use_cache", "logits_to_keep", "output_attentions",
+_SETTINGS = (*CACHE_NAMES, "encoder_outputs", "use_cache", "logits_to_keep", "output_attentions",
              "output_hidden_states")  # fmt: skip
 
 _SHARE_TO_DROP = 8  # rows leave when an eighth has ended: picking copies the cache
@@ -224,7 +225,7 @@ def reason_against_dropping(processors: LogitsProcessorList, model_kwargs: dict[
         processors: What `generate` prepared for the scores.
         model_kwargs: What `generate` prepared for the model.
     """
-    cache: Any = model_kwargs.get("past_key_values")
+    cache: Any = model_kwargs.get(cache_name(model_kwargs))
     is_double = type(cache) is EncoderDecoderCache
     caches = [cache.self_attention_cache, cache.cross_attention_cache] if is_double else [cache]
     if not model_kwargs.get("use_cache") or cache is None:
@@ -262,13 +263,13 @@ class ActiveRows:
         """Drops all rows but those at the positions `chosen`, shape (rows that stay,), int64."""
         self.rows = self.rows[chosen]
         self._take(chosen)
-        self.model_kwargs["past_key_values"].batch_select_indices(chosen)
+        self.model_kwargs[cache_name(self.model_kwargs)].batch_select_indices(chosen)
 
     def repeat(self, copies: int) -> None:
         """Puts `copies` rows in the place of each, after their common prompt has been read once."""
         chosen = torch.arange(len(self.rows), device=self.rows.device).repeat_interleave(copies)
         self._take(chosen)
-        self.model_kwargs["past_key_values"].batch_repeat_interleave(copies)
+        self.model_kwargs[cache_name(self.model_kwargs)].batch_repeat_interleave(copies)
         self.rows = torch.arange(len(chosen), device=chosen.device)
 
     def _take(self, chosen: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ from rsft_hf.engines.generate import GenerateEngine
 from rsft_hf.engines.inflight.engine import InFlightEngine
 from rsft_hf.engines.inflight.kv_cache import BatchCache
 from rsft_hf.engines.inflight.scheduler import Scheduler
+from rsft_hf.engines.transformers_names import cache_name
 
 ENGINES = [InFlightEngine(4), GenerateEngine(4)]
 
@@ -51,7 +52,7 @@ def test_no_row_is_computed_for_nothing_and_a_prompt_is_read_once(name):
 
     def note(_, args, keywords):
         tokens = keywords["decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"]
-        is_step = keywords["past_key_values"].get_seq_length() > 0
+        is_step = keywords[cache_name(keywords)].get_seq_length() > 0
         (rows if is_step else read).append(len(tokens))
 
     run(engine, model, request_for(model, ids))
@@ -68,7 +69,7 @@ def test_more_candidates_than_slots_share_one_reading():
     expected = texts(run(GenerateEngine(1), model, request_for(model, ids, 8)))
     run(engine, model, request_for(model, ids, 1))
     model.register_forward_pre_hook(
-        lambda _, args, kw: read.append(kw["past_key_values"].get_seq_length() == 0), with_kwargs=True
+        lambda _, args, kw: read.append(kw[cache_name(kw)].get_seq_length() == 0), with_kwargs=True
     )
     assert texts(run(engine, model, request_for(model, ids, 8))) == expected
     assert sum(read) == 2

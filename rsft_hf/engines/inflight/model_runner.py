@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from rsft_hf.engines.inflight.kv_cache import BatchCache, CrossAttentionCache
 from rsft_hf.engines.sampling import pad_prompts
+from rsft_hf.engines.transformers_names import CACHE_LENGTH_NAMES, cache_argument
 
 States = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -108,7 +109,8 @@ class CausalModelRunner:
         if self._takes_positions:
             more["position_ids"] = positions
         # A mask of two dimensions: masks of four go wrong under eager attention and sliding windows.
-        outputs = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more)
+        more |= cache_argument(self.model, cache)
+        outputs = self.model(input_ids=ids, attention_mask=mask, use_cache=True, **more)
         return outputs.logits[:, -1]
 
 
@@ -195,8 +197,8 @@ class EncoderDecoderModelRunner:
             attention_mask=source_mask,
             decoder_input_ids=ids,
             decoder_attention_mask=mask,
-            past_key_values=caches,
             use_cache=True,
+            **cache_argument(self.model, caches),
         )
         return outputs.logits[:, -1]
 
@@ -223,8 +225,8 @@ def row_positions(model: Any, positions: torch.Tensor) -> Iterator[None]:
     with contextlib.ExitStack() as hooks:
         if embedding is not None and "position_ids" in names:
             hooks.enter_context(_as_one_sequence(embedding, positions))
-        elif embedding is not None and "past_key_values_length" in names:
-            hooks.enter_context(_one_by_one(embedding, positions))
+        elif embedding is not None and (length := next((one for one in CACHE_LENGTH_NAMES if one in names), None)):
+            hooks.enter_context(_one_by_one(embedding, positions, length))
         yield
 
 
@@ -246,14 +248,14 @@ def _as_one_sequence(embedding: torch.nn.Module, positions: torch.Tensor) -> Ite
 
 
 @contextlib.contextmanager
-def _one_by_one(embedding: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
+def _one_by_one(embedding: torch.nn.Module, positions: torch.Tensor, length_name: str) -> Iterator[None]:
     """Embeds as often as there are different positions, each time as if the cache were that long."""
     signature = inspect.signature(embedding.forward)
 
     def embed(_: Any, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
         bound, rows = signature.bind(*args, **kwargs), output.expand(len(positions), 1, -1).clone()
         for position in positions.unique().tolist():
-            bound.arguments["past_key_values_length"] = position
+            bound.arguments[length_name] = position
             here = positions == position
             rows[here] = embedding.forward(*bound.args, **bound.kwargs).expand_as(rows)[here]
         return rows
