@@ -18,10 +18,10 @@ from experiments.harness.arguments import ExperimentError, option
 from experiments.harness.data import load_splits
 from rsft_hf.engines.generate import GenerateEngine
 from rsft_hf.engines.generation_config import sampling_config
-from rsft_hf.generative.candidates import PromptSet
 from rsft_hf.generative.encoding import Encoder
 from rsft_hf.generative.generation import Generator, Sampling
 from rsft_hf.generative.metrics import distinct_n
+from rsft_hf.generative.prompts import PromptSet
 from rsft_hf.rewards.functions import RewardFunctions
 from rsft_hf.rewards.model_rewards import RewardModel, SimilarityReward, load_reward_model
 from rsft_hf.rewards.reference_rewards import ChrfReward

@@ -17,13 +17,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rsft_hf.generative.prompts import TEMPLATE_COLUMNS, Prompt, PromptSet, message_text
+
 STAGES = ("generated", "scored", "judged")
 
 MANIFEST = "manifest.json"
 
 _STAGE_KEY = b"rsft_hf.stage"
-
-Prompt = str | list[dict[str, str]]
 
 
 @dataclass
@@ -48,7 +48,8 @@ class Candidate:
         rule: The filter or rule that gave the verdict.
         duplicate_key: Equal for candidates that count as the same; None where nothing is deduplicated.
         extras: What reward functions said of it by `log_extra`.
-        row: The other columns of the prompt's row, at hand while filters and rewards run; not stored.
+        row: The other columns of the prompt's row, at hand while filters and rewards run; those of the chat template
+            are stored.
     """
 
     prompt_id: int
@@ -77,8 +78,11 @@ class Candidate:
 
     @property
     def completion(self) -> Prompt:
-        """The answer in the form of the prompt: text, or a list of one assistant message."""
-        return self.text if isinstance(self.prompt, str) else [{"role": "assistant", "content": self.text}]
+        """The answer in the form of the prompt: text, or one assistant message, with what it was to continue."""
+        if isinstance(self.prompt, str):
+            return self.text
+        begun = self.prompt[-1] if self.prompt[-1].get("role") == "assistant" else {}
+        return [{"role": "assistant", "content": message_text(begun.get("content")) + self.text}]
 
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -100,6 +104,7 @@ _PLAIN_COLUMNS = {
     "duplicate_key": pa.string(),
     "extras": pa.string(),
     "seed": pa.int64(),
+    "template_input": pa.string(),  # JSON, where the prompt's role and text are not all that the chat template gets
 }
 
 
@@ -147,7 +152,7 @@ class CandidateStore:
         for candidate in candidates:
             candidate.rewards, candidate.extras, candidate.reward = {}, {}, None
             candidate.verdict = candidate.rule = candidate.is_accepted = candidate.duplicate_key = None
-            candidate.row = prompts.row(candidate.prompt_id)[1]
+            candidate.prompt, candidate.row = prompts.row(candidate.prompt_id)
         return candidates
 
     def is_unjudged(self, path: Path) -> bool:
@@ -196,40 +201,41 @@ class CandidateStore:
         os.replace(draft, self.directory / MANIFEST)
 
 
+_NOT_ATTRIBUTES = ("candidate", "extras", "template_input")
+
+
 def _to_row(candidate: Candidate, reward_names: Sequence[str]) -> dict[str, Any]:
-    row = {name: getattr(candidate, name) for name in _PLAIN_COLUMNS if name not in ("candidate", "extras")}
-    row |= {"candidate": candidate.index, "prompt": candidate.prompt}
+    row = {name: getattr(candidate, name) for name in _PLAIN_COLUMNS if name not in _NOT_ATTRIBUTES}
+    row |= {"candidate": candidate.index, "prompt": _role_and_text(candidate.prompt)}
     row["extras"] = json.dumps(candidate.extras, default=str) if candidate.extras else None
+    columns = {name: candidate.row[name] for name in TEMPLATE_COLUMNS if candidate.row.get(name)}
+    if isinstance(candidate.prompt, list) and (columns or row["prompt"] != candidate.prompt):
+        row["template_input"] = json.dumps({"prompt": candidate.prompt, **columns}, default=str)
     return row | {f"rewards/{name}": candidate.rewards.get(name) for name in reward_names}
 
 
+def _role_and_text(prompt: Prompt) -> Prompt:
+    if isinstance(prompt, str):
+        return prompt
+    return [{"role": message["role"], "content": message_text(message.get("content"))} for message in prompt]
+
+
 def _from_row(row: Mapping[str, Any], reward_names: Sequence[str]) -> Candidate:
-    kept = {name: row[name] for name in _PLAIN_COLUMNS if name not in ("candidate", "extras", "num_tokens")}
+    kept = {name: row[name] for name in _PLAIN_COLUMNS if name not in (*_NOT_ATTRIBUTES, "num_tokens")}
+    prompt, columns = template_input(row)
     return Candidate(
         **kept,
-        prompt=row["prompt"],
+        prompt=prompt,
         index=row["candidate"],
         extras=json.loads(row["extras"]) if row["extras"] else {},
         rewards={name: row.get(f"rewards/{name}") for name in reward_names},
+        row=columns,
     )
 
 
-@dataclass(frozen=True)
-class PromptSet:
-    """The prompts of a data set, and its other columns, by row.
-
-    Attributes:
-        dataset: Rows that are mappings, with a length and random access.
-        column: Name of the column with the prompts.
-    """
-
-    dataset: Any
-    column: str
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def row(self, prompt_id: int) -> tuple[Prompt, dict[str, Any]]:
-        """Returns a prompt and the other columns of its row."""
-        row = dict(self.dataset[prompt_id])
-        return row.pop(self.column), row
+def template_input(row: Mapping[str, Any]) -> tuple[Prompt, dict[str, Any]]:
+    """Returns the prompt of a stored row as the data set had it, and its columns for the chat template."""
+    if row.get("template_input") is None:
+        return row["prompt"], {}
+    columns = json.loads(row["template_input"])
+    return columns.pop("prompt"), columns

@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jinja2
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rsft_hf.generative.candidates import Prompt
+from rsft_hf.engines.generation_config import end_tokens
+from rsft_hf.generative.prompts import Prompt, message_text, template_arguments
 
 IGNORED = -100  # what torch's cross-entropy leaves out
 
@@ -26,24 +28,40 @@ class Encoder:
         tokenizer: The model's own.
         is_encoder_decoder: Whether the answer is read apart from the prompt.
         chat_template_kwargs: Handed to `apply_chat_template`, such as `enable_thinking`.
+        end_tokens: What may end an answer; the tokenizer's end token where a chat template writes none of them.
     """
 
     tokenizer: PreTrainedTokenizerBase
     is_encoder_decoder: bool
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    end_tokens: Sequence[int] = ()
 
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
+    @classmethod
+    def for_model(
+        cls, tokenizer: PreTrainedTokenizerBase, model: Any, chat_template_kwargs: Mapping[str, Any] | None
+    ) -> "Encoder":
+        """Returns the encoder of a model that generates."""
+        ends = end_tokens(model.generation_config)
+        return cls(tokenizer, bool(model.config.is_encoder_decoder), dict(chat_template_kwargs or {}), ends)
+
+    def prompt_ids(self, prompt: Prompt, columns: Mapping[str, Any] | None = None) -> list[int]:
         """Returns the token ids a model continues from: text as the tokenizer encodes it, messages by chat template.
+
+        Args:
+            prompt: Text or messages. Text that a chat template has rendered gets no second beginning-of-sequence token.
+            columns: Other columns of the row, of which `tools` and `chat_template_kwargs` go to the chat template.
 
         Raises:
             ValueError: If the prompt is neither, is empty, or messages come without a chat template.
         """
         if isinstance(prompt, str):
-            ids = self.tokenizer(prompt)["input_ids"]
+            ids, begin = self.tokenizer(prompt)["input_ids"], self.tokenizer.bos_token_id
             if not self.is_encoder_decoder and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
                 ids = ids[:-1]  # a tokenizer that closes every text: the model would continue after the end
+            if begin is not None and list(ids[:2]) == [begin, begin]:
+                ids = ids[1:]
         else:
-            ids = self._chat_ids(prompt, add_generation_prompt=True)
+            ids = self._chat_ids(prompt, columns, is_answered=False)
         if not ids:
             raise ValueError(f"The prompt {prompt!r} has no tokens. Give every prompt at least one.")
         return list(ids)
@@ -66,15 +84,20 @@ class Encoder:
             "labels": [IGNORED] * len(prompt) + completion,
         }
 
-    def completion_ids(self, prompt: Prompt, completion: Prompt) -> list[int]:
-        """Returns the token ids of an answer that was written, not sampled, closed by an end token.
+    def completion_ids(self, prompt: Prompt, completion: Prompt, columns: Mapping[str, Any] | None = None) -> list[int]:
+        """Returns the token ids of an answer that was written, not sampled, closed by one end token.
+
+        Args:
+            prompt: As in `prompt_ids`.
+            completion: Text, or messages that begin with an assistant's.
+            columns: As in `prompt_ids`.
 
         Raises:
             ValueError: If a chat template does not continue the prompt when the answer follows it.
         """
         if not isinstance(prompt, str):
-            answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
-            start, whole = self.prompt_ids(prompt), self._chat_ids([*prompt, *answer], add_generation_prompt=False)
+            start = self.prompt_ids(prompt, columns)
+            whole = self._chat_ids(_conversation(prompt, completion), columns)
             if whole[: len(start)] != start:
                 raise ValueError(
                     "The chat template does not begin a conversation with its own generation prompt, so the answer "
@@ -87,24 +110,39 @@ class Encoder:
 
     def _closed(self, ids: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
-        if end is None or end in ids[-2:]:  # a chat template may write a line break after the end token
-            return ids if end is None else ids[: len(ids) - ids[::-1].index(end)]
-        return [*ids, end]
+        lengths = [number + 1 for number, token in enumerate(ids) if token == end or token in self.end_tokens]
+        # A chat template may write a line break after the end token.
+        if lengths and (lengths[-1] >= len(ids) - 1 or not self.tokenizer.decode(ids[lengths[-1] :]).strip()):
+            return ids[: lengths[-1]]
+        return ids if end is None else [*ids, end]
 
-    def _chat_ids(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> list[int]:
+    def _chat_ids(
+        self, messages: Sequence[Mapping[str, Any]], columns: Mapping[str, Any] | None, is_answered: bool = True
+    ) -> list[int]:
         if not self.tokenizer.chat_template:
             raise ValueError(
                 "Prompts are lists of messages and the tokenizer has no chat template. Set `tokenizer.chat_template`, "
                 "or give prompts as text."
             )
-        encoded = self.tokenizer.apply_chat_template(
-            list(messages),
-            add_generation_prompt=add_generation_prompt,
-            tokenize=True,
-            return_dict=True,
-            **self.chat_template_kwargs,
-        )
+        arguments = {**self.chat_template_kwargs, **template_arguments(columns or {})}
+        continues = not is_answered and bool(arguments.pop("continue_final_message", False))
+        arguments |= {"continue_final_message": continues, "add_generation_prompt": not is_answered and not continues}
+        try:
+            encoded = self.tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **arguments)
+        except (TypeError, jinja2.TemplateError) as error:
+            raise ValueError(
+                f"The chat template cannot render {list(messages)!r}: {error}. Give the messages in the form that it "
+                "reads, or set another `tokenizer.chat_template`."
+            ) from error
         return list(encoded["input_ids"])
+
+
+def _conversation(prompt: Sequence[Mapping[str, Any]], completion: Prompt) -> list[Mapping[str, Any]]:
+    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
+    if prompt[-1].get("role") != "assistant":
+        return [*prompt, *answer]
+    text = message_text(prompt[-1].get("content")) + message_text(answer[0].get("content"))
+    return [*prompt[:-1], {**prompt[-1], "content": text}, *answer[1:]]
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from transformers.utils import logging
 
 from rsft_hf.distributed import FailTogether, gather_lists
 from rsft_hf.engines.generation_config import held_out_config
-from rsft_hf.generative.candidates import Candidate, PromptSet
+from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.generation import Generator, Sampling
 from rsft_hf.generative.metrics import distinct_n
+from rsft_hf.generative.prompts import PromptSet, column_names
 from rsft_hf.generative.selection import score_candidates
-from rsft_hf.generative.validation import column_names, prompt_set, validate_prompt_lengths
+from rsft_hf.generative.validation import prompt_set, validate_prompt_lengths
 from rsft_hf.rewards.functions import RewardFunctions
 
 logger = logging.get_logger(__name__)

@@ -1,13 +1,22 @@
-"""Exports of stored candidates: as a data set, and in the formats of TRL's SFT, DPO and KTO trainers."""
+"""Exports of stored candidates: as a data set, and in the formats of TRL's SFT, DPO and KTO trainers.
 
-from collections.abc import Iterator
+Shards are read one by one and kept as Arrow tables. The columns `tools` (as JSON) and `chat_template_kwargs` follow a
+prompt that was rendered with them; a prompt that ended with the beginning of the answer gives it to the answer.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-_COLUMNS = ["prompt_id", "prompt", "text", "reward", "is_accepted", "verdict", "finish_reason"]
+from rsft_hf.generative.candidates import template_input
+from rsft_hf.generative.prompts import message_text
+
+_COLUMNS = ["prompt_id", "prompt", "text", "reward", "is_accepted", "verdict", "template_input"]
 
 
 def load_candidates(directory: Path | str) -> datasets.Dataset:
@@ -33,15 +42,18 @@ def export_sft(directory: Path | str, as_messages: bool = False) -> datasets.Dat
         FileNotFoundError: If there are no candidates.
         ValueError: If none was accepted.
     """
-    rows = []
-    for row in _rows(directory):
+
+    def exported(row: dict[str, Any]) -> dict[str, Any] | None:
         if not row["is_accepted"]:
-            continue
-        if as_messages:
-            rows.append({"messages": [*_as_messages(row["prompt"]), {"role": "assistant", "content": row["text"]}]})
-        else:
-            rows.append({"prompt": row["prompt"], "completion": _completion(row)})
-    return _dataset(rows, directory, "accepted")
+            return None
+        prompt, columns, (completion,) = _parts(row, row["text"])
+        if not as_messages:
+            return {"prompt": prompt, "completion": completion, **columns}
+        if isinstance(prompt, str):
+            prompt, completion = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": completion}]
+        return {"messages": prompt + completion, **columns}
+
+    return _dataset(exported, _shard_rows(directory), directory, "accepted")
 
 
 def export_dpo(directory: Path | str, min_margin: float = 0.0) -> datasets.Dataset:
@@ -61,23 +73,22 @@ def export_dpo(directory: Path | str, min_margin: float = 0.0) -> datasets.Datas
     if min_margin < 0:
         raise ValueError(f"`min_margin`={min_margin} must be at least 0.")
     extremes: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in _rows(directory):
-        if row["reward"] is not None:
-            pair = extremes.setdefault((row["round"], row["prompt_id"]), [row, row])
-            pair[0] = row if row["reward"] > pair[0]["reward"] else pair[0]
-            pair[1] = row if row["reward"] < pair[1]["reward"] else pair[1]
-    rows = [
-        {
-            "prompt": best["prompt"],
-            "chosen": _completion(best),
-            "rejected": _completion(worst),
-            "chosen_reward": best["reward"],
-            "rejected_reward": worst["reward"],
-        }
-        for best, worst in extremes.values()
-        if best["reward"] - worst["reward"] > min_margin and best["text"] != worst["text"]
-    ]
-    return _dataset(rows, directory, f"rewarded more than {min_margin} apart")
+    for rows in _shard_rows(directory):
+        for row in rows:
+            if row["reward"] is not None:
+                pair = extremes.setdefault((row["round"], row["prompt_id"]), [row, row])
+                pair[0] = row if row["reward"] > pair[0]["reward"] else pair[0]
+                pair[1] = row if row["reward"] < pair[1]["reward"] else pair[1]
+
+    def exported(pair: list[dict[str, Any]]) -> dict[str, Any] | None:
+        best, worst = pair
+        if best["reward"] - worst["reward"] <= min_margin or best["text"] == worst["text"]:
+            return None
+        prompt, columns, (chosen, rejected) = _parts(best, best["text"], worst["text"])
+        rewards = {"chosen_reward": best["reward"], "rejected_reward": worst["reward"]}
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **rewards, **columns}
+
+    return _dataset(exported, [extremes.values()], directory, f"rewarded more than {min_margin} apart")
 
 
 def export_kto(directory: Path | str) -> datasets.Dataset:
@@ -92,12 +103,14 @@ def export_kto(directory: Path | str) -> datasets.Dataset:
         FileNotFoundError: If there are no candidates.
         ValueError: If none was judged.
     """
-    rows = [
-        {"prompt": row["prompt"], "completion": _completion(row), "label": row["is_accepted"]}
-        for row in _rows(directory)
-        if row["verdict"] in ("accepted", "fallback", "rejected")
-    ]
-    return _dataset(rows, directory, "judged")
+
+    def exported(row: dict[str, Any]) -> dict[str, Any] | None:
+        if row["verdict"] not in ("accepted", "fallback", "rejected"):
+            return None
+        prompt, columns, (completion,) = _parts(row, row["text"])
+        return {"prompt": prompt, "completion": completion, "label": row["is_accepted"], **columns}
+
+    return _dataset(exported, _shard_rows(directory), directory, "judged")
 
 
 def _shards(directory: Path | str) -> list[Path]:
@@ -111,22 +124,34 @@ def _shards(directory: Path | str) -> list[Path]:
     return shards
 
 
-def _rows(directory: Path | str) -> Iterator[dict[str, Any]]:
-    """Rows of all shards, one shard in memory at a time."""
+def _shard_rows(directory: Path | str) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each shard."""
     for path in _shards(directory):
-        for row in pq.read_table(path, columns=_COLUMNS).to_pylist():
-            yield {**row, "round": path.parent.name}
+        yield [{**row, "round": path.parent.name} for row in pq.read_table(path, columns=_COLUMNS).to_pylist()]
 
 
-def _completion(row: dict[str, Any]) -> Any:
-    return row["text"] if isinstance(row["prompt"], str) else [{"role": "assistant", "content": row["text"]}]
+def _parts(row: dict[str, Any], *texts: str) -> tuple[Any, dict[str, Any], list[Any]]:
+    """A prompt, its columns for the chat template, and answers in the form of the prompt."""
+    prompt, columns = template_input(row)
+    if isinstance(prompt, str):
+        return prompt, columns, list(texts)
+    if isinstance(columns.get("tools"), list):
+        columns["tools"] = json.dumps(columns["tools"])
+    messages = [dict(message) for message in prompt]
+    for message in messages:
+        if isinstance(message.get("content"), list):
+            message["content"] = message_text(message["content"])
+    begun = message_text(messages.pop()["content"]) if messages[-1]["role"] == "assistant" else ""
+    return messages, columns, [[{"role": "assistant", "content": begun + text}] for text in texts]
 
 
-def _as_messages(prompt: Any) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-
-
-def _dataset(rows: list[dict[str, Any]], directory: Path | str, what: str) -> datasets.Dataset:
-    if not rows:
+def _dataset(
+    exported: Callable[[Any], dict[str, Any] | None], shards: Iterable[Iterable[Any]], directory: Path | str, what: str
+) -> datasets.Dataset:
+    tables = []
+    for rows in shards:
+        if kept := [one for one in map(exported, rows) if one is not None]:
+            tables.append(pa.Table.from_pylist(kept))
+    if not tables:
         raise ValueError(f"{directory} holds no candidates that were {what}. See `verdict` in load_candidates(...).")
-    return datasets.Dataset.from_list(rows)
+    return datasets.Dataset(pa.concat_tables(tables, promote_options="permissive"))

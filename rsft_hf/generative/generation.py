@@ -20,9 +20,10 @@ from rsft_hf.engines.auto import choose_engine
 from rsft_hf.engines.base import Engine, GenerationRequest
 from rsft_hf.engines.model_access import is_peft_model, whole_model
 from rsft_hf.engines.random_streams import candidate_seed
-from rsft_hf.generative.candidates import Candidate, PromptSet
+from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import IGNORED, Encoder, RowCollator
+from rsft_hf.generative.prompts import PromptSet
 from rsft_hf.generative.validation import validate_model, validate_vocabulary
 from rsft_hf.isolation import in_evaluation_mode
 from rsft_hf.memory import map_in_batches
@@ -78,7 +79,7 @@ class Generator:
     def __call__(self, prompts: PromptSet, prompt_ids: Sequence[int], sampling: Sampling) -> list[Candidate]:
         """Returns the candidates of some prompts, in order of prompt and candidate, neither filtered nor scored."""
         rows = [prompts.row(prompt_id) for prompt_id in prompt_ids]
-        token_ids = [self.encoder.prompt_ids(prompt) for prompt, _ in rows]
+        token_ids = [self.encoder.prompt_ids(*row) for row in rows]
         seeds = [sampling.seeds(prompt_id) for prompt_id in prompt_ids]
         request = GenerationRequest(
             token_ids,

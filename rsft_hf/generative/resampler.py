@@ -34,6 +34,7 @@ from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import Encoder, RowCollator
 from rsft_hf.generative.filters import Deduplicate, Filter, RejectEmpty, RejectTruncated
 from rsft_hf.generative.generation import Generator, Sampling, prepared_generator, reference_opener
+from rsft_hf.generative.prompts import column_names
 from rsft_hf.generative.rounds import RoundRunner
 from rsft_hf.generative.selection import (
     COLUMNS,
@@ -46,7 +47,7 @@ from rsft_hf.generative.selection import (
     set_verdicts,
 )
 from rsft_hf.generative.training_rows import CandidatePool, draw_rows, encode_candidates, supervised_rows
-from rsft_hf.generative.validation import column_names, prompt_set, validate_model, validate_unchanged
+from rsft_hf.generative.validation import prompt_set, validate_model, validate_unchanged
 from rsft_hf.resampler import Resampler
 
 
@@ -230,7 +231,7 @@ class CandidateResampler(Resampler):
         """
         model = unwrapped(model)
         validate_model(model)
-        encoder = self._encoder(processing_class, bool(model.config.is_encoder_decoder))
+        encoder = Encoder.for_model(processing_class, model, self.config.chat_template_kwargs)
         config = sampling_config(self.config.generation_config, model, processing_class)
         sampling = Sampling(config, self.config.num_candidates, seed, round_number, attempt, self.config.with_log_probs)
         reference = reference_opener(self.config.reference_model, model, model.device)
@@ -284,11 +285,8 @@ class CandidateResampler(Resampler):
             processing_class: The tokenizer of the model to train.
             is_encoder_decoder: Whether that model reads the answer apart from the prompt.
         """
-        encoder = self._encoder(processing_class, is_encoder_decoder)
+        encoder = Encoder(processing_class, is_encoder_decoder, dict(self.config.chat_template_kwargs or {}))
         return datasets.Dataset.from_list(encode_candidates(candidates, encoder))
-
-    def _encoder(self, tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool) -> Encoder:
-        return Encoder(tokenizer, is_encoder_decoder, dict(self.config.chat_template_kwargs or {}))
 
     def _kept(self) -> dict[str, int]:
         return {"supervised rows": len(self.pool.supervised), "every_n_epochs": self.config.every_n_epochs}
@@ -309,7 +307,7 @@ class CandidateResampler(Resampler):
         with FailTogether(trainer.accelerator, f"encoding round {number}"):
             rounds = range(max(0, number - self.config.replay_rounds), number + 1)
             accepted = (one for earlier in rounds for one in runner.store(earlier).accepted())
-            self.pool.replace(encode_candidates(accepted, runner.policy.encoder, runner.prompts))
+            self.pool.replace(encode_candidates(accepted, runner.policy.encoder))
         if self.config.round_start == "base" and number > 0:
             trainer.restore_base_weights()
 

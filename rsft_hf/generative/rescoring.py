@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from rsft_hf.acceptance import Acceptance, check_acceptance
-from rsft_hf.generative.candidates import CandidateStore, PromptSet
+from rsft_hf.generative.candidates import CandidateStore
 from rsft_hf.generative.filters import Deduplicate, Filter
+from rsft_hf.generative.prompts import PromptSet, column_names
 from rsft_hf.generative.selection import (
     COLUMNS,
     VERDICTS,
@@ -23,7 +24,6 @@ from rsft_hf.generative.selection import (
     set_verdicts,
     stable_repr,
 )
-from rsft_hf.generative.validation import column_names
 from rsft_hf.rewards.functions import RewardFunctions
 
 

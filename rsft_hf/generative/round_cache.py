@@ -21,10 +21,11 @@ import torch
 from transformers.utils import logging
 
 from rsft_hf.engines.generation_config import active_settings
-from rsft_hf.generative.candidates import CandidateStore, PromptSet
+from rsft_hf.generative.candidates import CandidateStore
 from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import Encoder
 from rsft_hf.generative.generation import Generator, Sampling
+from rsft_hf.generative.prompts import PromptSet
 from rsft_hf.generative.selection import stable_repr
 
 logger = logging.get_logger(__name__)
@@ -87,8 +88,7 @@ def _encoding_digest(encoder: Encoder, prompts: PromptSet) -> str:
     """A digest of the tokens of a few prompts: tokenizer, chat template and its arguments all show in them."""
     digest, count = hashlib.blake2b(digest_size=8), min(_NUM_ENCODED, len(prompts))
     for number in range(count):
-        prompt, _ = prompts.row(number * len(prompts) // count)
-        digest.update(repr(encoder.prompt_ids(prompt)).encode())
+        digest.update(repr(encoder.prompt_ids(*prompts.row(number * len(prompts) // count))).encode())
     return digest.hexdigest()
 
 

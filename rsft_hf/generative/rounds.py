@@ -23,7 +23,7 @@ from rsft_hf.distributed import FailTogether, object_from_main
 from rsft_hf.engines.auto import choose_engine
 from rsft_hf.engines.generation_config import active_settings, sampling_config
 from rsft_hf.engines.model_access import check_mergeable, unwrapped
-from rsft_hf.generative.candidates import CandidateStore, PromptSet
+from rsft_hf.generative.candidates import CandidateStore
 from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import Encoder
 from rsft_hf.generative.evaluation import evaluate_prompts, validate_best_metric, validate_evaluation
@@ -36,6 +36,7 @@ from rsft_hf.generative.generation import (
     sync_weights,
 )
 from rsft_hf.generative.metrics import Throughput, explain_empty_round, round_metrics
+from rsft_hf.generative.prompts import PromptSet
 from rsft_hf.generative.round_cache import (
     RoundPlan,
     model_fingerprint,
@@ -102,7 +103,7 @@ class RoundRunner:
         validate_model(model)
         if config.merge_adapter:
             check_mergeable(model)
-        encoder = Encoder(tokenizer, bool(model.config.is_encoder_decoder), dict(config.chat_template_kwargs or {}))
+        encoder = Encoder.for_model(tokenizer, model, config.chat_template_kwargs)
         prompts = prompt_set(trainer.train_dataset, config, "train_dataset")
         proposal = model if config.proposal_model is None else config.proposal_model
         validate_model(proposal)

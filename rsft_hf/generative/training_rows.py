@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from transformers.utils import logging
 
-from rsft_hf.generative.candidates import Candidate, PromptSet
+from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import IGNORED, Encoder, Row
+from rsft_hf.generative.prompts import PromptSet
 from rsft_hf.rejection import rejection_sample
 
 logger = logging.get_logger(__name__)
@@ -94,21 +95,19 @@ def draw_rows(
     return indices
 
 
-def encode_candidates(candidates: Iterable[Candidate], encoder: Encoder, prompts: PromptSet | None = None) -> list[Row]:
+def encode_candidates(candidates: Iterable[Candidate], encoder: Encoder) -> list[Row]:
     """Returns the training rows of the accepted among the candidates, in their order.
 
     Args:
         candidates: Judged.
         encoder: Knows the model's tokens.
-        prompts: Where the prompts come from; a stored one may lack fields of its messages. None takes the candidates'.
     """
     prompt_ids: dict[int, list[int]] = {}
     rows = []
     for candidate in candidates:
         if candidate.is_accepted:
             if candidate.prompt_id not in prompt_ids:
-                prompt = candidate.prompt if prompts is None else prompts.row(candidate.prompt_id)[0]
-                prompt_ids[candidate.prompt_id] = encoder.prompt_ids(prompt)
+                prompt_ids[candidate.prompt_id] = encoder.prompt_ids(candidate.prompt, candidate.row)
             rows.append(encoder.training_row(prompt_ids[candidate.prompt_id], candidate.token_ids))
     return rows
 
@@ -121,10 +120,10 @@ def reference_candidate(prompts: PromptSet, prompt_id: int, column: str, encoder
         raise ValueError(f"Row {prompt_id} has no reference in the column {column!r}. Give one, or drop the row.")
     if isinstance(reference, list) and isinstance(reference[0], str):
         reference = reference[0]  # several references: the first
-    ids = encoder.completion_ids(prompt, reference)
+    ids = encoder.completion_ids(prompt, reference, row)
     text = reference if isinstance(reference, str) else encoder.text(ids)
     return dataclasses.replace(
-        Candidate(prompt_id, prompt, ids, text, "reference", attempt=-1, index=-1),
+        Candidate(prompt_id, prompt, ids, text, "reference", attempt=-1, index=-1, row=row),
         is_accepted=True,
         verdict="fallback",
         rule='on_nothing_accepted="reference"',
@@ -133,8 +132,11 @@ def reference_candidate(prompts: PromptSet, prompt_id: int, column: str, encoder
 
 def supervised_rows(config: CandidateConfig, encoder: Encoder) -> list[Row]:
     """Returns the encoded rows of `supervised_dataset`; none where it is None."""
-    rows = []
-    for number in range(0 if config.supervised_dataset is None else len(config.supervised_dataset)):
+    rows: list[Row] = []
+    if config.supervised_dataset is None:
+        return rows
+    prompts = PromptSet(config.supervised_dataset, config.prompt_column)
+    for number in range(len(prompts)):
         row = config.supervised_dataset[number]
         if "input_ids" in row and "labels" in row:
             rows.append(
@@ -145,10 +147,9 @@ def supervised_rows(config: CandidateConfig, encoder: Encoder) -> list[Row]:
                 }
             )
         elif config.prompt_column in row and "completion" in row:
-            prompt = row[config.prompt_column]
-            rows.append(
-                encoder.training_row(encoder.prompt_ids(prompt), encoder.completion_ids(prompt, row["completion"]))
-            )
+            prompt, columns = prompts.row(number)
+            answer = encoder.completion_ids(prompt, columns["completion"], columns)
+            rows.append(encoder.training_row(encoder.prompt_ids(prompt, columns), answer))
         else:
             raise ValueError(
                 f"Row {number} of `supervised_dataset` has the columns {list(row)}. It needs {config.prompt_column!r} "

@@ -1,5 +1,7 @@
 """Validation of models, prompts and TrainingArguments before anything is generated."""
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
@@ -10,9 +12,9 @@ from transformers.utils import logging
 
 from rsft_hf.engines.generation_config import context_length
 from rsft_hf.engines.model_access import is_sharded
-from rsft_hf.generative.candidates import PromptSet
 from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import Encoder
+from rsft_hf.generative.prompts import PromptSet, column_names, message_text, template_arguments
 
 logger = logging.get_logger(__name__)
 
@@ -45,38 +47,69 @@ def prompt_set(dataset: Any, config: CandidateConfig, name: str, is_trained_on: 
             f"has {columns}. Name it by `reference_column`."
         )
     prompts = PromptSet(dataset, config.prompt_column)
-    kinds = set()
-    for row in range(len(prompts)):
-        prompt = prompts.row(row)[0]
-        if not isinstance(prompt, (str, list)) or prompt == []:
-            raise ValueError(
-                f"The prompt in row {row} of `{name}` is {prompt!r}. Give text or a list of messages, and drop rows "
-                "without one."
-            )
-        if isinstance(prompt, list) and not all(
-            isinstance(message, dict) and isinstance(message.get("content"), str) for message in prompt
-        ):
-            raise ValueError(
-                f"The prompt in row {row} of `{name}` has a message whose content is not text: {prompt!r}. Only text "
-                "is read; give messages with a `role` and a `content` that is a string."
-            )
-        if isinstance(prompt, list) and prompt[-1].get("role") == "assistant":
-            raise ValueError(
-                f"The prompt in row {row} of `{name}` ends with the assistant's turn: a second one would be generated "
-                f"after it. Move that turn to the column {config.reference_column!r}, or remove it."
-            )
-        kinds.add(isinstance(prompt, str))
+    kinds = {_validated_kind(prompts, row, config, name) for row in range(len(prompts))}
     if len(kinds) > 1:
         raise ValueError(f"`{name}` mixes prompts that are text with prompts that are messages. Give one kind.")
     return prompts
 
 
-def column_names(dataset: Any) -> list[str]:
-    """Returns the names of a data set's columns: its own, or those of its first row where rows are mappings."""
-    if isinstance(dataset, datasets.Dataset):
-        return list(dataset.column_names)
-    first = dataset[0]
-    return list(first) if isinstance(first, dict) else []
+def _validated_kind(prompts: PromptSet, row: int, config: CandidateConfig, name: str) -> type:
+    """The type of a prompt that can be rendered; raises ValueError if it cannot."""
+    prompt, columns = prompts.row(row)
+    if isinstance(prompt, str):
+        return str
+    where = f"The prompt in row {row} of `{name}`"
+    if not isinstance(prompt, list) or not prompt:
+        raise ValueError(f"{where} is {prompt!r}. Give text or a list of messages, and drop rows without one.")
+    if not all(isinstance(message, dict) and _is_text(message) for message in prompt):
+        raise ValueError(
+            f"{where} has a message whose content is not text: {prompt!r}. Only text is read; give messages with a "
+            "`role` and a `content` that is a string or a list of text parts (null for an assistant's tool calls)."
+        )
+    arguments = _validated_template_arguments(columns, where)
+    try:
+        json.dumps([prompt, arguments])
+    except TypeError as error:
+        raise ValueError(f"{where} cannot be stored: {error}. Give messages and tools that JSON can hold.") from error
+    continues = (dict(config.chat_template_kwargs or {}) | arguments).get("continue_final_message")
+    if prompt[-1].get("role") == "assistant" and not continues:
+        raise ValueError(
+            f"{where} ends with the assistant's turn: a second one would be generated after it. Move that turn to the "
+            f"column {config.reference_column!r}, or have it continued by "
+            'chat_template_kwargs={"continue_final_message": True}.'
+        )
+    if continues and (prompt[-1].get("role") != "assistant" or not message_text(prompt[-1].get("content"))):
+        raise ValueError(
+            f"{where} ends with {prompt[-1]!r}, and `continue_final_message` continues an assistant's text. End the "
+            "prompt with one, or leave `continue_final_message` out of `chat_template_kwargs`."
+        )
+    return list
+
+
+def _validated_template_arguments(columns: Mapping[str, Any], where: str) -> dict[str, Any]:
+    kwargs, tools = columns.get("chat_template_kwargs"), columns.get("tools")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ValueError(f"{where} has `chat_template_kwargs`={kwargs!r}. Give a dict per row, or rename the column.")
+    try:
+        arguments = template_arguments(columns)
+        tools = arguments.get("tools")
+    except json.JSONDecodeError:
+        arguments = {}
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise ValueError(
+            f"{where} has `tools`={tools!r}. The chat template takes a list of JSON schemas, or that list as JSON "
+            "text; rename the column if it holds something else."
+        )
+    return arguments
+
+
+def _is_text(message: dict[str, Any]) -> bool:
+    content = message.get("content")
+    if content is None:  # as chat templates take a turn that only calls tools
+        return message.get("role") == "assistant" and len(message.keys() - {"role", "content"}) > 0
+    if isinstance(content, list):
+        return all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content)
+    return isinstance(content, str)
 
 
 def validate_model(model: Any) -> None:
@@ -171,7 +204,7 @@ def validate_prompt_lengths(prompts: PromptSet, encoder: Encoder, model: Any, ma
     if max_new_tokens > limit:
         raise ValueError(f"`max_new_tokens`={max_new_tokens} exceeds the model's {limit} positions. Lower it.")
     for row in range(len(prompts)):
-        length = len(encoder.prompt_ids(prompts.row(row)[0]))
+        length = len(encoder.prompt_ids(*prompts.row(row)))
         if length + reserved > limit:
             raise ValueError(
                 f"The prompt in row {row} has {length} tokens"

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from torch.utils.data import Dataset
 
 import generators
-from generative_runs import NUM_PROMPTS, CountingEngine, resampler, stored, trained, trainer
+from generative_runs import CountingEngine, resampler, stored, trained, trainer
 from rsft_hf import CandidateResampler, Deduplicate, TopKPerPrompt
 from rsft_hf.generative import RejectTruncated
 from rsft_hf.generative.validation import validate_training_arguments
@@ -257,21 +257,6 @@ def test_any_data_set_with_a_length_serves(tmp_path: Path) -> None:
     trained(tmp_path / "torch", train_dataset=Rows())
     trained(tmp_path / "list", train_dataset=list(PROMPTS))
     assert stored(tmp_path / "torch") == stored(tmp_path / "list")
-
-
-def conversations(**changes: Any) -> datasets.Dataset:
-    rows = generators.prompts(NUM_PROMPTS, conversational=True).to_list()
-    for number, row in enumerate(rows):
-        row["prompt"] = [{**message, "name": generators.LETTERS[number], **changes} for message in row["prompt"]]
-    return datasets.Dataset.from_list(rows)
-
-
-@pytest.mark.parametrize("content", [None, [{"type": "text", "text": "a"}]], ids=["none", "parts"])
-def test_content_that_is_not_text_is_refused_before_anything_is_generated(tmp_path: Path, content: Any) -> None:
-    engine = CountingEngine()
-    with pytest.raises(ValueError, match="The prompt in row 0 of `train_dataset` has a message whose content is not"):
-        trained(tmp_path, resampler(engine=engine), train_dataset=conversations(content=content))
-    assert engine.calls == []
 
 
 def test_a_collator_that_makes_its_own_labels_is_refused(tmp_path: Path) -> None:
