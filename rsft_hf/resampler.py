@@ -14,6 +14,8 @@ from transformers import Trainer
 
 from rsft_hf.isolation import forked_rng
 
+Predictions = tuple[list[Any], list[Any], dict[str, float]]
+
 
 class Resampler(ABC):
     """Strategy that chooses which rows of the training set the next epoch reads.
@@ -81,11 +83,11 @@ class Resampler(ABC):
         return collator
 
     def evaluates(self, dataset: Any) -> bool:
-        """Returns whether `evaluate` evaluates on this data set, instead of the trainer's own evaluation."""
+        """Returns whether `predict` answers this data set, instead of the trainer's own evaluation and prediction."""
         return False
 
-    def evaluate(self, dataset: Any, prefix: str) -> dict[str, float]:
-        """Returns evaluation metrics of the current model, keys with `prefix`. Collective."""
+    def predict(self, dataset: Any, prefix: str) -> Predictions:
+        """Returns predictions, labels and metrics of the current model, the metrics with `prefix`. Collective."""
         raise NotImplementedError(f"{type(self).__name__} leaves evaluation to the trainer.")
 
     @property

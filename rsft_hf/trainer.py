@@ -7,6 +7,7 @@ train() -> _inner_training_loop: bind the resampler, load its state from the che
         -> for each checkpoint: _save_rng_state, on every process -> <checkpoint>/resampler
 """
 
+import collections
 import contextlib
 import math
 import time
@@ -18,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
 from rsft_hf.checkpointing import (
@@ -31,7 +33,7 @@ from rsft_hf.checkpointing import (
     save_trainable,
 )
 from rsft_hf.engines.model_access import unwrapped
-from rsft_hf.resampler import EpochSampler, Resampler
+from rsft_hf.resampler import EpochSampler, Predictions, Resampler
 from rsft_hf.training_set import order_rows, validate_dataset
 from rsft_hf.weighted.resampler import LossResampler
 
@@ -67,6 +69,7 @@ class RejectionSamplingMixin(_Base):
     train_dataset: Any
     data_collator: Any
     control: Any
+    _metrics: Any
 
     def __init__(self, *args: Any, resampler: Resampler | None = None, **kwargs: Any) -> None:
         if resampler is not None and not isinstance(resampler, Resampler):
@@ -75,6 +78,7 @@ class RejectionSamplingMixin(_Base):
                 "inside: LossResampler(weighting=...)."
             )
         self.resampler = LossResampler() if resampler is None else resampler
+        validate_trainer_class(type(self))
         validate_dataset(kwargs.get("train_dataset"))  # before Trainer's own error about max_steps
         super().__init__(*args, **kwargs)
         validate_arguments(self.args, self.accelerator)
@@ -130,7 +134,7 @@ class RejectionSamplingMixin(_Base):
         """Logs the epoch's metrics in a line of their own if they were not logged with a loss."""
         if self._progress.has_unlogged_metrics and self.args.logging_strategy != "no":
             self._progress.has_unlogged_metrics = False
-            Trainer.log(self, self.resampler.metrics())  # a subclass's log would flush its own metrics too early
+            self._log_apart(self.resampler.metrics())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs as the trainer does, with the epoch's metrics of the resampler added to the first line with a loss."""
@@ -185,19 +189,43 @@ class RejectionSamplingMixin(_Base):
             dataset = self.eval_dataset[dataset]
         if dataset is None or isinstance(dataset, dict) or not self.resampler.evaluates(dataset):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
+        _, _, metrics = self._answered("evaluate", dataset, metric_key_prefix, kwargs)
+        self._log_apart(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test", **kwargs: Any
+    ) -> PredictionOutput:
+        """Predicts as the trainer does, or returns answers (texts) and references of held-out prompts."""
+        if not self.resampler.evaluates(test_dataset):
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix, **kwargs)
+        output = PredictionOutput(*self._answered("predict", test_dataset, metric_key_prefix, kwargs))
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
+        return output
+
+    def _answered(self, method: str, dataset: Any, prefix: str, kwargs: dict[str, Any]) -> Predictions:
         if kwargs:
             raise ValueError(
-                f"evaluate() got {', '.join(kwargs)}, which held-out prompts do not use. Pass "
+                f"{method}() got {', '.join(kwargs)}, which held-out prompts do not use. Pass "
                 "CandidateResampler(eval_generation_config=GenerationConfig(...))."
             )
         if not self.is_in_train and self._bound_dataset is None:
             self._epoch_sampler()  # binds the resampler
         start = time.perf_counter()
-        metrics = self.resampler.evaluate(dataset, metric_key_prefix)
-        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
-        Trainer.log(self, dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        predictions, labels, metrics = self.resampler.predict(dataset, prefix)
+        return predictions, labels, metrics | {f"{prefix}_runtime": time.perf_counter() - start}
+
+    def _log_apart(self, logs: dict[str, float]) -> None:
+        # TRL's `log` adds the means that it keeps for its next line, and would log those of a few steps with ours.
+        kept = vars(self).get("_metrics")
+        try:
+            if kept is not None:
+                self._metrics = collections.defaultdict(lambda: collections.defaultdict(list))
+            self.log(logs)
+        finally:
+            if kept is not None:
+                self._metrics = kept
 
     def save_base_weights(self) -> None:
         """Writes the trainable weights to `<output_dir>/base.safetensors`, for `restore_base_weights`."""
@@ -223,7 +251,7 @@ class RejectionSamplingMixin(_Base):
     def log_end_of_epoch(self) -> None:
         """Logs the resampler's metrics of a finished epoch."""
         if self.args.logging_strategy != "no" and (metrics := self.resampler.end_epoch()):
-            Trainer.log(self, metrics)
+            self._log_apart(metrics)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Returns the number of rows of an epoch; for the training loader that is the number of draws."""
@@ -244,6 +272,10 @@ class RejectionSamplingMixin(_Base):
             self._progress = load_progress(directory, self._settings)
             self.resampler.load(directory)
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        # TRL's trainers tokenize their data set when they are made; prompts are left to the resampler.
+        return dataset if self.resampler.evaluates(dataset) else super()._prepare_dataset(dataset, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> EpochSampler:
         return self._epoch_sampler()
@@ -333,6 +365,23 @@ def validate_arguments(args: TrainingArguments, accelerator: Accelerator) -> Non
             '`train_sampling_strategy="batch_rebalance"` fixes the batches for the whole run. Use "random", '
             '"group_by_length" or "sequential", which order the accepted rows.'
         )
+
+
+def validate_trainer_class(trainer_class: type) -> None:
+    """Validate that the Trainer class reads the rows it trains on, as it does not if it generates them in its steps.
+
+    Raises:
+        ValueError: If a class below the mixin orders its rows for inputs of its own, as TRL's GRPOTrainer does.
+    """
+    below = trainer_class.__mro__[trainer_class.__mro__.index(RejectionSamplingMixin) + 1 :]
+    for owner in below:
+        is_own = not owner.__module__.startswith("transformers.")
+        if is_own and {"_get_train_sampler", "_prepare_inputs"} <= vars(owner).keys():
+            raise ValueError(
+                f"{owner.__qualname__} generates inside its training steps, from rows in an order of its own "
+                "(_get_train_sampler, _prepare_inputs), so no rows are left to choose. Put the mixin over SFTTrainer, "
+                "whose completions CandidateResampler generates and accepts."
+            )
 
 
 def validate_loader(trainer: Any, loader: Any, sampler: EpochSampler, dataset: Any) -> None:

@@ -221,3 +221,25 @@ def test_a_trainer_of_another_library_with_batches_of_its_own_is_refused(tmp_pat
     )
     with pytest.raises(ValueError, match=r"would ignore the resampler; see sentence_transformers\..*get_batch_sampler"):
         made.train()
+
+
+@pytest.mark.parametrize("is_above", [True, False])
+def test_an_overridden_log_sees_every_line(tmp_path, is_above):
+    seen: list[dict] = []
+
+    class Logs:
+        def log(self, logs, *args, **kwargs):
+            super().log(logs, *args, **kwargs)
+            seen.append(dict(logs))
+
+    if is_above:
+        made = type("Above", (Logs, RejectionSamplingTrainer), {})
+    else:
+        made = type("Below", (RejectionSamplingMixin, type("Plain", (Logs, hf.Trainer), {})), {})
+    # No line with a loss in the first epoch: the epoch's metrics come in a line of their own.
+    ours = runs.trained(made, tmp_path, args={"num_train_epochs": 2, "logging_steps": 1000}, resampler=LossResampler())
+    expected = ours.state.log_history[:-1]  # Trainer adds its total_flos to the last one
+    assert sum("resampling/acceptance_rate" in line and "loss" not in line for line in expected) == 2
+    assert [sorted(line.keys() - {"epoch", "step"}) for line in seen[:-1]] == [
+        sorted(line.keys() - {"epoch", "step"}) for line in expected
+    ]

@@ -23,6 +23,7 @@ from rsft_hf.generative.metrics import distinct_n
 from rsft_hf.generative.prompts import PromptSet, column_names
 from rsft_hf.generative.selection import score_candidates
 from rsft_hf.generative.validation import prompt_set, validate_prompt_lengths
+from rsft_hf.resampler import Predictions
 from rsft_hf.rewards.functions import RewardFunctions
 
 logger = logging.get_logger(__name__)
@@ -32,21 +33,25 @@ _ROUND = -1  # names streams that no round draws from: every evaluation draws th
 _PROMPTS_AT_ONCE = 64
 
 
-def evaluate_prompts(
+def predict_prompts(
     config: CandidateConfig, generator: Generator, prompts: PromptSet, accelerator: Accelerator, trainer: Any
-) -> dict[str, float]:
-    """Returns the figures of one generation per prompt, keys without prefix. Collective.
+) -> Predictions:
+    """Returns one generation per prompt (text), the reference column, and metrics without prefix. Collective.
 
     Args:
         config: Options.
         generator: With the model that is trained.
         prompts: What to generate for.
         accelerator: Knows the processes.
-        trainer: Has `compute_metrics`, which gets texts as predictions and the reference column as labels.
+        trainer: Has `compute_metrics`, which gets texts as predictions, the reference column as labels, and the prompts
+            as inputs where `include_for_metrics` names them.
 
     Returns:
-        `reward` (the selecting functions' weighted sum), `rewards/<name>/mean` (of all functions), `length`
-        (tokens), `truncated`, `distinct_1`, `distinct_2`, and what `compute_metrics` returns.
+        The metrics are `reward` (the selecting functions' weighted sum), `rewards/<name>/mean` (of all functions),
+        `length` (tokens), `truncated`, `distinct_1`, `distinct_2`, and what `compute_metrics` returns.
+
+    Raises:
+        ValueError: If `compute_metrics` fails on texts.
     """
     complete = held_out_config(config, generator.model, generator.encoder.tokenizer)
     sampling = Sampling(complete, num_candidates=1, round_number=_ROUND)
@@ -63,13 +68,26 @@ def evaluate_prompts(
                 candidate.rewards = judged[row] | extra[row]
                 candidate.reward = rewards[row]
     candidates = sorted(gather_lists(accelerator, candidates), key=lambda candidate: candidate.prompt_id)
-    metrics = _figures(candidates)
-    if trainer.compute_metrics is not None:
-        references = [candidate.row.get(config.reference_column) for candidate in candidates]
-        prediction = EvalPrediction(predictions=[one.text for one in candidates], label_ids=references)
-        # As Trainer does: a NumPy number in the log could not be written into a checkpoint.
-        metrics |= {name: _plain(value) for name, value in trainer.compute_metrics(prediction).items()}
-    return metrics
+    texts = [candidate.text for candidate in candidates]
+    references = [candidate.row.get(config.reference_column) for candidate in candidates]
+    inputs = [candidate.prompt for candidate in candidates] if "inputs" in trainer.args.include_for_metrics else None
+    metrics = _figures(candidates) | _computed(trainer, EvalPrediction(texts, references, inputs))
+    return texts, references, metrics
+
+
+def _computed(trainer: Any, prediction: EvalPrediction) -> dict[str, Any]:
+    if trainer.compute_metrics is None:
+        return {}
+    try:
+        computed = trainer.compute_metrics(prediction)
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError, OverflowError) as error:
+        raise ValueError(
+            f"`compute_metrics` failed on held-out prompts ({type(error).__name__}: {error}). There it gets texts, not "
+            "token ids: `predictions` is a list of answers, `label_ids` the list of references (None where there "
+            "is none). Leave out the decoding."
+        ) from error
+    # As Trainer does: a NumPy number in the log could not be written into a checkpoint.
+    return {name: _plain(value) for name, value in computed.items()}
 
 
 def _scored(functions: RewardFunctions, candidates: Sequence[Candidate], state: Any) -> list[dict[str, float | None]]:
@@ -135,13 +153,15 @@ def validate_best_metric(config: CandidateConfig, trainer: Any) -> None:
         )
 
 
-def validate_evaluation(config: CandidateConfig, evaluation: Any, prompts: PromptSet, policy: Generator) -> None:
+def validate_evaluation(config: CandidateConfig, trainer: Any, prompts: PromptSet, policy: Generator) -> None:
     """Checks what held-out prompts are to be generated with, and warns if one of them is trained on.
 
     Raises:
         TypeError: If `eval_generation_config` is no GenerationConfig.
-        ValueError: If a column is missing, the model cannot read a prompt, or the engine cannot generate so.
+        ValueError: If a column is missing, the model cannot read a prompt, the engine cannot generate so, or the
+            arguments ask for metrics that texts have not.
     """
+    evaluation = trainer.eval_dataset
     named = evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
     known = {repr(prompts.row(row)[0]) for row in range(len(prompts))}
     generation_config = held_out_config(config, policy.model, policy.encoder.tokenizer)
@@ -149,6 +169,7 @@ def validate_evaluation(config: CandidateConfig, evaluation: Any, prompts: Promp
         is_readable = not isinstance(dataset, (torch.utils.data.IterableDataset, datasets.IterableDataset))
         if is_readable and len(dataset) and config.prompt_column not in column_names(dataset):
             continue  # encoded rows, for the trainer's own evaluation
+        _validate_metrics_settings(trainer, name)
         held_out = prompt_set(dataset, config, name, is_trained_on=False)
         if config.eval_functions is not None:
             config.eval_functions.check([column for column in column_names(dataset) if column != held_out.column])
@@ -160,3 +181,18 @@ def validate_evaluation(config: CandidateConfig, evaluation: Any, prompts: Promp
                 f"`{name}` holds {len(shared)} prompts that are trained on too (the first in row {shared[0]}): its "
                 "figures are not held out. Take them out of one of the two."
             )
+
+
+def _validate_metrics_settings(trainer: Any, name: str) -> None:
+    if trainer.compute_metrics is None:
+        return
+    if trainer.args.batch_eval_metrics:
+        raise ValueError(
+            f"`batch_eval_metrics=True` computes metrics batch by batch, and the prompts of `{name}` are answered as a "
+            "whole. Leave it out: texts take little memory."
+        )
+    if "loss" in trainer.args.include_for_metrics:
+        raise ValueError(
+            f'`include_for_metrics` asks for "loss", which answers to the prompts of `{name}` have not. Leave it out, '
+            "or evaluate on rows with `input_ids` and `labels`."
+        )

@@ -73,6 +73,8 @@ def column_names(dataset: Any) -> list[str]:
     """Returns the names of a data set's columns: its own, or those of its first row where rows are made on access."""
     if isinstance(dataset, datasets.Dataset) and not _is_transformed(dataset):
         return list(dataset.column_names)
+    if isinstance(dataset, datasets.IterableDataset):
+        return list(dataset.column_names or ())
     first = dataset[0]
     return list(first) if isinstance(first, Mapping) else []
 

@@ -26,7 +26,7 @@ from rsft_hf.engines.model_access import check_mergeable, unwrapped
 from rsft_hf.generative.candidates import CandidateStore
 from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import Encoder
-from rsft_hf.generative.evaluation import evaluate_prompts, validate_best_metric, validate_evaluation
+from rsft_hf.generative.evaluation import predict_prompts, validate_best_metric, validate_evaluation
 from rsft_hf.generative.generation import (
     Generator,
     Sampling,
@@ -64,6 +64,7 @@ from rsft_hf.generative.validation import (
     validate_training_arguments,
     validate_vocabulary,
 )
+from rsft_hf.resampler import Predictions
 from rsft_hf.training_set import dataset_fingerprint
 
 logger = logging.get_logger(__name__)
@@ -123,7 +124,7 @@ class RoundRunner:
         policy = Generator(model, encoder, evaluation_engine(engine, model, proposal is not model), surroundings)
         if trainer.eval_dataset is not None:
             validate_best_metric(config, trainer)
-            validate_evaluation(config, trainer.eval_dataset, prompts, policy)
+            validate_evaluation(config, trainer, prompts, policy)
         reference = reference_opener(config.reference_model, model, trainer.args.device)
         generator = Generator(proposal, encoder, engine, surroundings, reference)
         sampling = Sampling(generation_config, config.num_candidates, run_seed, with_log_probs=config.with_log_probs)
@@ -167,10 +168,10 @@ class RoundRunner:
                 sync_weights(self.accelerator, generator.engine, generator.model)
             return replace(self, generator=generator)._run_stages(round_number, plan, may_be_empty)
 
-    def evaluate(self, prompts: PromptSet) -> dict[str, float]:
-        """Returns the metrics of held-out prompts with the current weights. Collective."""
+    def predict(self, prompts: PromptSet) -> Predictions:
+        """Returns answers, references and metrics of held-out prompts with the current weights. Collective."""
         with prepared_generator(self.config, self.accelerator, self.policy, self.policy.model) as policy:
-            return evaluate_prompts(self.config, policy, prompts, self.accelerator, self.trainer)
+            return predict_prompts(self.config, policy, prompts, self.accelerator, self.trainer)
 
     def _run_stages(self, round_number: int, plan: RoundPlan, may_be_empty: bool) -> dict[str, float]:
         began, store, effort = time.perf_counter(), self.store(round_number), Throughput()

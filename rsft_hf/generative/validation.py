@@ -14,7 +14,8 @@ from rsft_hf.engines.generation_config import context_length
 from rsft_hf.engines.model_access import is_sharded
 from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import Encoder
-from rsft_hf.generative.prompts import PromptSet, column_names, message_text, template_arguments
+from rsft_hf.generative.prompts import Prompt, PromptSet, column_names, message_text, template_arguments
+from rsft_hf.isolation import forked_rng
 
 logger = logging.get_logger(__name__)
 
@@ -150,6 +151,26 @@ def validate_training_arguments(config: CandidateConfig, trainer: Trainer) -> No
         raise ValueError(
             'round_start="best" goes back to the best checkpoint so far. Set `metric_for_best_model`, '
             f'eval_strategy="epoch" (it is {args.eval_strategy}) and save_strategy="epoch" ({args.save_strategy}).'
+        )
+
+
+def validate_collator(collator: Any, encoder: Encoder, row: tuple[Prompt, Mapping[str, Any]]) -> None:
+    """Raises ValueError if a data collator cannot read training rows, here two made of the prompt of a row."""
+    ids = encoder.prompt_ids(*row)
+    rows = [encoder.training_row(ids, ids[:length]) for length in (1, 2)]
+    try:
+        with forked_rng(0):
+            batch = collator(rows)
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"`data_collator` ({type(collator).__name__}) cannot read rows of input_ids, attention_mask and labels: "
+            f"{type(error).__name__}: {error}. Leave it out, or take DataCollatorForSeq2Seq; preferences are trained "
+            "on from export_dpo or export_kto, not in rounds."
+        ) from error
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        raise ValueError(
+            f"`data_collator` ({type(collator).__name__}) drops the labels of the rows. Leave it out, or take "
+            "DataCollatorForSeq2Seq."
         )
 
 

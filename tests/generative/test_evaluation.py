@@ -100,6 +100,66 @@ def test_compute_metrics_gets_texts_and_references(tmp_path: Path) -> None:
     assert list(seen[1].label_ids) == [None] * 5
 
 
+def test_compute_metrics_gets_the_prompts_where_they_are_named(tmp_path: Path) -> None:
+    seen: list[hf.EvalPrediction] = []
+    ours = trainer(
+        tmp_path, eval_dataset=HELD_OUT, compute_metrics=lambda one: seen.append(one) or {},
+        args={"include_for_metrics": ["inputs"]},
+    )  # fmt: skip
+    ours.evaluate()
+    assert seen[0].inputs == HELD_OUT["prompt"][:]
+
+
+def test_predict_answers_prompts(tmp_path: Path) -> None:
+    class Predicted(hf.TrainerCallback):
+        def on_predict(self, args, state, control, metrics, **_):
+            seen.append(metrics)
+
+    seen: list[dict] = []
+    ours = trainer(tmp_path, eval_dataset=HELD_OUT, callbacks=[Predicted()], compute_metrics=lambda _: {"score": 1.0})
+    output = ours.predict(HELD_OUT)
+    assert output.predictions == greedy(HELD_OUT, generators.tiny_model())
+    assert output.label_ids == HELD_OUT["reference"][:]
+    assert seen == [output.metrics]
+    figures = ours.evaluate()
+    for name, value in figures.items():
+        if name not in ("eval_runtime", "epoch"):
+            assert output.metrics[name.replace("eval_", "test_")] == value
+    with pytest.raises(ValueError, match=r"predict\(\) got max_length, which held-out prompts do not use"):
+        ours.predict(HELD_OUT, max_length=4)
+    plain = hf.Trainer(generators.tiny_model(), generators.arguments(tmp_path), hf.default_data_collator)
+    assert np.array_equal(ours.predict(ENCODED).predictions, plain.predict(ENCODED).predictions)
+
+
+@pytest.mark.parametrize(
+    ("args", "match"),
+    [
+        ({"batch_eval_metrics": True}, "`batch_eval_metrics=True` computes metrics batch by batch"),
+        ({"include_for_metrics": ["loss"]}, '`include_for_metrics` asks for "loss"'),
+    ],
+)
+def test_metrics_settings_that_texts_do_not_have_are_refused_before_the_run(tmp_path: Path, args, match) -> None:
+    def compute_metrics(prediction: hf.EvalPrediction, compute_result: bool = True) -> dict:
+        return {}
+
+    engine = CountingEngine()
+    made = resampler(engine=engine)
+    ours = trainer(tmp_path, made, eval_dataset=HELD_OUT, compute_metrics=compute_metrics, args=args)
+    with pytest.raises(ValueError, match=match):
+        ours.train()
+    assert engine.calls == []
+
+
+def test_compute_metrics_that_decodes_is_told_that_it_gets_texts(tmp_path: Path) -> None:
+    def compute_metrics(prediction: hf.EvalPrediction) -> dict:
+        generators.tokenizer().batch_decode(np.where(np.array(prediction.predictions) < 0, 0, prediction.predictions))
+        return {}
+
+    ours = trainer(tmp_path, eval_dataset=HELD_OUT, compute_metrics=compute_metrics)
+    with pytest.raises(ValueError, match=r"`compute_metrics` failed on held-out prompts.*it gets texts, not token ids"):
+        ours.evaluate()
+
+
 def test_numpy_numbers_of_compute_metrics_can_be_saved(tmp_path: Path) -> None:
     args = {"eval_strategy": "epoch", "save_strategy": "epoch"}
     scores = {"score": np.float32(0.5), "count": np.int64(3), "mean": torch.tensor(0.25)}

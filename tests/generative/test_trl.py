@@ -12,6 +12,7 @@ from generative_runs import CountingEngine, logged, resampler, round_dir, stored
 from rsft_hf import (
     CandidateResampler,
     Deduplicate,
+    LossResampler,
     RejectionSamplingMixin,
     Threshold,
     TopKPerPrompt,
@@ -106,11 +107,10 @@ def test_nothing_to_export(tmp_path: Path) -> None:
         export_sft(tmp_path / "candidates")
 
 
+@pytest.mark.parametrize("dataset_kwargs", [None, {"skip_prepare_dataset": True}])
 @pytest.mark.parametrize("conversational", [False, True])
-def test_sft_trainer_trains_rounds(tmp_path: Path, conversational: bool) -> None:
-    config = trl.SFTConfig(
-        str(tmp_path), num_train_epochs=2, dataset_kwargs={"skip_prepare_dataset": True}, learning_rate=1e-3, **ARGS
-    )
+def test_sft_trainer_trains_rounds(tmp_path: Path, conversational: bool, dataset_kwargs: Any) -> None:
+    config = trl.SFTConfig(str(tmp_path), num_train_epochs=2, dataset_kwargs=dataset_kwargs, learning_rate=1e-3, **ARGS)
     rows = generators.prompts(9, conversational=conversational)
     made, model = resampler(), generators.tiny_model()
     held_out = generators.prompts(3, conversational, first=82)
@@ -130,6 +130,58 @@ def test_sft_trainer_trains_rounds(tmp_path: Path, conversational: bool) -> None
     plain = trained(tmp_path / "plain", train_dataset=rows, args={"num_train_epochs": 2})
     assert stored(tmp_path) == stored(tmp_path / "plain")
     assert logged(ours, "loss")[0] == pytest.approx(logged(plain, "loss")[0], rel=1e-4)
+
+
+def test_sft_trainer_still_prepares_held_out_rows(tmp_path: Path) -> None:
+    ours = SFTInRounds(
+        model=generators.tiny_model(),
+        args=trl.SFTConfig(str(tmp_path), **ARGS),
+        train_dataset=generators.prompts(4),
+        eval_dataset={
+            "prompts": generators.prompts(2, first=82),
+            "texts": datasets.Dataset.from_dict({"text": ["a b"]}),
+        },
+        processing_class=generators.tokenizer(),
+        resampler=resampler(),
+    )
+    figures = ours.evaluate()
+    assert {"eval_prompts_reward", "eval_texts_loss"} <= figures.keys()
+
+
+@pytest.mark.parametrize("made", [resampler, LossResampler])
+def test_grpo_trainer_is_refused_with_the_reason(tmp_path: Path, made: Any) -> None:
+    class InGRPO(RejectionSamplingMixin, trl.GRPOTrainer):
+        pass
+
+    with pytest.raises(ValueError, match=r"GRPOTrainer generates inside its training steps.*over SFTTrainer"):
+        InGRPO(
+            model=generators.tiny_model(),
+            reward_funcs=generators.share_of_wanted,
+            args=trl.GRPOConfig(str(tmp_path), num_generations=2, report_to="none", use_cpu=True, bf16=False),
+            train_dataset=generators.prompts(8),
+            processing_class=generators.tokenizer(),
+            resampler=made(),
+        )
+
+
+def test_a_trainer_of_preferences_is_refused_before_the_first_round(tmp_path: Path) -> None:
+    class InDPO(RejectionSamplingMixin, trl.DPOTrainer):
+        pass
+
+    engine = CountingEngine()
+    ours = InDPO(
+        model=generators.tiny_model(),
+        ref_model=generators.tiny_model(),
+        args=trl.DPOConfig(str(tmp_path), **ARGS),
+        train_dataset=generators.prompts(8),
+        processing_class=generators.tokenizer(),
+        resampler=resampler(engine=engine),
+    )
+    with pytest.raises(
+        ValueError, match=r"`data_collator` \(DataCollatorForPreference\) cannot read rows of input_ids"
+    ):
+        ours.train()
+    assert engine.calls == []
 
 
 def by_hand(**options: Any) -> CandidateResampler:
