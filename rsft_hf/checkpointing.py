@@ -33,19 +33,38 @@ class EpochProgress:
     Attributes:
         epoch: Number of the epoch begun last; -1 before the first. Not Trainer's, which counts differently after an
             epoch was stopped early.
-        num_batches_done: Micro-batches of that epoch that this process has trained on.
+        num_batches: Micro-batches of that epoch and process.
+        num_batches_done: Those that have been trained on.
         indices: Rows of that epoch in reading order, shape (num_draws,).
         has_unlogged_metrics: Whether the epoch's metrics have not been logged yet.
         is_resumed: Whether this state comes from a checkpoint and no epoch has begun since.
+        has_other_batches: Whether that checkpoint, of an epoch's end, was of a run with other batches or processes.
+        step_offset: Optimizer steps done beyond those that the epochs would have taken in the present batches.
         batch_rows: Rows of each of this process's micro-batches, if the resampler observes them.
     """
 
     epoch: int = -1
+    num_batches: int = 0
     num_batches_done: int = 0
     indices: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     has_unlogged_metrics: bool = False
     is_resumed: bool = False
+    has_other_batches: bool = False
+    step_offset: int = 0
     batch_rows: list[list[int]] = field(default_factory=list)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all rows of the epoch have been trained on."""
+        return self.num_batches_done >= self.num_batches > 0
+
+
+_BATCH_SETTINGS = {
+    "processes",
+    "rows per micro-batch and process",
+    "gradient accumulation steps",
+    "train_sampling_strategy",
+}
 
 
 def run_settings(trainer: Trainer, num_draws: int, batch_size: int | None = None) -> dict[str, Any]:
@@ -72,37 +91,48 @@ def save_progress(directory: Path, progress: EpochProgress, settings: Mapping[st
     numbers = {
         "settings": settings,
         "epoch": progress.epoch,
+        "num_batches": progress.num_batches,
         "num_batches_done": progress.num_batches_done,
         "has_unlogged_metrics": progress.has_unlogged_metrics,
+        "step_offset": progress.step_offset,
     }
     save_state(directory, "progress", numbers, {"indices": progress.indices})
 
 
-def load_progress(directory: Path, settings: Mapping[str, Any]) -> EpochProgress:
+def load_progress(directory: Path, settings: Mapping[str, Any], max_steps: int = -1) -> EpochProgress:
     """Returns the progress saved in a checkpoint.
+
+    At an epoch's end nothing is left of the drawn rows, so the next epoch may come in other batches, unless `max_steps`
+    counts them.
 
     Raises:
         ValueError: If there is none, or the run that saved it differs in one of `settings`; all differences are named.
     """
     numbers, tensors = load_state(directory, "progress")
-    differences = [
-        f"{name}: {numbers['settings'].get(name)} in the checkpoint, {value} now"
-        for name, value in settings.items()
-        if numbers["settings"].get(name) != value
-    ]
-    if differences:
-        raise ValueError(
-            f"Cannot resume from {directory.parent}: its epoch was drawn for another run ({'; '.join(differences)}). "
-            "Resume with the same data set and settings, or load the checkpoint's weights into the model and call "
-            "train() without `resume_from_checkpoint`."
-        )
-    return EpochProgress(
+    progress = EpochProgress(
         epoch=numbers["epoch"],
+        num_batches=numbers["num_batches"],
         num_batches_done=numbers["num_batches_done"],
         indices=tensors["indices"],
         has_unlogged_metrics=numbers["has_unlogged_metrics"],
         is_resumed=True,
+        step_offset=numbers["step_offset"],
     )
+    saved = numbers["settings"]
+    differing = [name for name, value in settings.items() if saved.get(name) != value]
+    if progress.is_complete and max_steps <= 0 and set(differing) <= _BATCH_SETTINGS:
+        progress.has_other_batches = bool(differing)
+        return progress
+    if differing:
+        differences = "; ".join(
+            f"{name}: {saved.get(name)} in the checkpoint, {settings[name]} now" for name in differing
+        )
+        raise ValueError(
+            f"Cannot resume from {directory.parent}: its epoch was drawn for another run ({differences}). Resume with "
+            "the same data and settings (at an epoch's end, without `max_steps`, batches and processes may differ), "
+            "or load the checkpoint's weights into the model and call train() without `resume_from_checkpoint`."
+        )
+    return progress
 
 
 def last_complete_checkpoint(output_dir: str, state_directory: str) -> str:
@@ -124,9 +154,9 @@ def last_complete_checkpoint(output_dir: str, state_directory: str) -> str:
             return str(folder)
         logger.warning(f"Skipping {folder}, which was not saved completely (perhaps the run was killed while saving).")
     raise ValueError(
-        f"No complete checkpoint in {output_dir} ({len(folders)} checkpoint folders found). Call train() without "
-        "`resume_from_checkpoint` to start from the beginning, with `save_only_model` off so that later runs can "
-        "resume."
+        f"No valid checkpoint found in output directory ({output_dir}): of {len(folders)} checkpoint folders none was "
+        "saved completely. Call train() without `resume_from_checkpoint` to start from the beginning, with "
+        "`save_only_model` off so that later runs can resume."
     )
 
 

@@ -111,7 +111,7 @@ class RejectionSamplingMixin(_Base):
         progress, num_skipped = self._progress, 0
         if progress.is_resumed:
             num_skipped = self._num_skipped_batches(loader)
-        is_inside_epoch = num_skipped or (self.args.ignore_data_skip and progress.num_batches_done < len(loader))
+        is_inside_epoch = num_skipped or (self.args.ignore_data_skip and not progress.is_complete)
         if progress.is_resumed and is_inside_epoch:
             if num_skipped != progress.num_batches_done and not self.args.ignore_data_skip:
                 logger.warning(
@@ -124,7 +124,8 @@ class RejectionSamplingMixin(_Base):
             accepted = self.resampler.resample(progress.epoch)
             progress.indices = order_rows(self, self._bound_dataset, accepted, progress.epoch)
             progress.has_unlogged_metrics = True
-        progress.is_resumed, progress.num_batches_done = False, num_skipped
+        progress.is_resumed = progress.has_other_batches = False
+        progress.num_batches, progress.num_batches_done = len(loader), num_skipped
         self._epoch_sampler().replace(progress.indices)
         # The order is known, so the count of micro-batches identifies the rows of each: batches carry no indices.
         is_observed = self.resampler.observes_rows
@@ -269,9 +270,21 @@ class RejectionSamplingMixin(_Base):
         self._settings = run_settings(self, self.resampler.draws_per_epoch(), batch_size)
         if resume_from_checkpoint is not None:
             directory = Path(resume_from_checkpoint) / STATE_DIRECTORY
-            self._progress = load_progress(directory, self._settings)
+            self._progress = load_progress(directory, self._settings, self.args.max_steps)
             self.resampler.load(directory)
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
+
+    def _init_training_state(self, max_steps: int, num_update_steps_per_epoch: int, *args: Any, **kwargs: Any) -> Any:
+        done = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
+        progress = self._progress
+        if progress.has_other_batches:
+            progress.step_offset = self.state.global_step - (progress.epoch + 1) * num_update_steps_per_epoch
+        if not progress.step_offset:
+            return done
+        # Trainer took all steps of the run for steps of the present batches.
+        self.state.max_steps += progress.step_offset
+        num_epochs, num_steps = divmod(self.state.global_step - progress.step_offset, num_update_steps_per_epoch)
+        return num_epochs, 0 if self.args.ignore_data_skip else num_steps * self.args.gradient_accumulation_steps
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         # TRL's trainers tokenize their data set when they are made; prompts are left to the resampler.
@@ -304,7 +317,8 @@ class RejectionSamplingMixin(_Base):
         if self.args.ignore_data_skip:
             return 0
         accumulation = self.args.gradient_accumulation_steps
-        return self.state.global_step % math.ceil(len(loader) / accumulation) * accumulation
+        num_steps = self.state.global_step - self._progress.step_offset
+        return num_steps % math.ceil(len(loader) / accumulation) * accumulation
 
 
 class RejectionSamplingTrainer(RejectionSamplingMixin, Trainer):
@@ -431,6 +445,15 @@ class ResampleCallback(TrainerCallback):
 
     def __init__(self, trainer: "RejectionSamplingMixin") -> None:
         self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Sets the learning rate of the step where a run with other batches goes on."""
+        scheduler, progress = kwargs["lr_scheduler"], self._trainer._progress
+        if progress.has_other_batches and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            scheduler.last_epoch = state.global_step - progress.step_offset - 1
+            scheduler.step()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -134,7 +134,7 @@ def test_a_checkpoint_of_a_plain_trainer_is_refused(tmp_path):
     CASE.trainer(tmp_path, arguments=parts).train()
     checkpoint = tmp_path / "checkpoint-1"
     assert_refused(r"holds no progress.json .*by a trainer without a resampler", tmp_path, str(checkpoint))
-    assert_refused(r"No complete checkpoint in .* \(1 checkpoint folders found\)", tmp_path, True)
+    assert_refused(r"No valid checkpoint found in output directory .* of 1 checkpoint folders", tmp_path, True)
 
 
 def test_a_checkpoint_whose_resampler_was_deleted_is_refused_by_name_and_skipped_unnamed(run):
@@ -143,7 +143,7 @@ def test_a_checkpoint_whose_resampler_was_deleted_is_refused_by_name_and_skipped
     assert train(run, True) == 5  # from checkpoint-1
     for folder in run.glob("checkpoint-*"):
         shutil.rmtree(folder / "resampler")
-    assert_refused(r"No complete checkpoint in .*Call train\(\) without", run, True)
+    assert_refused(r"No valid checkpoint found in output directory .*Call train\(\) without", run, True)
 
 
 @pytest.mark.parametrize("file", ["weighted.json", "weighted.safetensors", "progress.safetensors"])
@@ -161,7 +161,7 @@ def test_a_damaged_progress_file_is_skipped_unnamed_and_refused_with_its_folder(
 
 
 def test_no_checkpoint_at_all_is_refused(tmp_path):
-    assert_refused(r"No complete checkpoint in .* \(0 checkpoint folders found\)", tmp_path, True)
+    assert_refused(r"No valid checkpoint found in output directory .* of 0 checkpoint folders", tmp_path, True)
 
 
 @pytest.mark.parametrize("every_n_epochs", [1, 4])

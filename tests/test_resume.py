@@ -1,6 +1,7 @@
 """Exact resume: a run killed and resumed from its last checkpoint equals an uninterrupted one bit for bit."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def test_resume_true_skips_a_checkpoint_cut_off_in_saving(tmp_path: Path, damage
 
 def test_resume_true_without_a_complete_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-5").mkdir()
-    with pytest.raises(ValueError, match=r"No complete checkpoint in .* \(1 checkpoint folders found\)"):
+    with pytest.raises(ValueError, match=r"No valid checkpoint found in output directory .* of 1 checkpoint folders"):
         runs.trained(RejectionSamplingTrainer, tmp_path, resume=True)
 
 
@@ -169,3 +170,64 @@ def test_suspects_count_measured_epochs_alone_and_alike_after_a_resume(tmp_path:
     tables = [trainer.resampler.suspects(runs.NUM_ROWS).to_list() for trainer in (whole, cut)]
     assert {len(row["losses"]) for row in tables[0]} == {2}
     assert tables[0] == tables[1]
+
+
+def rates(trainer: hf.Trainer) -> list[float]:
+    return [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line]
+
+
+@pytest.mark.parametrize("source", ["forward", "training"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"per_device_train_batch_size": 2},
+        {"per_device_train_batch_size": 8},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    ],
+    ids=["smaller", "larger", "accumulated"],
+)
+def test_the_next_epoch_may_come_in_other_batches(tmp_path: Path, args: dict, source: str) -> None:
+    """A run of 4 epochs in batches of 4 is killed after one and goes on in others, then once more inside an epoch."""
+
+    def trained(resume=None, callbacks=(), **others):
+        settings = {"num_train_epochs": 4, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1, **others}
+        return runs.trained(
+            RejectionSamplingTrainer, tmp_path, args=settings, resume=resume, callbacks=list(callbacks),
+            resampler=LossResampler(losses=source),
+        )  # fmt: skip
+
+    with pytest.raises(Killed):
+        trained(callbacks=[KillAfter(STEPS_PER_EPOCH)])
+    first = str(tmp_path / f"checkpoint-{STEPS_PER_EPOCH}")
+    whole = trained(first, **args)
+    per_epoch = math.ceil(
+        runs.NUM_ROWS / (args["per_device_train_batch_size"] * args.get("gradient_accumulation_steps", 1))
+    )
+    assert whole.state.global_step == whole.state.max_steps == STEPS_PER_EPOCH + 3 * per_epoch
+    assert whole.resampler.history.epochs == [0, 1, 2, 3]
+    assert whole.state.epoch == 4.0
+    # The learning rate falls from where an epoch of the four leaves it, to the end.
+    total = 4 * per_epoch
+    expected = [5e-3 * (1 - step / total) for step in range(per_epoch, total)]
+    assert rates(whole)[STEPS_PER_EPOCH:] == pytest.approx(expected)
+    at = STEPS_PER_EPOCH + per_epoch + 1
+    again = trained(str(tmp_path / f"checkpoint-{at}"), **args)
+    assert again.state.global_step == whole.state.global_step
+    assert rates(again) == rates(whole)
+    assert runs.losses(again) == runs.losses(whole)
+    assert runs.largest_difference(again, whole) == 0.0
+
+
+def test_inside_an_epoch_and_under_max_steps_other_batches_are_refused(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(Killed):
+        runs.trained(
+            RejectionSamplingTrainer, tmp_path, args=settings, resampler=LossResampler(),
+            callbacks=[KillAfter(STEPS_PER_EPOCH)],
+        )  # fmt: skip
+    for step, args in ((STEPS_PER_EPOCH - 1, {}), (STEPS_PER_EPOCH, {"max_steps": 20})):
+        with pytest.raises(ValueError, match="rows per micro-batch and process: 4 in the checkpoint, 2 now"):
+            runs.trained(
+                RejectionSamplingTrainer, tmp_path, resume=str(tmp_path / f"checkpoint-{step}"),
+                args={**settings, "per_device_train_batch_size": 2, **args}, resampler=LossResampler(),
+            )  # fmt: skip
