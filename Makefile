@@ -2,6 +2,8 @@
 PYTHON ?= python3
 ARGS ?=
 WORKERS ?= 2
+# A build for the CPU lies under this version on many machines; another accelerator wants its own.
+TORCH ?= 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -13,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sentiment demo-translation recipes test lint format bench-overhead bench-drawing bench-generation \
+.PHONY: help demo demo-sentiment demo-translation recipes test test-oldest test-latest lint format bench-overhead bench-drawing bench-generation \
 	bench-rounds experiments clean
 
 help: ## list the targets
@@ -45,6 +47,22 @@ recipes: demo $(STAMP) ## every recipe, offline: the demos, a reward model, and 
 
 test: lint ## lint, then run every test and doctest, in WORKERS processes
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+OLDEST := .venv-oldest
+test-oldest: ## the tests on the oldest versions that pyproject.toml promises, in an environment of their own
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet torch==$(TORCH) packaging
+	$(OLDEST)/bin/python .ci/lower_bounds.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt -e '.[dev]'
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+LATEST := .venv-latest
+test-latest: ## the tests on the newest versions that pip finds within the promised ranges
+	$(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/python -m pip install --quiet torch==$(TORCH)
+	$(LATEST)/bin/python -m pip install --quiet -e '.[dev]' 'torch==$(TORCH)'
+	$(LATEST)/bin/python -m pip freeze --exclude-editable > $(LATEST)/versions.txt
+	$(LATEST)/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
@@ -78,6 +96,6 @@ clean: ## remove outputs and caches, keep .venv
 # torch first and by its exact version: asked for loosely, pip may choose a build for another accelerator.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==$(TORCH)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@

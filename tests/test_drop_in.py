@@ -21,11 +21,17 @@ def lora_bert():
         return get_peft_model(runs.bert(), config)
 
 
+# transformers 5.24 renamed it.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in hf.TrainingArguments.__annotations__
+)
 SETTINGS = {
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 4},
     "label_smoothing": {"label_smoothing_factor": 0.1},
-    "gradient_checkpointing": {"gradient_checkpointing": True},
+    "activation_checkpointing": {CHECKPOINTING: True},
     "two_workers": {"dataloader_num_workers": 2},
     "max_steps": {"max_steps": 17},
     "drop_last": {"dataloader_drop_last": True},

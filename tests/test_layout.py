@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import rsft_hf
+from rsft_hf.upstream import PRIVATE
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "rsft_hf"
@@ -26,7 +27,7 @@ PUBLIC = ("rsft_hf", *(f"rsft_hf.{name}" for name in ("acceptance", "engines", "
 # Files and folders of the package from the lowest layer to the highest: imports go to the same line or to one above.
 LAYERS = (
     ("checks.py",),
-    ("rejection.py", "distributed.py", "isolation.py", "memory.py", "openai_client.py"),
+    ("rejection.py", "distributed.py", "isolation.py", "memory.py", "openai_client.py", "upstream.py"),
     ("training_set.py", "checkpointing.py"),
     ("resampler.py",),
     ("acceptance", "rewards", "engines"),
@@ -113,6 +114,34 @@ def test_formulas_import_torch_and_numpy_only(file):
     outside = {module.split(".")[0] for module in imported_modules(parse(PACKAGE / file), file)} - PURE_IMPORTS
     assert not outside, f"{file} is a formula and imports {sorted(outside)}"
     assert not [other for other in own_imports(file) if not other.startswith(PURE_FILES)]
+
+
+def own_private_names() -> set[str]:
+    """Private names that the package defines itself: functions, classes, attributes, imports."""
+    names = set()
+    for file in PACKAGE_FILES:
+        for node in ast.walk(parse(PACKAGE / file)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                names.add(node.target.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                names.add(node.attr)
+    return names
+
+
+def test_private_names_of_other_libraries_are_listed_in_one_place():
+    listed = {name for names in PRIVATE.values() for name in names}
+    own = own_private_names() - {"_init_training_state", "_inner_training_loop", "_save_rng_state", "_prepare_dataset"}
+    used = {
+        node.attr
+        for file in PACKAGE_FILES
+        for node in ast.walk(parse(PACKAGE / file))
+        if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr)
+    }
+    overridden = own_private_names() & listed
+    assert used - own - {"_replace"} <= listed
+    assert listed <= used | overridden
 
 
 @pytest.mark.parametrize("file", [file for file in PACKAGE_FILES if file not in KNOWS_TRAINER])

@@ -32,8 +32,8 @@ from rsft_hf.engines.sampling import (
     without_forced_end,
     without_own_stops,
 )
-from rsft_hf.engines.transformers_names import CACHE_NAMES, cache_name
 from rsft_hf.memory import halve_batch_size
+from rsft_hf.upstream import CACHE_NAMES, cache_name
 
 logger = logging.get_logger(__name__)
 

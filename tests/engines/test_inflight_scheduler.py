@@ -10,7 +10,7 @@ from rsft_hf.engines.generate import GenerateEngine
 from rsft_hf.engines.inflight.engine import InFlightEngine
 from rsft_hf.engines.inflight.kv_cache import BatchCache
 from rsft_hf.engines.inflight.scheduler import Scheduler
-from rsft_hf.engines.transformers_names import cache_name
+from rsft_hf.upstream import cache_name
 
 ENGINES = [InFlightEngine(4), GenerateEngine(4)]
 

@@ -81,6 +81,11 @@ def tiny_model(name: str = "llama", seed: int = 16, **config: Any) -> Any:
     return model.train()
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Turns on activation checkpointing, which transformers called gradient checkpointing before 5.24."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
 def tokenizer(closes_text: bool = False, pad_token: str | None = "<pad>") -> hf.PreTrainedTokenizerFast:
     """A tokenizer of the words in `WORDS`, separated by blanks, with pad, eos, bos, unk and a ChatML-like template.
 

@@ -149,5 +149,6 @@ class InFlightEngine(Engine):
         if reason not in self._said:
             self._said.add(str(reason))
             logger.warning(
-                f"{type(model).__name__} generates with {type(self.fallback).__name__} instead of slots: {reason}."
+                f"{type(model).__name__} generates with {type(self.fallback).__name__} instead of continuous batching, "
+                f"the same candidates more slowly: {reason}."
             )

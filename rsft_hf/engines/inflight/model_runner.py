@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from rsft_hf.engines.inflight.kv_cache import BatchCache, CrossAttentionCache
 from rsft_hf.engines.sampling import pad_prompts
-from rsft_hf.engines.transformers_names import CACHE_LENGTH_NAMES, cache_argument
+from rsft_hf.upstream import CACHE_LENGTH_NAMES, cache_argument
 
 States = list[tuple[torch.Tensor, torch.Tensor]]
 

@@ -1,4 +1,8 @@
-"""Names of transformers that differ between the supported versions."""
+"""Names of other libraries that are private, or differ between the supported versions.
+
+`PRIVATE` is the whole list of private names that the package calls, overrides or reads; tests check each of them in the
+installed versions, so that a release which drops one is found by its name.
+"""
 
 import inspect
 from collections.abc import Collection
@@ -6,6 +10,24 @@ from typing import Any
 
 import transformers
 from packaging.version import Version
+
+PRIVATE = {
+    "transformers.Trainer": (
+        "_inner_training_loop",
+        "_init_training_state",
+        "_get_train_sampler",
+        "_save_rng_state",
+        "_load_best_model",
+        "_prepare_inputs",
+        "_train_batch_size",  # of an instance
+    ),
+    "transformers.GenerationMixin": ("_sample", "_prefill", "_update_model_kwargs_for_generation"),
+    "transformers.PretrainedConfig": ("_attn_implementation",),
+    "torch._dynamo.OptimizedModule": ("_orig_mod",),  # of an instance
+    "trl.SFTTrainer": ("_prepare_dataset", "_metrics"),  # the second one of an instance
+    "deepspeed.runtime.zero.parameter_offload.DeepSpeedZeRoOffload": ("_register_deepspeed_module",),
+    "deepspeed.runtime.zero.partitioned_param_coordinator.PartitionedParameterCoordinator": ("_invalidate_trace",),
+}
 
 # transformers 5.24 renamed the argument of the KV cache, in the models and in what `generate` prepares for them.
 CACHE_NAMES = ("cache", "past_key_values")
