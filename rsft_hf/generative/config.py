@@ -36,8 +36,8 @@ class CandidateConfig:
         reward_weights: One factor per function; 1 each where None.
         reward_processing_classes: One tokenizer per reward model, None for functions.
         num_candidates: Candidates per prompt and attempt, at least 1.
-        generation_config: How to sample: `GenerationConfig(max_new_tokens=..., temperature=...)`. It overrides the
-            model's own; what neither says is plain sampling.
+        generation_config: How to sample: `GenerationConfig(do_sample=True, max_new_tokens=..., temperature=...)`. It
+            overrides the model's own; what neither says is plain sampling.
         engine: "auto", "generate", or an `Engine`.
         proposal_model: Generates instead of the trained model (a teacher); shares its tokenizer.
         reference_model: Gives log p of `DensityRatio` instead of the generating model; "base" is a PEFT model with its

@@ -173,7 +173,8 @@ class MetricReward:
         arguments: Passed to `compute`.
 
     Raises:
-        ValueError: When called, if the result has several numbers and no `key`, or not that one.
+        ValueError: If there is no such metric; when called, if the result has several numbers and no `key`, or not that
+            one.
     """
 
     metric: Any = field(repr=False)
@@ -186,7 +187,13 @@ class MetricReward:
         import evaluate
 
         if isinstance(self.metric, str):
-            object.__setattr__(self, "metric", evaluate.load(self.metric))
+            try:
+                object.__setattr__(self, "metric", evaluate.load(self.metric))
+            except (FileNotFoundError, ConnectionError) as error:
+                raise ValueError(
+                    f"`metric`={self.metric!r} is neither a folder with a metric's module nor to be had from the hub, "
+                    "which may be out of reach (HF_HUB_OFFLINE). Give the path of such a folder, or a loaded metric."
+                ) from error
         if not isinstance(self.metric, evaluate.EvaluationModule):
             raise TypeError(f"`metric` is a {type(self.metric).__name__}. Pass `evaluate.load(...)`, a path or a name.")
         if not self.name:

@@ -122,6 +122,13 @@ class LossResampler(Resampler):
         """Returns the rows of the epoch: measured, weighted, drawn and broadcast. Collective."""
         start, source = time.perf_counter(), self._bound()
         num_epochs = source.trainer.state.num_train_epochs
+        num_first = max(self.warmup_epochs, int(self.losses == "training"))
+        if not self.history.epochs and num_first + self.uniform_final_epochs >= num_epochs:
+            logger.warning(
+                f"No epoch of this run is resampled: of {num_epochs} epochs the first {num_first} (`warmup_epochs`, or "
+                f'losses="training" before it knows a loss) and the last {self.uniform_final_epochs} '
+                "(`uniform_final_epochs`) read the data set uniformly. Train for more epochs, or lower them."
+            )
         is_uniform = epoch < self.warmup_epochs or epoch >= num_epochs - self.uniform_final_epochs
         losses = source.losses_at(epoch, self.seed + epoch, may_measure=not is_uniform)
         is_uniform |= bool(losses.isnan().all())

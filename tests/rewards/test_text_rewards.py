@@ -141,6 +141,12 @@ def test_squad_figures_by_hand():
     assert call(scorers.ExactMatch(), ["The Cat.", "cats"], reference=[["dog", "cat"], "cat"]) == [1.0, 0.0]
 
 
+def test_a_metric_that_is_nowhere_says_so(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match=r"`metric`='no_such_metric' is neither a folder .* the path of such a folder"):
+        scorers.MetricReward("no_such_metric")
+
+
 def test_a_metric_is_computed_for_each_sentence(tmp_path):
     path = tmp_path / "overlap.py"
     path.write_text(METRIC_MODULE, encoding="utf-8")

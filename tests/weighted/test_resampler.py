@@ -245,3 +245,25 @@ def test_a_plain_function_gets_the_labelled_rows_in_data_set_order(tmp_path):
     assert seen[-1].dtype == torch.float64
     assert torch.equal(seen[-1].float(), losses[[0, 1, 3, 4, 6]])  # rows 2 and 5 have no label
     assert resampler.table()["weight"][:] == pytest.approx([1 / 15, 2 / 15, 0, 3 / 15, 4 / 15, 0, 5 / 15])
+
+
+@pytest.mark.parametrize(
+    ("options", "num_epochs", "is_warned"),
+    [
+        ({"warmup_epochs": 1, "uniform_final_epochs": 1}, 2, True),
+        ({"losses": "training"}, 1, True),
+        ({"losses": "training", "uniform_final_epochs": 1}, 2, True),
+        ({"warmup_epochs": 1, "uniform_final_epochs": 1}, 3, False),
+        ({"losses": "training"}, 2, False),
+        ({}, 1, False),
+    ],
+)
+def test_a_run_whose_epochs_are_all_uniform_says_so(tmp_path, caplog, options, num_epochs, is_warned):
+    args = {"num_train_epochs": num_epochs}
+    ours = runs.trained(RejectionSamplingTrainer, tmp_path, args=args, resampler=LossResampler(**options))
+    lines = [record.getMessage() for record in caplog.records if "No epoch of this run is resampled" in record.message]
+    assert len(lines) == is_warned
+    weights = {epoch: set() for epoch in range(num_epochs)}
+    for row in ours.resampler.table():
+        weights[row["epoch"]].add(row["weight"])
+    assert all(len(values) == 1 for values in weights.values()) == is_warned
