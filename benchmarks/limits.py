@@ -15,7 +15,7 @@ import torch
 from measures import seconds_of
 from workloads import FIRST_WORD, PAD, Workload
 
-from rsft_hf.engines.transformers_names import cache_argument, cache_name
+from rsft_hf.upstream import cache_argument, cache_name
 
 PREFILL_BATCHES = (1, 4, 16, 32)
 DECODE_BATCHES = (16, 32, 64, 128)

@@ -37,6 +37,7 @@ class EpochProgress:
         num_batches_done: Those that have been trained on.
         indices: Rows of that epoch in reading order, shape (num_draws,).
         has_unlogged_metrics: Whether the epoch's metrics have not been logged yet.
+        has_unlogged_end: Whether the line of the epoch's end has not been logged yet.
         is_resumed: Whether this state comes from a checkpoint and no epoch has begun since.
         has_other_batches: Whether that checkpoint, of an epoch's end, was of a run with other batches or processes.
         step_offset: Optimizer steps done beyond those that the epochs would have taken in the present batches.
@@ -48,6 +49,7 @@ class EpochProgress:
     num_batches_done: int = 0
     indices: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     has_unlogged_metrics: bool = False
+    has_unlogged_end: bool = False
     is_resumed: bool = False
     has_other_batches: bool = False
     step_offset: int = 0
@@ -94,6 +96,7 @@ def save_progress(directory: Path, progress: EpochProgress, settings: Mapping[st
         "num_batches": progress.num_batches,
         "num_batches_done": progress.num_batches_done,
         "has_unlogged_metrics": progress.has_unlogged_metrics,
+        "has_unlogged_end": progress.has_unlogged_end,
         "step_offset": progress.step_offset,
     }
     save_state(directory, "progress", numbers, {"indices": progress.indices})
@@ -115,6 +118,7 @@ def load_progress(directory: Path, settings: Mapping[str, Any], max_steps: int =
         num_batches_done=numbers["num_batches_done"],
         indices=tensors["indices"],
         has_unlogged_metrics=numbers["has_unlogged_metrics"],
+        has_unlogged_end=numbers["has_unlogged_end"],
         is_resumed=True,
         step_offset=numbers["step_offset"],
     )

@@ -123,7 +123,7 @@ class RejectionSamplingMixin(_Base):
             progress.epoch += 1
             accepted = self.resampler.resample(progress.epoch)
             progress.indices = order_rows(self, self._bound_dataset, accepted, progress.epoch)
-            progress.has_unlogged_metrics = True
+            progress.has_unlogged_metrics = progress.has_unlogged_end = True
         progress.is_resumed = progress.has_other_batches = False
         progress.num_batches, progress.num_batches_done = len(loader), num_skipped
         self._epoch_sampler().replace(progress.indices)
@@ -250,9 +250,11 @@ class RejectionSamplingMixin(_Base):
         self.optimizer.state.clear()  # its momenta belong to the replaced weights
 
     def log_end_of_epoch(self) -> None:
-        """Logs the resampler's metrics of a finished epoch."""
-        if self.args.logging_strategy != "no" and (metrics := self.resampler.end_epoch()):
-            self._log_apart(metrics)
+        """Logs the resampler's metrics of a finished epoch, once."""
+        if self._progress.has_unlogged_end:
+            self._progress.has_unlogged_end = False
+            if self.args.logging_strategy != "no" and (metrics := self.resampler.end_epoch()):
+                self._log_apart(metrics)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Returns the number of rows of an epoch; for the training loader that is the number of draws."""
@@ -449,8 +451,11 @@ class ResampleCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Sets the learning rate of the step where a run with other batches goes on."""
+        """Ends the epoch of a checkpoint that was saved at its last step; sets the learning rate for other batches."""
         scheduler, progress = kwargs["lr_scheduler"], self._trainer._progress
+        if progress.is_resumed and progress.is_complete:
+            self._trainer.log_pending_metrics()
+            self._trainer.log_end_of_epoch()
         if progress.has_other_batches and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
             scheduler.last_epoch = state.global_step - progress.step_offset - 1
             scheduler.step()

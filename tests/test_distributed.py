@@ -49,6 +49,7 @@ def test_both_processes_fill_the_ledger(ranks) -> None:
     assert min(losses) > 0  # -1 stands for unknown
 
 
+@pytest.mark.skipif(not runs.RESUMES_PROCESSES, reason="transformers before 5.18 cannot resume processes on a CPU")
 @pytest.mark.parametrize("source", ["forward", "training"])
 def test_two_processes_resume_exactly(ranks, source: str) -> None:
     for rank in ranks[0]:

@@ -24,6 +24,7 @@ STAGES = ("generated", "scored", "judged")
 MANIFEST = "manifest.json"
 
 _STAGE_KEY = b"rsft_hf.stage"
+_LOGGED_KEY = b"rsft_hf.logged"
 
 
 @dataclass
@@ -134,10 +135,20 @@ class CandidateStore:
             return None
         return (pq.read_schema(path).metadata or {}).get(_STAGE_KEY, b"").decode() or None
 
-    def write(self, path: Path, candidates: Iterable[Candidate], stage: str) -> None:
-        """Writes a shard, in one move: readers see the old file or the new one."""
+    def write(
+        self, path: Path, candidates: Iterable[Candidate], stage: str, logged: Mapping[str, float] | None = None
+    ) -> None:
+        """Writes a shard, in one move: readers see the old file or the new one.
+
+        Args:
+            path: As `path` gives it.
+            candidates: Of the shard.
+            stage: One of `STAGES`.
+            logged: Means of what reward functions logged of the shard; None keeps those that it has.
+        """
         rows = [_to_row(candidate, self.reward_names) for candidate in candidates]
-        schema = self._schema.with_metadata({_STAGE_KEY: stage.encode()})
+        kept = json.dumps(self._logged(path) if logged is None else dict(logged))
+        schema = self._schema.with_metadata({_STAGE_KEY: stage.encode(), _LOGGED_KEY: kept.encode()})
         draft = path.with_name(f".{path.name}.incomplete")
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), draft, compression="zstd")
         os.replace(draft, path)
@@ -161,6 +172,14 @@ class CandidateStore:
         return any(verdict != "filtered" for verdict in columns["verdict"]) and not any(
             reward is not None for reward in columns["reward"]
         )
+
+    def logged(self) -> list[dict[str, float]]:
+        """Returns what reward functions logged of each shard, in the order of the shards."""
+        return [self._logged(path) for path in self.shards()]
+
+    def _logged(self, path: Path) -> dict[str, float]:
+        metadata = (pq.read_schema(path).metadata or {}) if path.is_file() else {}
+        return json.loads(metadata.get(_LOGGED_KEY, b"{}"))
 
     def shards(self) -> list[Path]:
         """Returns the files of all shards, in order of attempt and prompt."""

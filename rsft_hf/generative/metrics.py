@@ -7,7 +7,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -201,22 +201,16 @@ class Throughput:
     generate_tokens: int = 0
     score_seconds: float = 0.0
     score_tokens: int = 0
-    logged: list[dict[str, float]] = field(default_factory=list)
 
     def metrics(self, accelerator: Accelerator) -> dict[str, float]:
-        """Returns tokens of all processes, tokens per second of the slowest's time, and means of what was logged."""
+        """Returns tokens of all processes per second of the slowest's time, of what this run made itself."""
         efforts = gather_lists(accelerator, [self])
         metrics = {}
         for stage, past in (("generate", "generated"), ("score", "scored")):
             tokens = sum(vars(effort)[f"{stage}_tokens"] for effort in efforts)
             seconds = max(vars(effort)[f"{stage}_seconds"] for effort in efforts)
             if tokens:
-                metrics[f"round/{past}_tokens"] = float(tokens)
                 metrics[f"round/{past}_tokens_per_second"] = tokens / max(seconds, 1e-9)
-        logged = [values for effort in efforts for values in effort.logged]
-        for name in dict.fromkeys(name for values in logged for name in values):
-            given = [values[name] for values in logged if name in values]
-            metrics[name] = sum(given) / len(given)
         return metrics
 
 
@@ -227,6 +221,8 @@ def round_metrics(
     store: CandidateStore, table: RoundTable, verdicts: Sequence[str], rule: Acceptance
 ) -> dict[str, float]:
     """Returns rewards, acceptance, lengths and diversity of a round; what is not defined is left out.
+
+    All of it comes from the store, so that a round that was interrupted has the same figures as one that was not.
 
     Args:
         store: For tokens, and rewards by function.
@@ -245,8 +241,20 @@ def round_metrics(
     metrics["candidates/truncated"] = sum(reason == "length" for reason in reasons) / len(reasons)
     if isinstance(rule, (DensityRatio, RSO)):
         metrics["round/effective_sample_size"] = _effective_sample_size(rule, batch)
-    metrics |= _pass_at(table) | _diversity(store)
+    metrics |= _pass_at(table) | _diversity(store) | _means(store.logged())
+    lengths = table.columns["num_tokens"]
+    scored = [length for length, verdict in zip(lengths, verdicts, strict=True) if verdict != "filtered"]
+    metrics |= {"round/generated_tokens": float(sum(lengths)), "round/scored_tokens": float(sum(scored))}
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def _means(logged: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean over shards of each value that reward functions logged."""
+    metrics = {}
+    for name in dict.fromkeys(name for values in logged for name in values):
+        given = [values[name] for values in logged if name in values]
+        metrics[name] = sum(given) / len(given)
+    return metrics
 
 
 def _rewards_by_function(store: CandidateStore) -> dict[str, torch.Tensor]:

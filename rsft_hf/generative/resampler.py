@@ -141,7 +141,7 @@ class CandidateResampler(Resampler):
         validate_collator(collator, self._runner.policy.encoder, self._runner.prompts.row(0))
         self._metrics: dict[str, float] = {}
         self._drawn: list[int] = []
-        self._began = time.perf_counter()
+        self._began: float | None = None
         return self.pool
 
     def draws_per_epoch(self) -> int:
@@ -161,11 +161,12 @@ class CandidateResampler(Resampler):
         return dict(self._metrics)
 
     def end_epoch(self) -> dict[str, float]:
-        """Returns the tokens trained on in the epoch, and how many a second; nothing of an epoch that was resumed."""
-        if not self._drawn:
-            return {}
-        tokens, seconds = self.pool.num_tokens(self._drawn), max(time.perf_counter() - self._began, 1e-9)
-        return {"round/trained_tokens": float(tokens), "round/trained_tokens_per_second": tokens / seconds}
+        """Returns the tokens trained on in the epoch, and how many a second unless the epoch was resumed."""
+        tokens = self.pool.num_tokens(self._drawn)
+        metrics = {"round/trained_tokens": float(tokens)}
+        if self._began is not None:
+            metrics["round/trained_tokens_per_second"] = tokens / max(time.perf_counter() - self._began, 1e-9)
+        return metrics
 
     def first_candidates(self, count: int) -> list[Candidate]:
         """Returns up to `count` candidates of the round's first prompts, with rewards and verdicts."""
@@ -196,13 +197,15 @@ class CandidateResampler(Resampler):
         if is_writer:
             numbers = {"seed": self.seed, "metrics": self._metrics, "round_number": self.round_number}
             numbers["kept"] = self._kept()
-            save_state(directory, "generative", numbers, self.pool.state())
+            drawn = {"drawn": torch.tensor(self._drawn, dtype=torch.int64)}
+            save_state(directory, "generative", numbers, self.pool.state() | drawn)
 
     def load(self, directory: Path) -> None:
         """Takes up what `save` wrote; candidates go on with the seed of the saved run."""
         numbers, tensors = load_state(directory, "generative")
         validate_unchanged(numbers["kept"], self._kept())
         self.pool.load(tensors)
+        self._drawn = tensors["drawn"].tolist()
         self.seed, self._metrics = numbers["seed"], numbers["metrics"]
         self.round_number = numbers["round_number"]
         self._bound().use_seed(self.seed)

@@ -62,8 +62,8 @@ def score_again(
     for path in source.shards():
         candidates = source.read_generated(path, rows)
         filter_candidates(candidates, filters, dedup)
-        score_candidates(candidates, functions)
-        store.write(store.directory / path.name, candidates, "scored")
+        scores = score_candidates(candidates, functions)
+        store.write(store.directory / path.name, candidates, "scored", scores.metrics)
     return store.directory
 
 

@@ -261,10 +261,9 @@ class RoundRunner:
         began = time.perf_counter()
         filter_candidates(candidates, self.config.filters, self.config.dedup)
         scores = score_candidates(candidates, self.config.functions, self.trainer.state, candidates[0].seed % 2**32)
-        effort.logged.append(scores.metrics)
         effort.score_seconds += time.perf_counter() - began
         effort.score_tokens += sum(candidate.num_tokens for candidate in candidates if candidate.verdict != "filtered")
-        store.write(path, candidates, "scored")
+        store.write(path, candidates, "scored", scores.metrics)
 
     def _judged(self, store: CandidateStore, rules: SelectionRules, attempt: int) -> tuple[list[str], list[int]]:
         """The verdict on every candidate so far, and the prompts below the minimum, decided on the main process."""

@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+import transformers
 
+import runs
 import sharded_runs
 
 MODELS, ROUNDS = sharded_runs.MODELS, sharded_runs.ROUNDS
@@ -79,6 +81,11 @@ def test_a_twin_has_the_trained_weights_not_those_computed_with(ranks) -> None:
 )
 def test_rounds_of_a_sharded_model_are_those_of_a_whole_one(ranks, name: str, reference: str) -> None:
     """`fsdp`: as accelerate shards. `loaded`: as `from_pretrained` does. `resumed`: without its last round."""
+    if name not in ranks[0]:
+        assert (name == "loaded" and not sharded_runs.LOADS_SHARDS) or (
+            name == "resumed" and not runs.RESUMES_PROCESSES
+        )
+        pytest.skip(f"transformers {transformers.__version__} cannot do this on a CPU")
     for rank in ranks:
         ours, expected = rank[name], rank[reference]
         assert ours["class"].startswith("FSDP")

@@ -50,7 +50,8 @@ def main() -> None:
         results[f"equal_{source}"] = train(f"equal_{source}", output_dir, resampler=equal)
         args = {"save_strategy": "steps", "save_steps": 5}
         results[f"weighted_{source}"] = train(f"weighted_{source}", output_dir, args=args, resampler=weighted)
-        results[f"resumed_{source}"] = resumed(output_dir, source)
+        if runs.RESUMES_PROCESSES:
+            results[f"resumed_{source}"] = resumed(output_dir, source)
     trainer = hf.Trainer(runs.bert(), runs.arguments(output_dir, **ARGS), runs.collate, runs.rows())
     results["measured"] = measure_losses(trainer, batch_size=4).losses.tolist()
     rank = trainer.args.process_index

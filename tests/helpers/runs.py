@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 import transformers as hf
+from packaging.version import Version
+
+# Before, Trainer could not load what several processes on a CPU had saved.
+RESUMES_PROCESSES = Version(hf.__version__) >= Version("5.18")
 
 NUM_ROWS = 26  # neither a multiple of the batch nor of two processes times the batch
 SEED = 7

@@ -189,6 +189,8 @@ TOKENS = [[1] * 90, [1, 2, 1, 2, 1, 2], list(range(101))]
 def test_trl_functions_serve_unchanged():
     """What they give when called by hand is what they give here, conversational completions included."""
     rewards = pytest.importorskip("trl.rewards", reason="the extra `trl` is not installed")
+    if "get_repetition_penalty_reward" not in dir(rewards):
+        pytest.skip("this version of trl has no repetition penalty")
     completions = [[{"role": "assistant", "content": text}] for text in TEXTS]
     prompts = [[{"role": "user", "content": "q"}]] * 3
     functions = [
