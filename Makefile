@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-sentiment demo-translation recipes test test-oldest test-latest lint format bench-overhead bench-drawing bench-generation \
-	bench-rounds experiments clean
+	bench-rounds bench-store bench-crash experiments clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -84,6 +84,12 @@ bench-generation: $(STAMP) ## cost of generation against generate, generate_batc
 
 bench-rounds: $(STAMP) ## cost of a round of the experiments, by engine (RSFT_MODELS, RSFT_DATA)
 	$(BIN)/python benchmarks/rounds.py $(ARGS)
+
+bench-store: $(STAMP) ## a round of a million candidates: judged, encoded, exported
+	$(BIN)/python benchmarks/store.py $(ARGS)
+
+bench-crash: $(STAMP) ## 200 kills at random points, and what the resumed runs leave
+	$(BIN)/python benchmarks/crash.py $(ARGS)
 
 experiments: $(STAMP) ## the comparisons of arms on the built-in data, seeds 1 to 3
 	$(BIN)/python -m experiments.sentiment --dataset builtin --seeds 1 2 3 --output_dir outputs/experiments/sentiment $(ARGS)

@@ -134,7 +134,7 @@ def finish(name: str, folder: Path) -> dict[str, Any]:
         left["suspects"] = trainer.resampler.suspects(5).to_list()
     else:
         left["candidates"] = load_candidates(folder / "candidates").to_list()
-        left["rows"] = trainer.resampler.pool.accepted
+        left["rows"] = list(trainer.resampler.pool.accepted)
         for path in sorted((folder / "candidates").glob("round-*/manifest.json")):
             left[path.parent.name] = without_durations(json.loads(path.read_text())["metrics"])
     return json.loads(json.dumps(left, default=str))  # NaN and all, in the form that the runs are compared in

@@ -21,7 +21,11 @@ from rsft_hf.generative.prompts import TEMPLATE_COLUMNS, Prompt, PromptSet, mess
 
 STAGES = ("generated", "scored", "judged")
 
-MANIFEST = "manifest.json"
+VERDICTS = ("accepted", "rejected", "filtered", "duplicate", "unjudged", "fallback")
+
+ACCEPTED = ("accepted", "fallback")
+
+MANIFEST, REFERENCES = "manifest.json", "references.parquet"
 
 _STAGE_KEY = b"rsft_hf.stage"
 _LOGGED_KEY = b"rsft_hf.logged"
@@ -149,8 +153,36 @@ class CandidateStore:
         rows = [_to_row(candidate, self.reward_names) for candidate in candidates]
         kept = json.dumps(self._logged(path) if logged is None else dict(logged))
         schema = self._schema.with_metadata({_STAGE_KEY: stage.encode(), _LOGGED_KEY: kept.encode()})
+        self._write_table(path, pa.Table.from_pylist(rows, schema=schema))
+
+    def write_verdicts(
+        self, path: Path, verdicts: Sequence[str], rules: Mapping[str, str], source: Path | None = None
+    ) -> None:
+        """Writes the verdicts of a shard in one move; nothing else of it is decoded.
+
+        Args:
+            path: Of the shard, which holds no references.
+            verdicts: One per candidate.
+            rules: Rule to name for each verdict; the others keep the candidate's own, such as its filter.
+            source: Shard of another store to start from; None is the shard itself.
+        """
+        source = path if source is None else source
+        table = pq.read_table(source)
+        kept = table.column("rule").to_pylist()
+        columns = {
+            "verdict": list(verdicts),
+            "is_accepted": [verdict in ACCEPTED for verdict in verdicts],
+            "rule": [rules.get(verdict, rule) for verdict, rule in zip(verdicts, kept, strict=True)],
+        }
+        for name, values in columns.items():
+            place = table.schema.get_field_index(name)
+            table = table.set_column(place, table.schema.field(place), pa.array(values, table.schema.field(place).type))
+        metadata = {_STAGE_KEY: b"judged", _LOGGED_KEY: json.dumps(self._logged(source)).encode()}
+        self._write_table(path, table.replace_schema_metadata(metadata))
+
+    def _write_table(self, path: Path, table: pa.Table) -> None:
         draft = path.with_name(f".{path.name}.incomplete")
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), draft, compression="zstd")
+        pq.write_table(table, draft, compression="zstd")
         os.replace(draft, path)
 
     def read(self, path: Path) -> list[Candidate]:

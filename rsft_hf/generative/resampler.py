@@ -29,7 +29,7 @@ from rsft_hf.engines.auto import choose_engine
 from rsft_hf.engines.base import Engine
 from rsft_hf.engines.generation_config import sampling_config
 from rsft_hf.engines.model_access import unwrapped
-from rsft_hf.generative.candidates import Candidate
+from rsft_hf.generative.candidates import VERDICTS, Candidate
 from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import Encoder, RowCollator
 from rsft_hf.generative.filters import Deduplicate, Filter, RejectEmpty, RejectTruncated
@@ -38,7 +38,6 @@ from rsft_hf.generative.prompts import column_names
 from rsft_hf.generative.rounds import RoundRunner
 from rsft_hf.generative.selection import (
     COLUMNS,
-    VERDICTS,
     RoundTable,
     SelectionRules,
     filter_candidates,
@@ -291,7 +290,7 @@ class CandidateResampler(Resampler):
             is_encoder_decoder: Whether that model reads the answer apart from the prompt.
         """
         encoder = Encoder(processing_class, is_encoder_decoder, dict(self.config.chat_template_kwargs or {}))
-        return datasets.Dataset.from_list(encode_candidates(candidates, encoder))
+        return datasets.Dataset.from_list(list(encode_candidates(candidates, encoder)))
 
     def _kept(self) -> dict[str, int]:
         return {"supervised rows": len(self.pool.supervised), "every_n_epochs": self.config.every_n_epochs}

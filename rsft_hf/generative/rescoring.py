@@ -10,18 +10,16 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from rsft_hf.acceptance import Acceptance, check_acceptance
-from rsft_hf.generative.candidates import CandidateStore
+from rsft_hf.generative.candidates import REFERENCES, VERDICTS, CandidateStore
 from rsft_hf.generative.filters import Deduplicate, Filter
 from rsft_hf.generative.prompts import PromptSet, column_names
 from rsft_hf.generative.selection import (
     COLUMNS,
-    VERDICTS,
     RoundTable,
     SelectionRules,
     filter_candidates,
     judge,
     score_candidates,
-    set_verdicts,
     stable_repr,
 )
 from rsft_hf.rewards.functions import RewardFunctions
@@ -93,11 +91,10 @@ def accept_again(
     rules = {verdict: stable_repr(rule) for verdict in VERDICTS if verdict != "filtered"}
     store, start = _created(destination, source.reward_names, source), 0
     for path in source.shards():
-        candidates = [one for one in source.read(path) if one.finish_reason != "reference"]
-        set_verdicts(candidates, verdicts[start : start + len(candidates)], rules)
-        start += len(candidates)
-        if candidates:
-            store.write(store.directory / path.name, candidates, "judged")
+        if path.name != REFERENCES:
+            size = pq.read_metadata(path).num_rows
+            store.write_verdicts(store.directory / path.name, verdicts[start : start + size], rules, source=path)
+            start += size
     return store.directory
 
 

@@ -23,7 +23,7 @@ from rsft_hf.distributed import FailTogether, object_from_main
 from rsft_hf.engines.auto import choose_engine
 from rsft_hf.engines.generation_config import active_settings, sampling_config
 from rsft_hf.engines.model_access import check_mergeable, unwrapped
-from rsft_hf.generative.candidates import CandidateStore
+from rsft_hf.generative.candidates import REFERENCES, CandidateStore
 from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import Encoder
 from rsft_hf.generative.evaluation import predict_prompts, validate_best_metric, validate_evaluation
@@ -53,7 +53,6 @@ from rsft_hf.generative.selection import (
     judge,
     prompts_below_minimum,
     score_candidates,
-    set_verdicts,
     stable_repr,
 )
 from rsft_hf.generative.training_rows import reference_candidate
@@ -298,7 +297,7 @@ class RoundRunner:
             if self.accelerator.is_main_process and unfilled and self.config.on_nothing_accepted == "reference":
                 column, encoder = self.config.reference_column, self.generator.encoder
                 references = [reference_candidate(self.prompts, prompt, column, encoder) for prompt in unfilled]
-                store.write(store.directory / "references.parquet", references, "judged")
+                store.write(store.directory / REFERENCES, references, "judged")
         metrics: dict[str, float] = {}
         with FailTogether(self.accelerator, f"describing round {rules.round_number}"):
             if self.accelerator.is_main_process:
@@ -317,13 +316,11 @@ class RoundRunner:
         }
         start = 0
         for number, path in enumerate(store.shards()):
-            if path.name == "references.parquet":
+            if path.name == REFERENCES:
                 continue
             size = pq.read_metadata(path).num_rows
             if number % self.accelerator.num_processes == self.accelerator.process_index:
-                candidates = store.read(path)
-                set_verdicts(candidates, verdicts[start : start + size], reasons)
-                store.write(path, candidates, "judged")
+                store.write_verdicts(path, verdicts[start : start + size], reasons)
             start += size
 
 

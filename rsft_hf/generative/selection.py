@@ -12,12 +12,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from rsft_hf.acceptance import Acceptance, CandidateBatch, RandomLike, RandomPerPrompt
 from rsft_hf.acceptance import Sequence as RuleSequence
 from rsft_hf.engines.random_streams import candidate_seed, verdict_uniforms
-from rsft_hf.generative.candidates import Candidate
+from rsft_hf.generative.candidates import ACCEPTED, Candidate
 from rsft_hf.generative.filters import Deduplicate, Filter
 from rsft_hf.isolation import forked_rng
 from rsft_hf.rewards.functions import RewardFunctions, Scores
@@ -26,10 +27,6 @@ COLUMNS = (
     "prompt_id", "attempt", "candidate", "reward", "log_q", "log_p", "num_tokens", "seed", "verdict", "duplicate_key",
     "finish_reason",
 )  # fmt: skip
-
-VERDICTS = ("accepted", "rejected", "filtered", "duplicate", "unjudged", "fallback")
-
-ACCEPTED = ("accepted", "fallback")
 
 _NO_PROMPT = -1  # names the stream of the rules, which belong to no prompt
 
@@ -76,15 +73,11 @@ class RoundTable:
             if reason != "reference" and (last_attempt is None or attempt <= last_attempt)
         ]
         columns = {name: [values[row] for row in kept] for name, values in columns.items()}
-        prompt_ids = sorted(set(columns["prompt_id"]))
-        row_of = {prompt: row for row, prompt in enumerate(prompt_ids)}
-        counts = [0] * len(prompt_ids)
-        places = torch.zeros(len(columns["prompt_id"]), 2, dtype=torch.int64)
-        keys = zip(columns["prompt_id"], columns["attempt"], columns["candidate"])
-        for candidate, (prompt, _, _) in sorted(enumerate(keys), key=lambda item: item[1]):
-            places[candidate, 0], places[candidate, 1] = row_of[prompt], counts[row_of[prompt]]
-            counts[row_of[prompt]] += 1
-        return cls(columns, prompt_ids, places)
+        keys = [np.array(columns[name], dtype=np.int64) for name in ("candidate", "attempt", "prompt_id")]
+        prompt_ids, first, rows = np.unique(np.sort(keys[-1]), return_index=True, return_inverse=True)
+        order, places = np.lexsort(keys), np.empty((len(keys[0]), 2), dtype=np.int64)
+        places[order, 0], places[order, 1] = rows, np.arange(len(rows)) - first[rows]
+        return cls(columns, prompt_ids.tolist(), torch.from_numpy(places))
 
     def spread(self, values: Sequence[Any], dtype: torch.dtype, missing: Any) -> torch.Tensor:
         """Returns values of the candidates as (P, n), `missing` where there is no candidate or no value."""
@@ -126,6 +119,8 @@ def duplicates(table: RoundTable, earlier: Collection[tuple[int, str]]) -> list[
         earlier: Prompt and key of what earlier rounds accepted, where these count too.
     """
     columns = table.columns
+    if not any(columns["duplicate_key"]):
+        return [False] * len(columns["prompt_id"])
     order = sorted(
         range(len(columns["prompt_id"])),
         key=lambda row: (-math.inf if columns["reward"][row] is None else -columns["reward"][row], row),

@@ -4,7 +4,9 @@ The pool is a data set of fixed identity; its content is replaced between rounds
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -20,6 +22,51 @@ logger = logging.get_logger(__name__)
 _MANY_REPEATS = 10
 
 
+class PackedRows(Sequence[Row]):
+    """Training rows in flat arrays of int32: 8 bytes a token, where lists take some 70.
+
+    Args:
+        rows: With `input_ids` and `labels`; read one by one.
+    """
+
+    def __init__(self, rows: Iterable[Row] = ()) -> None:
+        self._tokens = {"input_ids": array("i"), "labels": array("i")}
+        self._ends = {"input_ids": array("q", [0]), "labels": array("q", [0])}
+        self.num_trained = array("q")  # tokens of each row that count in the loss
+        for row in rows:
+            for name, tokens in self._tokens.items():
+                tokens.extend(row[name])
+                self._ends[name].append(len(tokens))
+            self.num_trained.append(sum(label != IGNORED for label in row["labels"]))
+
+    def __len__(self) -> int:
+        return len(self.num_trained)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        row = {name: self._tokens[name][ends[index] : ends[index + 1]].tolist() for name, ends in self._ends.items()}
+        return {"input_ids": row["input_ids"], "attention_mask": [1] * len(row["input_ids"]), "labels": row["labels"]}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns the rows as flat tensors."""
+        state = {f"pool_{name}": torch.tensor(tokens, dtype=torch.int32) for name, tokens in self._tokens.items()}
+        return state | {f"pool_{name}_ends": torch.tensor(ends) for name, ends in self._ends.items()}
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, torch.Tensor]) -> "PackedRows":
+        """Returns the rows that `state` wrote."""
+        rows = cls()
+        for name in rows._tokens:
+            rows._tokens[name] = array("i", tensors[f"pool_{name}"].numpy().tobytes())
+            rows._ends[name] = array("q", tensors[f"pool_{name}_ends"].numpy().tobytes())
+        labels, ends = tensors["pool_labels"], tensors["pool_labels_ends"]
+        trained = torch.cat((torch.zeros(1, dtype=torch.int64), (labels != IGNORED).cumsum(0)))
+        rows.num_trained = array("q", trained[ends].diff().tolist())
+        return rows
+
+
 class CandidatePool(torch.utils.data.Dataset[Row]):
     """Supervised rows, which stay, followed by the accepted candidates of the round, which are replaced.
 
@@ -29,11 +76,11 @@ class CandidatePool(torch.utils.data.Dataset[Row]):
 
     def __init__(self, supervised: Sequence[Row] = ()) -> None:
         self.supervised = list(supervised)
-        self.accepted: list[Row] = []
+        self.accepted = PackedRows()
 
-    def replace(self, accepted: Sequence[Row]) -> None:
+    def replace(self, accepted: Iterable[Row]) -> None:
         """Takes the accepted rows of a new round."""
-        self.accepted = list(accepted)
+        self.accepted = PackedRows(accepted)
 
     def __len__(self) -> int:
         return len(self.supervised) + len(self.accepted)
@@ -46,24 +93,18 @@ class CandidatePool(torch.utils.data.Dataset[Row]):
         return self.accepted[index - len(self.supervised)]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Returns the accepted rows as flat tensors of int32."""
-        flat = {"lengths": [len(row["input_ids"]) for row in self.accepted]}
-        flat["label_lengths"] = [len(row["labels"]) for row in self.accepted]
-        flat |= {name: [token for row in self.accepted for token in row[name]] for name in ("input_ids", "labels")}
-        return {f"pool_{name}": torch.tensor(values, dtype=torch.int32) for name, values in flat.items()}
+        """Returns the accepted rows as flat tensors."""
+        return self.accepted.state()
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Takes up what `state` returned."""
-        ids = tensors["pool_input_ids"].split(tensors["pool_lengths"].tolist())
-        labels = tensors["pool_labels"].split(tensors["pool_label_lengths"].tolist())
-        self.accepted = [
-            {"input_ids": row.tolist(), "attention_mask": [1] * len(row), "labels": answer.tolist()}
-            for row, answer in zip(ids, labels, strict=True)
-        ]
+        self.accepted = PackedRows.from_state(tensors)
 
     def num_tokens(self, indices: Sequence[int]) -> int:
         """Returns the tokens of some rows that count in the loss, repeats included."""
-        return sum(label != IGNORED for index in indices for label in self[index]["labels"])
+        counts = [sum(label != IGNORED for label in row["labels"]) for row in self.supervised]
+        counts.extend(self.accepted.num_trained)
+        return sum(counts[index] for index in indices)
 
 
 def draw_rows(
@@ -95,21 +136,19 @@ def draw_rows(
     return indices
 
 
-def encode_candidates(candidates: Iterable[Candidate], encoder: Encoder) -> list[Row]:
-    """Returns the training rows of the accepted among the candidates, in their order.
+def encode_candidates(candidates: Iterable[Candidate], encoder: Encoder) -> Iterator[Row]:
+    """Yields the training rows of the accepted among the candidates, in their order.
 
     Args:
         candidates: Judged.
         encoder: Knows the model's tokens.
     """
-    prompt_ids: dict[int, list[int]] = {}
-    rows = []
+    prompt_id, prompt_ids = None, list[int]()
     for candidate in candidates:
         if candidate.is_accepted:
-            if candidate.prompt_id not in prompt_ids:
-                prompt_ids[candidate.prompt_id] = encoder.prompt_ids(candidate.prompt, candidate.row)
-            rows.append(encoder.training_row(prompt_ids[candidate.prompt_id], candidate.token_ids))
-    return rows
+            if candidate.prompt_id != prompt_id:  # the candidates of a prompt follow each other
+                prompt_id, prompt_ids = candidate.prompt_id, encoder.prompt_ids(candidate.prompt, candidate.row)
+            yield encoder.training_row(prompt_ids, candidate.token_ids)
 
 
 def reference_candidate(prompts: PromptSet, prompt_id: int, column: str, encoder: Encoder) -> Candidate:

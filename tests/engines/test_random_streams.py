@@ -15,6 +15,14 @@ from rsft_hf.engines.random_streams import candidate_seed, token_uniforms, verdi
 from rsft_hf.engines.sampling import inverse_cdf
 
 
+def test_verdicts_draw_the_first_number_of_numpys_own_stream():
+    """2**64 in the key names the stream; the seeds hold all 63 bits."""
+    seeds = [0, 1, 2**32, 2**63 - 1, *(candidate_seed(1, 2, prompt, 0, 3) for prompt in range(200))]
+    expected = [(np.random.Philox(key=2**64 + seed).random_raw(1)[0] >> np.uint64(11)) * 2.0**-53 for seed in seeds]
+    assert verdict_uniforms(seeds).tolist() == expected
+    assert verdict_uniforms([]).tolist() == []
+
+
 def test_every_candidate_has_a_seed_of_its_own():
     # Digits that could run together: run 1 round 12 and run 11 round 2.
     names = list(itertools.product((0, 1, 11), (0, 1, 2, 12), (0, 1, 11, 111), (0, 1), (0, 1, 10)))

@@ -168,16 +168,16 @@ def test_killed_between_the_verdicts_of_two_shards(tmp_path: Path, monkeypatch: 
     from rsft_hf.generative.candidates import CandidateStore
 
     whole = trained(tmp_path / "whole", resampler(acceptance=SOME, max_attempts=2))
-    write, judged = CandidateStore.write, []
+    write, judged = CandidateStore.write_verdicts, []
 
-    def killed_write(self, path, candidates, stage):
-        judged.append(path) if stage == "judged" else None
+    def killed_write(self, path, *args):
+        judged.append(path)
         if len(judged) == 3:
             raise Killed
-        write(self, path, candidates, stage)
+        write(self, path, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CandidateStore, "write", killed_write)
+        patch.setattr(CandidateStore, "write_verdicts", killed_write)
         with pytest.raises(Killed):
             trained(tmp_path / "cut", resampler(acceptance=SOME, max_attempts=2))
     engine = CountingEngine(0)

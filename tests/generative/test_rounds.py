@@ -14,7 +14,7 @@ from generative_runs import NUM_PROMPTS, SHARDS, CountingEngine, logged, resampl
 from rsft_hf import Deduplicate, Threshold, TopKPerPrompt
 from rsft_hf.engines.random_streams import candidate_seed
 from rsft_hf.generative import RejectTruncated
-from rsft_hf.generative.selection import ACCEPTED
+from rsft_hf.generative.candidates import ACCEPTED
 
 PROMPTS = generators.prompts(NUM_PROMPTS)["prompt"]
 HALF_OF_THEM = Threshold(minimum=0.2)  # what the untrained model reaches for some prompts in every attempt

@@ -12,13 +12,12 @@ from generative_runs import resampler, stored, trained
 from rsft_hf import DensityRatio, TopKOverall
 from rsft_hf.acceptance import RSO, RandomLike, Threshold, TopKPerPrompt
 from rsft_hf.engines.random_streams import verdict_uniforms
-from rsft_hf.generative.candidates import Candidate
+from rsft_hf.generative.candidates import VERDICTS, Candidate
 from rsft_hf.generative.filters import RejectTruncated
 from rsft_hf.generative.resampler import CandidateResampler
 from rsft_hf.generative.selection import (
     ACCEPTED,
     COLUMNS,
-    VERDICTS,
     RoundTable,
     SelectionRules,
     judge,

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 import generators as g
 from generative_runs import resampler, trained
 from rsft_hf.acceptance import Threshold, TopKPerPrompt
 from rsft_hf.generative.encoding import Encoder, RowCollator
 from rsft_hf.generative.generation import completion_log_probabilities
-from rsft_hf.generative.training_rows import CandidatePool, draw_rows
+from rsft_hf.generative.training_rows import CandidatePool, PackedRows, draw_rows
 
 
 def test_the_mask_of_supervised_rows_is_their_own(tmp_path: Path) -> None:
@@ -81,3 +82,26 @@ def test_the_reference_is_no_candidate_unless_asked_for(tmp_path, policy):
     assert {one.verdict for one in references} <= {"fallback"}
     assert all(one.reward is None and one.index == -1 for one in references)
     assert source.metrics()["round/acceptance_rate"] == 0.5  # of the 8 generated: references count in no rate
+
+
+def test_packed_rows_are_the_rows(tmp_path: Path) -> None:
+    """Rows of a decoder-only model, and of one whose answer has another length than its prompt."""
+    rows = [
+        {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [-100, -100, 7]},
+        {"input_ids": [8], "attention_mask": [1], "labels": [2**31 - 1, 9]},
+        {"input_ids": [], "attention_mask": [], "labels": []},
+    ]
+    packed = PackedRows(iter(rows))
+    assert list(packed) == packed[:] == rows
+    assert packed[-2] == rows[1]
+    assert packed[::2] == rows[::2]
+    with pytest.raises(IndexError):
+        packed[3]
+    save_file(packed.state(), tmp_path / "rows.safetensors")
+    again = PackedRows.from_state(load_file(tmp_path / "rows.safetensors"))
+    assert list(again) == rows
+    assert list(again.num_trained) == list(packed.num_trained) == [1, 2, 0]
+    assert list(PackedRows.from_state(PackedRows().state())) == []
+    pool = CandidatePool(rows[:1])
+    pool.replace(rows)
+    assert pool.num_tokens([0, 1, 2, 2, 3]) == 1 + 1 + 2 + 2 + 0

@@ -61,7 +61,7 @@ def run(name: str, output_dir: Path) -> dict[str, Any]:
     return {
         "evaluation": {figure: before[f"eval_{figure}"] for figure in FIGURES},
         "indices": ours._progress.indices.tolist(),
-        "pool": ours.resampler.pool.accepted,
+        "pool": list(ours.resampler.pool.accepted),
         "parameters": [float(values.double().sum()) for values in ours.model.state_dict().values()],
         "metrics": {
             name: value

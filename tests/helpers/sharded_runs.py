@@ -180,7 +180,7 @@ def run(output_dir: Path, model: Any, trainer_class: Any, resume: Any = None, **
         "candidates": [[one["token_ids"] for one in generative_runs.stored(output_dir, n)] for n in range(ROUNDS)],
         "held out": [line["eval_reward"] for line in lines if "eval_reward" in line],
         "losses": [line["loss"] for line in lines if "loss" in line],
-        "pool": ours.resampler.pool.accepted,
+        "pool": list(ours.resampler.pool.accepted),
     }
 
 
