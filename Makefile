@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-sentiment demo-translation recipes test test-oldest test-latest lint format bench-overhead bench-drawing bench-generation \
-	bench-rounds bench-store bench-crash experiments clean
+	bench-rounds check-gpu bench-store bench-crash experiments clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -84,6 +84,9 @@ bench-generation: $(STAMP) ## cost of generation against generate, generate_batc
 
 bench-rounds: $(STAMP) ## cost of a round of the experiments, by engine (RSFT_MODELS, RSFT_DATA)
 	$(BIN)/python benchmarks/rounds.py $(ARGS)
+
+check-gpu: $(STAMP) ## exactness and speed on one GPU, in six minutes; writes gpu.json
+	$(BIN)/python benchmarks/gpu.py --json gpu.json $(ARGS)
 
 bench-store: $(STAMP) ## a round of a million candidates: judged, encoded, exported
 	$(BIN)/python benchmarks/store.py $(ARGS)

@@ -51,8 +51,8 @@ def tokenizer() -> hf.PreTrainedTokenizerFast:
 def arguments(folder: Path, **others: Any) -> hf.TrainingArguments:
     """Saved and logged at every second step, evaluated nowhere."""
     steps = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "logging_steps": 1}
-    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
-    return hf.TrainingArguments(str(folder), per_device_train_batch_size=4, seed=SEED, **steps, **quiet, **others)
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "seed": SEED}
+    return hf.TrainingArguments(str(folder), per_device_train_batch_size=4, **{**steps, **quiet, **others})
 
 
 def classifier() -> hf.PreTrainedModel:
