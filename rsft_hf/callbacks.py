@@ -8,6 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rsft_hf.checks import check_integer
 from rsft_hf.generative.candidates import Candidate
+from rsft_hf.generative.prompts import message_text
 from rsft_hf.generative.resampler import CandidateResampler
 
 _COLUMNS = ("prompt", "candidate", "reward", "verdict")
@@ -66,14 +67,24 @@ def show_table(candidates: list[Candidate], title: str) -> None:
 
     table = Table(*_COLUMNS, title=title, show_lines=True)
     for row in _table_rows(candidates):
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(printable(value)) for value in row))
     Console().print(table)
+
+
+def printable(text: str) -> str:
+    r"""Returns text that a terminal shows and does not obey: control characters and the like are written as escapes.
+
+    Example:
+        >>> print(printable("\x1b[2Jgone"))
+        \x1b[2Jgone
+    """
+    return "".join(one if one.isprintable() or one in "\n\t" else repr(one)[1:-1] for one in text)
 
 
 def _table_rows(candidates: list[Candidate]) -> list[tuple[str, str, str, str]]:
     return [
         (
-            one.prompt if isinstance(one.prompt, str) else one.prompt[-1]["content"],
+            one.prompt if isinstance(one.prompt, str) else message_text(one.prompt[-1].get("content")),
             one.text,
             "-" if one.reward is None else f"{one.reward:.3f}",
             str(one.verdict) if one.verdict != "filtered" else f"filtered: {one.rule}",

@@ -6,6 +6,9 @@ import threading
 import time
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+_SHORTEST_KEY = 8  # a shorter one may be a word of any reply
 
 _RETRIED_STATUSES = (408, 409, 425, 429)  # besides 5xx
 
@@ -28,6 +31,17 @@ class RequestRefused(ValueError):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+def shown_url(url: str) -> str:
+    """Returns an address as it may be logged and stored: without user, password, query and final slash.
+
+    Example:
+        >>> shown_url("https://me:secret@example.org/v1/?key=secret")
+        'https://example.org/v1'
+    """
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
 
 
 class OpenAIClient:
@@ -72,8 +86,8 @@ class OpenAIClient:
 
     @property
     def base_url(self) -> str:
-        """Address of the server, without a final slash."""
-        return str(self._client.base_url).rstrip("/")
+        """Address of the server for messages: without a final slash, a password, or a query."""
+        return shown_url(str(self._client.base_url))
 
     def post(self, path: str, body: Mapping[str, Any], subject: str) -> str:
         """Returns the text of the reply to a request.
@@ -98,7 +112,7 @@ class OpenAIClient:
                 reply: str = resource.with_raw_response.create(**arguments, extra_body=fields).text
                 return reply
             except openai.APIStatusError as error:
-                status, said = error.status_code, error.response.text[:500]
+                status, said = error.status_code, self._without_key(error.response.text)[:500]
                 if status < 500 and status not in _RETRIED_STATUSES:
                     raise RequestRefused(
                         f"The server at {url} refused the request of {subject} with {status}: {said}", status
@@ -120,6 +134,11 @@ class OpenAIClient:
             f"The server at {url} gave no answer to {subject} in {self.max_retries + 1} tries; the last failed with "
             f"{failure}. Check that it runs, or raise `timeout_seconds` or `max_retries`."
         )
+
+    def _without_key(self, text: str) -> str:
+        """A reply, in which some servers repeat the key that they refuse."""
+        key = self._client.api_key
+        return text if len(key) < _SHORTEST_KEY else text.replace(key, "***")
 
     def pause(self, attempt: int, seconds: float | None = None) -> None:
         """Waits before another try; ends at once when the client is closed.

@@ -93,6 +93,17 @@ def test_brackets_are_text_and_not_style(tmp_path: Path, capsys, wandb) -> None:
     assert "[/]" in printed
 
 
+def test_control_characters_are_shown_and_not_obeyed(capsys) -> None:
+    from rsft_hf.callbacks import show_table
+    from rsft_hf.generative.candidates import Candidate
+
+    hostile = "\x1b[2J\x1b]0;title\x07a\0b\ud800c\u202ed\x9be"
+    show_table([Candidate(0, hostile, [1], hostile, "stop", reward=1.0, verdict="accepted")], "Round 0")
+    printed = capsys.readouterr().out
+    assert not {"\x1b", "\x07", "\0", "\ud800", "\u202e", "\x9b"} & set(printed)
+    assert "\\x1b[2J" in printed
+
+
 def test_no_candidate_to_show_is_refused() -> None:
     with pytest.raises(ValueError, match="`num_candidates`=0 must be an integer of at least 1"):
         CandidateTableCallback(resampler(), 0)

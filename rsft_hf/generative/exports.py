@@ -4,6 +4,7 @@ Shards are read one by one and kept as Arrow tables. The columns `tools` (as JSO
 prompt that was rendered with them; a prompt that ended with the beginning of the answer gives it to the answer.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -154,4 +155,14 @@ def _dataset(
             tables.append(pa.Table.from_pylist(kept))
     if not tables:
         raise ValueError(f"{directory} holds no candidates that were {what}. See `verdict` in load_candidates(...).")
-    return datasets.Dataset(pa.concat_tables(tables, promote_options="permissive"))
+    table = pa.concat_tables(tables, promote_options="permissive")
+    return datasets.Dataset(table, fingerprint=_fingerprint(directory, f"{what} {table.schema}"))
+
+
+def _fingerprint(directory: Path | str, what: str) -> str:
+    """What `datasets` names its caches by; its own way of making one copies the whole table several times."""
+    digest = hashlib.blake2b(what.encode(), digest_size=8)
+    for path in _shards(directory):
+        facts = path.stat()
+        digest.update(f"{path.resolve()} {facts.st_mtime_ns} {facts.st_size}".encode())
+    return digest.hexdigest()

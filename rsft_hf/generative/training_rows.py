@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.utils import logging
 
@@ -51,8 +52,8 @@ class PackedRows(Sequence[Row]):
 
     def state(self) -> dict[str, torch.Tensor]:
         """Returns the rows as flat tensors."""
-        state = {f"pool_{name}": torch.tensor(tokens, dtype=torch.int32) for name, tokens in self._tokens.items()}
-        return state | {f"pool_{name}_ends": torch.tensor(ends) for name, ends in self._ends.items()}
+        state = {f"pool_{name}": torch.from_numpy(np.array(tokens)) for name, tokens in self._tokens.items()}
+        return state | {f"pool_{name}_ends": torch.from_numpy(np.array(ends)) for name, ends in self._ends.items()}
 
     @classmethod
     def from_state(cls, tensors: dict[str, torch.Tensor]) -> "PackedRows":

@@ -57,9 +57,10 @@ def prompt_set(dataset: Any, config: CandidateConfig, name: str, is_trained_on: 
 def _validated_kind(prompts: PromptSet, row: int, config: CandidateConfig, name: str) -> type:
     """The type of a prompt that can be rendered; raises ValueError if it cannot."""
     prompt, columns = prompts.row(row)
-    if isinstance(prompt, str):
-        return str
     where = f"The prompt in row {row} of `{name}`"
+    if isinstance(prompt, str):
+        _validate_storable(prompt, where)
+        return str
     if not isinstance(prompt, list) or not prompt:
         raise ValueError(f"{where} is {prompt!r}. Give text or a list of messages, and drop rows without one.")
     if not all(isinstance(message, dict) and _is_text(message) for message in prompt):
@@ -68,10 +69,7 @@ def _validated_kind(prompts: PromptSet, row: int, config: CandidateConfig, name:
             "`role` and a `content` that is a string or a list of text parts (null for an assistant's tool calls)."
         )
     arguments = _validated_template_arguments(columns, where)
-    try:
-        json.dumps([prompt, arguments])
-    except TypeError as error:
-        raise ValueError(f"{where} cannot be stored: {error}. Give messages and tools that JSON can hold.") from error
+    _validate_storable([prompt, arguments], where)
     continues = (dict(config.chat_template_kwargs or {}) | arguments).get("continue_final_message")
     if prompt[-1].get("role") == "assistant" and not continues:
         raise ValueError(
@@ -85,6 +83,15 @@ def _validated_kind(prompts: PromptSet, row: int, config: CandidateConfig, name:
             "prompt with one, or leave `continue_final_message` out of `chat_template_kwargs`."
         )
     return list
+
+
+def _validate_storable(value: Any, where: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (TypeError, UnicodeEncodeError) as error:
+        raise ValueError(
+            f"{where} cannot be stored: {error}. Give text that UTF-8 can encode, and messages and tools that JSON can."
+        ) from error
 
 
 def _validated_template_arguments(columns: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-from rsft_hf.openai_client import OpenAIClient, RequestRefused, client_library
+from rsft_hf.openai_client import OpenAIClient, RequestRefused, client_library, shown_url
 from rsft_hf.rewards.templates import Completion, Prompt, fields_of, render
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ class JudgeReward:
         cache_dir: Folder of the replies; None keeps none.
         options: More of the request, such as {"temperature": 0}.
         name: Names the rewards, and the metrics `<name>/failures` and `<name>/requests`.
+        server: `base_url` as it may be shown, without a password.
 
     Raises:
         ImportError: If the package `openai` is not installed.
@@ -61,7 +62,7 @@ class JudgeReward:
     """
 
     model: str
-    base_url: str | None = None
+    base_url: str | None = field(default=None, repr=False)
     api_key: str | None = field(default=None, repr=False)
     rubric: str = RUBRIC
     template: str = TEMPLATE
@@ -73,6 +74,7 @@ class JudgeReward:
     cache_dir: str | Path | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     name: str = "judge"
+    server: str | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
@@ -86,6 +88,7 @@ class JudgeReward:
             raise ValueError("No `api_key` was given. Set OPENAI_API_KEY, or `base_url` to a server of your own.")
         fields_of(self.template)
         client_library("judge")
+        object.__setattr__(self, "server", None if self.base_url is None else shown_url(self.base_url))
 
     @property
     def requires(self) -> frozenset[str]:

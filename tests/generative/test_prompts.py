@@ -143,6 +143,20 @@ def test_content_that_is_not_text_is_refused_before_anything_is_generated(tmp_pa
     assert not (tmp_path / "candidates").exists()
 
 
+@pytest.mark.parametrize("prompt", ["a \ud800", [user("a \ud800")]], ids=["text", "messages"])
+def test_half_a_character_is_refused_with_its_row(tmp_path: Path, prompt: Any) -> None:
+    rows = [{"prompt": one, "wanted": "a"} for one in (prompt if isinstance(prompt, str) else [user("a")], prompt)]
+    with pytest.raises(ValueError, match=r"row [01] of `train_dataset` cannot be stored: .*surrogates not allowed"):
+        trained(tmp_path, train_dataset=rows)
+
+
+def test_nul_and_escapes_are_kept_as_they_are(tmp_path: Path) -> None:
+    texts = ["a \0 b", "\x1b[31m a", "=cmd()", "<script>a</script>", "**a** [b](c)"]
+    ours = trained(tmp_path, train_dataset=[{"prompt": text, "wanted": "a"} for text in texts])
+    assert [one.prompt for one in g.stored(ours)[::4]] == texts
+    assert export_sft(tmp_path / "candidates")["prompt"][:] == texts
+
+
 def test_a_template_that_cannot_read_a_message_says_so(tmp_path: Path) -> None:
     rows = [{"prompt": [user([{"type": "text", "text": "a"}])], "wanted": "a"}] * 2  # ChatML concatenates strings
     with pytest.raises(ValueError, match=r"The chat template cannot render .*can only concatenate str"):

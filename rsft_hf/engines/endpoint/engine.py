@@ -31,7 +31,7 @@ from rsft_hf.engines.endpoint.protocol import (
 from rsft_hf.engines.endpoint.weight_sync import SaveAndReload, WeightsHandOver, check_url
 from rsft_hf.engines.generation_config import context_length, end_tokens
 from rsft_hf.engines.log_probs import token_log_probabilities
-from rsft_hf.openai_client import OpenAIClient, client_library
+from rsft_hf.openai_client import OpenAIClient, client_library, shown_url
 
 logger = logging.get_logger(__name__)
 
@@ -74,7 +74,7 @@ class EndpointEngine(Engine):
     """
 
     has_own_weights: ClassVar[bool] = True
-    base_url: str
+    base_url: str = field(repr=False)
     model: str
     api_key: str | None = field(default=None, repr=False)
     weights: WeightsHandOver | None = None
@@ -135,9 +135,9 @@ class EndpointEngine(Engine):
         if self.weights is None:
             if is_main_process:
                 self._warn(
-                    f"No weights are handed over to {self.base_url}: all candidates come from the weights that the "
-                    "server holds, whatever is learnt here. Pass `weights`, such as SaveAndReload.sglang(...), or "
-                    "take this as it is where the server is meant to be a fixed teacher."
+                    f"No weights are handed over to {shown_url(self.base_url)}: all candidates come from the weights "
+                    "that the server holds, whatever is learnt here. Pass `weights`, such as "
+                    "SaveAndReload.sglang(...), or take this as it is where the server is meant to be a fixed teacher."
                 )
             return
         self._version = None

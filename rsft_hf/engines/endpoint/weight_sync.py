@@ -16,6 +16,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from rsft_hf.engines.model_access import is_peft_model
+from rsft_hf.openai_client import shown_url
 
 WeightsHandOver = Callable[[Any], None]
 
@@ -79,10 +80,10 @@ class SaveAndReload:
     """
 
     directory: str | Path
-    url: str
+    url: str = field(repr=False)
     payload: Mapping[str, Any]
     saves: Literal["model", "adapter"] = "model"
-    unload_url: str | None = None
+    unload_url: str | None = field(default=None, repr=False)
     unload_payload: Mapping[str, Any] = field(default_factory=dict)
     api_key: str | None = field(default=None, repr=False)
     timeout_seconds: float = 600.0
@@ -193,9 +194,13 @@ class SaveAndReload:
         if not succeeds(answer):
             raise RuntimeError(self._refusal(url, answer[:500] or "nothing"))
 
+    def _without_key(self, text: str) -> str:
+        return text.replace(self.api_key, "***") if self.api_key else text
+
     def _refusal(self, url: str, found: str) -> str:
         return (
-            f"The server did not take over the weights: {url} answered {found}. Nothing is generated from old weights. "
+            f"The server did not take over the weights: {shown_url(url)} answered "
+            f"{self._without_key(found)}. Nothing is generated from old weights. "
             f"Check that it runs, sees {Path(self.directory).resolve()}, and was started so that weights can change."
         )
 
@@ -231,4 +236,6 @@ def check_url(name: str, url: Any) -> None:
         raise TypeError(f"`{name}`={url!r} must be text such as 'http://localhost:8000/v1'.")
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"`{name}`={url!r} is no address of a server. Write it as 'http://localhost:8000/v1'.")
+        raise ValueError(
+            f"`{name}`={url.rpartition('@')[2]!r} is no address of a server. Write it as 'http://localhost:8000/v1'."
+        )
