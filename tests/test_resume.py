@@ -1,7 +1,9 @@
 """Exact resume: a run killed and resumed from its last checkpoint equals an uninterrupted one bit for bit."""
 
+import errno
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -231,3 +233,28 @@ def test_inside_an_epoch_and_under_max_steps_other_batches_are_refused(tmp_path:
                 RejectionSamplingTrainer, tmp_path, resume=str(tmp_path / f"checkpoint-{step}"),
                 args={**settings, "per_device_train_batch_size": 2, **args}, resampler=LossResampler(),
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["weighted", "progress"])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from rsft_hf import checkpointing
+
+    args, save_file, calls = {"save_strategy": "steps", "save_steps": 3}, checkpointing.save_file, []
+    whole = runs.trained(RejectionSamplingTrainer, tmp_path / "whole", args=args, resampler=LossResampler())
+
+    def failing(tensors, path):
+        calls.append(path)
+        if Path(path).stem == name and len(calls) > 4:
+            Path(path).write_bytes(b"cut off")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        save_file(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointing, "save_file", failing)
+        with pytest.raises(OSError, match="No space left on device"):
+            runs.trained(RejectionSamplingTrainer, tmp_path / "cut", args=args, resampler=LossResampler())
+    cut = runs.trained(RejectionSamplingTrainer, tmp_path / "cut", args=args, resume=True, resampler=LossResampler())
+    assert runs.largest_difference(whole, cut) == 0.0
+    assert runs.losses(whole) == runs.losses(cut)

@@ -7,6 +7,7 @@ A shard is written atomically, and again when its candidates have been scored an
 columns.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -181,9 +182,8 @@ class CandidateStore:
         self._write_table(path, table.replace_schema_metadata(metadata))
 
     def _write_table(self, path: Path, table: pa.Table) -> None:
-        draft = path.with_name(f".{path.name}.incomplete")
-        pq.write_table(table, draft, compression="zstd")
-        os.replace(draft, path)
+        with _replaced(path) as draft:
+            pq.write_table(table, draft, compression="zstd")
 
     def read(self, path: Path) -> list[Candidate]:
         """Returns the candidates of a shard, in the order written."""
@@ -247,9 +247,25 @@ class CandidateStore:
 
     def write_manifest(self, values: Mapping[str, Any]) -> None:
         """Replaces the manifest in one move."""
-        draft = self.directory / f".{MANIFEST}.incomplete"
-        draft.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
-        os.replace(draft, self.directory / MANIFEST)
+        with _replaced(self.directory / MANIFEST) as draft:
+            draft.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """Gives a file to write, which then takes the place of `path` in one move; after an error `path` is as it was."""
+    draft = path.with_name(f".{path.name}.incomplete")
+    try:
+        yield draft
+        os.replace(draft, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)  # a full disk needs the room
+        raise OSError(
+            error.errno,
+            f"{error.strerror or error}. What was written before is kept: make room or allow writing, and run again",
+            str(path),
+        ) from error
 
 
 _NOT_ATTRIBUTES = ("candidate", "extras", "template_input")

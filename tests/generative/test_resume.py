@@ -1,11 +1,13 @@
 """A run killed in generation, scoring or training and taken up again is the uninterrupted run, to the bit."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers as hf
@@ -229,3 +231,33 @@ def test_a_process_killed_by_the_system_is_gone_on_with(tmp_path: Path) -> None:
     cut = trained(tmp_path / "cut", resampler(engine=engine), resume=True, args=SAVED)
     assert len(engine.calls) == 2 * SHARDS - 2
     assert_equal_runs(trained(tmp_path / "whole", args=SAVED), cut, 3)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS], ids=["full disk", "read-only"])
+@pytest.mark.parametrize("at", [2, SHARDS + 2, 3 * SHARDS - 1], ids=["scored", "generated", "judged"])
+def test_a_write_that_fails_leaves_the_last_state_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, code: int
+) -> None:
+    whole = trained(tmp_path / "whole")
+    write_table, calls = pq.write_table, []
+
+    def failing(table, path, **options):
+        calls.append(path)
+        if len(calls) == at:
+            Path(path).write_bytes(b"PAR1 cut off")
+            raise OSError(code, os.strerror(code), str(path))
+        write_table(table, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "write_table", failing)
+        with pytest.raises(OSError, match=r"What was written before is kept.*run again") as caught:
+            trained(tmp_path / "cut")
+    assert caught.value.errno == code
+    assert os.strerror(code) in str(caught.value)
+    assert not list((tmp_path / "cut").rglob("*.incomplete"))
+    for path in (tmp_path / "cut").rglob("*.parquet"):
+        pq.read_table(path)  # every shard is whole
+    engine = CountingEngine()
+    cut = trained(tmp_path / "cut", resampler(engine=engine))
+    assert_equal_runs(whole, cut, 1)
+    assert len(engine.calls) == SHARDS - min(at // 2, SHARDS)  # a shard is written when generated, and when scored
