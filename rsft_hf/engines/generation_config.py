@@ -29,7 +29,7 @@ def check_generation_config(config: GenerationConfig | None, num_candidates: int
     if not isinstance(config, GenerationConfig):
         raise TypeError(
             f"`generation_config` must be a transformers GenerationConfig, got {type(config).__name__}. Write "
-            "GenerationConfig(max_new_tokens=64, temperature=0.7)."
+            "GenerationConfig(do_sample=True, max_new_tokens=64)."
         )
     if (config.do_sample is False and num_candidates > 1) or config.temperature == 0:
         raise ValueError(

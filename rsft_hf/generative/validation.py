@@ -157,7 +157,8 @@ def validate_training_arguments(config: CandidateConfig, trainer: Trainer) -> No
     ):
         raise ValueError(
             'round_start="best" goes back to the best checkpoint so far. Set `metric_for_best_model`, '
-            f'eval_strategy="epoch" (it is {args.eval_strategy}) and save_strategy="epoch" ({args.save_strategy}).'
+            f'eval_strategy="epoch" (it is "{args.eval_strategy.value}") and save_strategy="epoch" '
+            f'("{args.save_strategy.value}").'
         )
 
 
@@ -224,16 +225,17 @@ def validate_vocabulary(other: Any, model: Any) -> None:
 
 
 def validate_prompt_lengths(prompts: PromptSet, encoder: Encoder, model: Any, max_new_tokens: int) -> None:
-    """Raises ValueError if a prompt and its answer exceed what the model can read."""
+    """Raises ValueError if a prompt has no tokens, or exceeds with its answer what the model can read."""
     limit = context_length(model)
-    if limit is None:
-        return
     reserved = 0 if encoder.is_encoder_decoder else max_new_tokens
-    if max_new_tokens > limit:
+    if limit is not None and max_new_tokens > limit:
         raise ValueError(f"`max_new_tokens`={max_new_tokens} exceeds the model's {limit} positions. Lower it.")
     for row in range(len(prompts)):
-        length = len(encoder.prompt_ids(*prompts.row(row)))
-        if length + reserved > limit:
+        try:
+            length = len(encoder.prompt_ids(*prompts.row(row)))
+        except ValueError as error:
+            raise ValueError(f"The prompt in row {row} cannot be encoded. {error}") from error
+        if limit is not None and length + reserved > limit:
             raise ValueError(
                 f"The prompt in row {row} has {length} tokens"
                 + (f", which with `max_new_tokens`={reserved} is more" if reserved else ", more")

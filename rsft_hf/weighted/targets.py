@@ -59,7 +59,7 @@ def class_labels(trainer: Trainer, dataset: Any) -> torch.Tensor:
     Raises:
         ValueError: If the rows have no label column, or labels that are not single classes.
     """
-    names = [*(trainer.label_names or []), "labels", "label"]
+    names = list(dict.fromkeys([*(trainer.label_names or []), "labels", "label"]))
     if isinstance(dataset, datasets.Dataset):
         # The stored column: a transform may rename it, and reading its rows may decode every image.
         stored = dataset.with_format(None)
