@@ -4,6 +4,8 @@ Frequencies are compared with theory by chi-square from fixed seeds, on the uppe
 within a pass, so counts scatter less than a multinomial's. How much less is tested against the binomial.
 """
 
+import math
+
 import pytest
 import torch
 from scipy import stats
@@ -15,7 +17,12 @@ from rsft_hf import (
     envelope_constant,
     rejection_sample,
 )
-from rsft_hf.rejection import _accept_whole_passes, _sample_by_permutations, _sample_from_counts
+from rsft_hf.rejection import (
+    _accept_whole_passes,
+    _sample_by_permutations,
+    _sample_from_counts,
+    effective_sample_size_from_logs,
+)
 
 NUM_ROWS, NUM_DRAWS = 1_000, 2_000_000
 KINDS = ("skewed", "one_hot_like", "lognormal", "half_zero", "equal")
@@ -96,6 +103,15 @@ def test_a_single_pass_accepts_mean_over_max():
     standard_error = float((a * (1 - a)).sum()) ** 0.5 / len(a)
     assert accepted.dtype == torch.bool
     assert abs(float(accepted.double().mean()) - float(weights.mean() / weights.max())) < 4 * standard_error
+
+
+def test_a_single_pass_compares_numbers_of_double_precision():
+    """A float has 24 bits, and would accept a row of probability 1e-9 sixty times too often."""
+    weights = torch.tensor([1.0, 2.0, 0.0, 4.0], dtype=torch.float64)
+    uniforms = torch.rand(4, dtype=torch.float64, generator=seeded(3))
+    assert accept_once(weights, seeded(3)).tolist() == (uniforms < weights / 4).tolist()
+    for seed in range(200):
+        assert not accept_once(weights, seeded(seed))[2]
 
 
 def test_passes_of_accept_once_accept_each_row_a_binomial_number_of_times():
@@ -246,6 +262,20 @@ def test_effective_sample_size_by_hand(weights, rows):
     assert effective_sample_size(torch.tensor(weights)) == pytest.approx(rows, rel=1e-12)
 
 
+def test_the_sample_size_of_log_weights_is_that_of_the_weights():
+    weights = torch.rand(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for shift in (0.0, 900.0, -900.0):  # e^900 overflows
+        assert effective_sample_size_from_logs(weights.log() + shift) == pytest.approx(effective_sample_size(weights))
+    assert effective_sample_size_from_logs(torch.tensor([[0.0, -math.inf], [0.0, 0.0]])) == pytest.approx(3)
+    assert effective_sample_size_from_logs(torch.full((3,), -math.inf)) == 0.0
+    with pytest.raises(ValueError, match="holds NaN"):
+        effective_sample_size_from_logs(torch.tensor([0.0, math.nan]))
+    with pytest.raises(ValueError, match=r"holds NaN or \+inf"):
+        effective_sample_size_from_logs(torch.tensor([0.0, math.inf]))
+    logs = torch.zeros(3, dtype=torch.float16, requires_grad=True)
+    assert effective_sample_size_from_logs(logs) == pytest.approx(3)
+
+
 # Four times 8e307 is no finite float64, though every entry is; 1e-320 is subnormal.
 @pytest.mark.parametrize("scale", [2.0**-40, 2.0**40, 1e-300, 1e300, 8e307, 1e-320])
 def test_a_common_factor_changes_nothing(scale):
@@ -335,6 +365,14 @@ def test_wrong_weights_are_named(use, weights, message):
 def test_wrong_proposals_are_named(use, proposal, message):
     with pytest.raises(ValueError, match=message):
         USES[use](W, torch.tensor(proposal))
+
+
+def test_a_ratio_beyond_the_range_of_numbers_is_named():
+    # A processor may take a subnormal number for zero.
+    weights, proposal = torch.tensor([1.0, 1.0]).double(), torch.tensor([1e-310, 1.0]).double()
+    with pytest.raises(ValueError, match="far too rarely for its weight|too small compared"):
+        envelope_constant(weights, proposal)
+    assert envelope_constant(torch.tensor([1e-310, 1.0]).double(), torch.tensor([1e-300, 1.0]).double()) > 0
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from rsft_hf.generative.metrics import (
     round_metrics,
 )
 from rsft_hf.generative.selection import COLUMNS, RoundTable
-from rsft_hf.rejection import effective_sample_size, effective_sample_size_from_logs
 
 NAN = math.nan
 
@@ -49,16 +48,6 @@ def test_distinct_n_counts_all_sequences_together():
     assert distinct_n([[7, 7, 7, 7, 7]], 2) == 1 / 4
     with pytest.raises(ValueError, match="`n`=0"):
         distinct_n(texts, 0)
-
-
-def test_the_sample_size_of_log_weights_is_that_of_the_weights():
-    weights = torch.rand(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for shift in (0.0, 900.0, -900.0):  # e^900 overflows
-        assert effective_sample_size_from_logs(weights.log() + shift) == pytest.approx(effective_sample_size(weights))
-    assert effective_sample_size_from_logs(torch.tensor([[0.0, -math.inf], [0.0, 0.0]])) == pytest.approx(3)
-    assert effective_sample_size_from_logs(torch.full((3,), -math.inf)) == 0.0
-    with pytest.raises(ValueError, match="holds NaN"):
-        effective_sample_size_from_logs(torch.tensor([0.0, NAN]))
 
 
 def test_correlation_by_hand_and_with_gaps():
