@@ -147,7 +147,9 @@ def continuous_settings(num_requests: int, num_children: int = 1) -> dict[str, i
     The cache has room for all children of the requests: a child that does not fit would be read again, with its
     parent's limit.
     """
-    return {"num_blocks": 4 * num_requests * num_children, "page_size": PAGE, "max_batch_tokens": BATCH_TOKENS,
+    # Newer versions of transformers call a block a page.
+    page = next(name for name in ("page_size", "block_size") if name in ContinuousBatchingConfig.__dataclass_fields__)
+    return {"num_blocks": 4 * num_requests * num_children, page: PAGE, "max_batch_tokens": BATCH_TOKENS,
             "max_requests_per_batch": num_requests}  # fmt: skip
 
 

@@ -79,8 +79,6 @@ def test_a_forked_request_has_the_largest_limit_and_its_copies_the_others(bench)
     assert copies == [{"most": 5, "also": 5}, {"most": 3, "also": 3}]
 
 
-HAS_PAGES = "page_size" in vars(hf.ContinuousBatchingConfig)["__dataclass_fields__"]
-
 CONTENDERS = [
     *("naive", "fixed", "sorted", "generate_batch 4 forked", "generate_batch 4 alone"),
     *("generate_engine", "in_flight", "in_flight log_probs", "in_flight longest_first"),
@@ -89,8 +87,6 @@ CONTENDERS = [
 
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_every_contender_generates_the_lengths_meant_for_it(bench, small, name):
-    if name.startswith("generate_batch") and not HAS_PAGES:
-        pytest.skip("this version of transformers names the settings of generate_batch otherwise")
     model, workload = small
     with torch.random.fork_rng(devices=[]), bench["limits"].count_forwards(model) as count:
         lengths = bench["rollouts"].build_rollout(name, model, workload).generate(workload)
@@ -100,8 +96,8 @@ def test_every_contender_generates_the_lengths_meant_for_it(bench, small, name):
 
 def test_trl_generates_the_lengths_meant_for_it(bench, small):
     trl = pytest.importorskip("trl", reason="the extra `trl` is not installed")
-    if not HAS_PAGES or "use_transformers_continuous_batching" not in vars(trl.GRPOConfig)["__dataclass_fields__"]:
-        pytest.skip("these versions of trl and transformers have no continuous batching by these names")
+    if "use_transformers_continuous_batching" not in vars(trl.GRPOConfig)["__dataclass_fields__"]:
+        pytest.skip("this version of trl has no continuous batching by this name")
     model, workload = small
     for name in ("trl", "trl_rloo", "trl_continuous"):
         with torch.random.fork_rng(devices=[]):
