@@ -240,3 +240,25 @@ def test_the_temperature_of_rso_goes_from_top_k_to_uniform():
         counts = torch.bincount(pairs, minlength=16)
         assert int((counts > 0).sum()) == 6
         assert stats.chisquare(counts[counts > 0].numpy()).pvalue > 0.001
+
+
+def test_without_numbers_of_their_own_candidates_are_tested_by_the_generator():
+    """A batch by hand has no uniforms: the generator gives them, and the global one stands still."""
+    batch = CandidateBatch(
+        torch.zeros(50, 8), log_q=torch.zeros(50, 8), log_p=torch.linspace(-3, 0, 400).reshape(50, 8)
+    )
+    rule = DensityRatio()
+    torch.manual_seed(1)
+    first, before = rule(batch, seeded(3)), torch.get_rng_state()
+    torch.manual_seed(2)
+    assert torch.equal(rule(batch, seeded(3)), first)
+    assert not torch.equal(rule(batch, seeded(4)), first)
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_first_candidate_above_the_envelope_is_named():
+    log_p = torch.tensor([[0.0, 1.0], [5.0, 7.0]], dtype=torch.float64)
+    batch = CandidateBatch(torch.zeros(2, 2), log_q=torch.zeros(2, 2), log_p=log_p)
+    with pytest.raises(ValueError, match="candidate 0 of prompt 1"):
+        DensityRatio(log_envelope=2.0)(batch, seeded())

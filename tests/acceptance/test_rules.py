@@ -234,3 +234,45 @@ def test_wrong_values_are_refused(build, message):
 def test_wrong_kinds_are_refused(build, message):
     with pytest.raises(TypeError, match=message):
         build()
+
+
+def test_a_schedule_stays_at_its_last_value():
+    rule = Threshold(schedule=(0.1, 0.2, 0.3))
+    assert [rule.for_round(number).minimum for number in (0, 1, 2, 3, 4, 9)] == [0.1, 0.2, 0.3, 0.3, 0.3, 0.3]
+
+
+def test_one_of_all_is_the_best_of_all():
+    assert TopKOverall(1)(CandidateBatch(torch.tensor([[1.0, 3.0], [2.0, 0.0]])), seeded()).tolist() == [
+        [False, True],
+        [False, False],
+    ]
+
+
+def test_a_cap_keeps_at_random_unless_the_best_are_wanted():
+    batch = CandidateBatch(torch.arange(4.0).repeat(200, 1))
+    kept = PerPromptCap(1)(batch, seeded()).double().mean(0)
+    assert float(kept.min()) > 0.15  # a quarter each, of 200
+    assert PerPromptCap(1, keep="best")(batch, seeded()).double().mean(0).tolist() == [0.0, 0.0, 0.0, 1.0]
+
+
+def test_a_range_of_difficulty_may_be_one_fraction_and_none_beyond_one():
+    half = CandidateBatch(torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]))
+    rows = DifficultyRange(0.5, 0.5)(half, seeded()).any(1)
+    assert rows.tolist() == [True, False, False]
+    for low, high in ((0.2, 1.5), (0.6, 0.5), (-0.1, 0.5)):
+        with pytest.raises(ValueError, match="low"):
+            DifficultyRange(low, high)
+
+
+@pytest.mark.parametrize(
+    "rule", [RandomLike(RandomPerPrompt(2)), Sequence(Threshold(minimum=-9.0), RandomPerPrompt(1))]
+)
+def test_rules_inside_of_rules_draw_from_the_same_generator(rule):
+    batch = random_batch()
+    torch.manual_seed(1)
+    first, before = rule(batch, seeded(3)), torch.get_rng_state()
+    torch.manual_seed(2)
+    assert torch.equal(rule(batch, seeded(3)), first)
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), before)  # the global generator stands still
+    assert not torch.equal(rule(batch, seeded(4)), first)

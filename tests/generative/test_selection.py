@@ -10,19 +10,23 @@ import generators
 import generators as g
 from generative_runs import resampler, stored, trained
 from rsft_hf import DensityRatio, TopKOverall
-from rsft_hf.acceptance import RSO, RandomLike, Threshold, TopKPerPrompt
-from rsft_hf.engines.random_streams import verdict_uniforms
+from rsft_hf.acceptance import RSO, RandomLike, Sequence, Threshold, TopKPerPrompt
+from rsft_hf.engines.random_streams import candidate_seed, verdict_uniforms
 from rsft_hf.generative.candidates import VERDICTS, Candidate
-from rsft_hf.generative.filters import RejectTruncated
+from rsft_hf.generative.filters import Deduplicate, RejectTruncated
 from rsft_hf.generative.resampler import CandidateResampler
 from rsft_hf.generative.selection import (
     ACCEPTED,
     COLUMNS,
     RoundTable,
     SelectionRules,
+    filter_candidates,
     judge,
     prompts_below_minimum,
+    score_candidates,
+    set_verdicts,
 )
+from rsft_hf.rewards.functions import RewardFunctions
 
 
 def table(*rows: dict) -> RoundTable:
@@ -238,3 +242,91 @@ def test_a_judge_that_fails_is_none_and_accepts_nothing(tmp_path):
     assert [one.reward for one in g.stored(run)] == [-5.0, None] * 4
     assert source.metrics()["candidates/reward"] == -5.0  # neither -1 nor 0 is in the mean
     assert source.metrics()["candidates/unjudged"] == 0.5
+
+
+def test_a_batch_has_double_precision_and_knows_its_gaps() -> None:
+    third = 1 / 3  # a float of 24 bits holds another number
+    round_ = table(
+        {"reward": third, "log_q": -third, "log_p": -third, "num_tokens": 7}, {"prompt_id": 1}, {"reward": 2.0}
+    )
+    batch = round_.batch([True, True, False])
+    assert batch.rewards.tolist()[0] == [third, 2.0]
+    assert batch.rewards.dtype == batch.log_q.dtype == batch.log_p.dtype == batch.uniforms.dtype == torch.float64
+    assert batch.log_q.tolist() == batch.log_p.tolist() == [[-third, 0.0], [0.0, 0.0]]
+    assert batch.lengths.tolist() == [[7, 3], [3, 0]]
+    assert batch.valid.tolist() == [[True, False], [True, False]]
+    assert math.isnan(batch.rewards[1, 1])
+    plain = table({}, {}).batch([True, True])
+    assert plain.log_q is plain.log_p is None
+    assert RoundTable.of({name: [] for name in COLUMNS}).batch([]).rewards.shape == (0, 0)
+
+
+def test_the_generator_of_a_rule_is_that_of_its_run_and_round() -> None:
+    seen = []
+
+    class Recording(TopKPerPrompt):
+        def __call__(self, batch, generator):
+            seen.append(generator.initial_seed())
+            return super().__call__(batch, generator)
+
+    for seed, number in ((0, 0), (0, 1), (1, 0)):
+        judge(table({"reward": 1.0}), SelectionRules(Recording(1), 1, False, seed, number))
+    assert seen == [candidate_seed(seed, number, -1, 0, 0) % 2**62 for seed, number in ((0, 0), (0, 1), (1, 0))]
+
+
+def test_verdicts_are_written_with_their_reasons() -> None:
+    candidates = [Candidate(0, "a", [1], "a", "stop", rule="mine") for _ in range(3)]
+    set_verdicts(candidates, ["accepted", "filtered", "fallback"], {"accepted": "rule", "fallback": "best"})
+    found = [(one.verdict, one.is_accepted, one.rule) for one in candidates]
+    assert found == [("accepted", True, "rule"), ("filtered", False, "mine"), ("fallback", True, "best")]
+
+
+@pytest.mark.parametrize("num_verdicts", [1, 3])
+def test_verdicts_of_another_round_are_never_taken(num_verdicts: int) -> None:
+    round_, verdicts = table({"reward": 1.0}, {"reward": 1.0}), ["rejected"] * num_verdicts
+    with pytest.raises(ValueError, match="zip"):
+        set_verdicts([Candidate(0, "a", [1], "a", "stop")] * 2, verdicts, {})
+    with pytest.raises(ValueError, match="zip"):
+        prompts_below_minimum([0], round_, verdicts, 1)
+
+
+def test_what_a_filter_refuses_is_said_and_the_others_get_their_key() -> None:
+    candidates = [
+        Candidate(0, "a", [1], text, reason) for text, reason in (("B c", "stop"), ("b c", "length"), ("b c", "stop"))
+    ]
+    filter_candidates(candidates, [RejectTruncated()], Deduplicate("normalised"))
+    assert [one.verdict for one in candidates] == [None, "filtered", None]
+    assert (candidates[1].rule, candidates[1].is_accepted) == ("RejectTruncated()", False)
+    assert candidates[1].duplicate_key is None
+    assert candidates[0].duplicate_key == candidates[2].duplicate_key
+    assert len(candidates[0].duplicate_key) == 32
+    filter_candidates(candidates[:1], [], Deduplicate(key=lambda text: None))
+    assert candidates[0].duplicate_key is None
+
+
+def test_functions_get_the_state_and_nothing_where_all_is_filtered() -> None:
+    seen = []
+
+    def state_of(completions: list, trainer_state, **_) -> list[float]:
+        seen.append(trainer_state)
+        return [1.0] * len(completions)
+
+    functions = RewardFunctions(state_of)
+    kept, filtered = (Candidate(0, "a", [1], "b", "stop", verdict=verdict) for verdict in (None, "filtered"))
+    score_candidates([kept, filtered], functions, "state")
+    assert seen == ["state"]
+    assert (kept.rewards, filtered.rewards) == ({"state_of": 1.0}, {})
+    scores = score_candidates([filtered], functions, "state")
+    assert seen == ["state"]
+    assert (scores.rewards.tolist(), scores.rewards.dtype, scores.by_function) == ([], torch.float64, {})
+
+
+def test_a_control_inside_a_sequence_is_a_control() -> None:
+    """Its fallback is chosen by chance, not by reward: the worst-rewarded candidate is taken as often as any other."""
+    chosen = set()
+    for seed in range(30):
+        round_ = table(*({"reward": float(number), "seed": 100 * seed + number} for number in range(4)))
+        control = Sequence(Threshold(minimum=9.0), RandomLike(Threshold(minimum=9.0)))
+        verdicts = judge(round_, SelectionRules(control, 1, True, seed, 0))
+        chosen.add(verdicts.index("fallback"))
+    assert chosen == {0, 1, 2, 3}

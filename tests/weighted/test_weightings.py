@@ -339,3 +339,24 @@ def keyword_only(losses: torch.Tensor, *, labels: torch.Tensor) -> torch.Tensor:
 def test_what_is_no_function_of_the_losses_is_refused(function, message):
     with pytest.raises(TypeError, match=message):
         as_weighting(function, "`weighting`")
+
+
+def test_scores_that_sum_to_less_than_one_are_scores_all_the_same():
+    scores = torch.tensor([0.1, 0.3], dtype=torch.float64)
+    assert Floored(0.5)(scores).tolist() == pytest.approx([0.5 * 0.25 + 0.25, 0.5 * 0.75 + 0.25])
+    labels = ExampleStatistics(labels=torch.tensor([0, 0]))
+    assert ClassBalanced()(scores, labels).tolist() == pytest.approx([0.25, 0.75])
+
+
+def test_every_rule_of_a_chain_gets_the_statistics():
+    statistics = ExampleStatistics(margins=torch.tensor([0.25, 0.75], dtype=torch.float64))
+    assert Chain(Tempered(1.0), Margin())(torch.ones(2), statistics).tolist() == [0.75, 0.25]
+
+
+def test_reference_losses_of_another_data_set_are_refused_by_its_size():
+    rule = Learnability([1.0, 1 / 3])
+    assert rule.reference_losses.dtype == torch.float64
+    statistics = ExampleStatistics(rows=torch.tensor([0, 1]), num_rows=3)
+    with pytest.raises(ValueError, match="has 2 entries but the data set has 3"):
+        rule(torch.ones(2), statistics)
+    assert rule(torch.ones(2), ExampleStatistics(rows=torch.tensor([0, 1]), num_rows=2)).tolist() == [0.0, 1 - 1 / 3]
