@@ -260,5 +260,5 @@ def test_without_numbers_of_their_own_candidates_are_tested_by_the_generator():
 def test_the_first_candidate_above_the_envelope_is_named():
     log_p = torch.tensor([[0.0, 1.0], [5.0, 7.0]], dtype=torch.float64)
     batch = CandidateBatch(torch.zeros(2, 2), log_q=torch.zeros(2, 2), log_p=log_p)
-    with pytest.raises(ValueError, match="candidate 0 of prompt 1"):
+    with pytest.raises(ValueError, match="the first at prompt 1, candidate 0"):
         DensityRatio(log_envelope=2.0)(batch, seeded())

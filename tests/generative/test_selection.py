@@ -258,7 +258,6 @@ def test_a_batch_has_double_precision_and_knows_its_gaps() -> None:
     assert math.isnan(batch.rewards[1, 1])
     plain = table({}, {}).batch([True, True])
     assert plain.log_q is plain.log_p is None
-    assert RoundTable.of({name: [] for name in COLUMNS}).batch([]).rewards.shape == (0, 0)
 
 
 def test_the_generator_of_a_rule_is_that_of_its_run_and_round() -> None:
