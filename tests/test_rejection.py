@@ -389,3 +389,14 @@ def test_a_ratio_beyond_the_range_of_numbers_is_named():
 def test_wrong_numbers_of_draws_are_named(num_draws, error, message):
     with pytest.raises(error, match=message):
         rejection_sample(W, num_draws, seeded())
+
+
+def test_rows_of_a_pass_come_in_random_order():
+    """Also where they are many: half of the neighbours rise, and none of the order of the data set is left."""
+    weights = torch.full((40_000,), 0.4, dtype=torch.float64)
+    weights[0] = 1.0
+    rows = _accept_whole_passes(weights, 1, seeded(2))
+    rising = float((rows.diff() > 0).double().mean())
+    assert len(rows) > 15_000
+    assert abs(rising - 0.5) < 4 * 0.5 / len(rows) ** 0.5
+    assert abs(float(torch.corrcoef(torch.stack([rows.double(), torch.arange(len(rows)).double()]))[0, 1])) < 0.03

@@ -62,6 +62,22 @@ def token_log_probabilities(
     return [found[row] for row in range(len(prompts))]
 
 
+def chosen_log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Returns log p of the tokens, nats, float32: the logits of each one less the logarithm of their sum.
+
+    Args:
+        logits: Shape (..., vocabulary), of any number format.
+        tokens: Shape (...), int64; a negative one, such as -100, counts as token 0.
+
+    Example:
+        >>> logits = torch.tensor([[1.0, 1.0, 2.0], [1.0, 1.0, 2.0]]).log()
+        >>> chosen_log_probabilities(logits, torch.tensor([2, -100])).exp().tolist()
+        [0.5, 0.25]
+    """
+    logits = logits.float()
+    return logits.gather(-1, tokens.clamp(min=0)[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
 def _score(
     model: Any, prompts: list[Any], completions: list[Any], config: GenerationConfig, with_log_q: bool
 ) -> list[LogProbabilities]:
@@ -78,7 +94,7 @@ def _score(
             prepared = _prepare(model, prompts, config, is_left=True)
             first, processors = prepared.input_ids, prepared.processors
         logits = _causal_logits(model, prompts, completions)
-    log_p = (logits.gather(-1, chosen[..., None]).squeeze(-1) - logits.logsumexp(-1)).cpu()
+    log_p = chosen_log_probabilities(logits, chosen).cpu()
     log_q = _log_q(logits, chosen, first, processors).cpu() if with_log_q and processors else log_p
     lengths = [len(ids) for ids in completions]
     return [

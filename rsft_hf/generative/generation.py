@@ -18,6 +18,7 @@ from transformers.utils import logging
 from rsft_hf.distributed import FailTogether
 from rsft_hf.engines.auto import choose_engine
 from rsft_hf.engines.base import Engine, GenerationRequest
+from rsft_hf.engines.log_probs import chosen_log_probabilities
 from rsft_hf.engines.model_access import is_peft_model, whole_model
 from rsft_hf.engines.random_streams import candidate_seed
 from rsft_hf.generative.candidates import Candidate
@@ -168,11 +169,11 @@ def completion_log_probabilities(
 def _batch_sums(model: Any, encoder: Encoder, rows: dict[str, torch.Tensor]) -> torch.Tensor:
     batch = {name: value.to(model.device) for name, value in rows.items()}
     labels = batch["labels"] if encoder.is_encoder_decoder else batch.pop("labels")
-    logits = model(**batch).logits.float()
+    logits = model(**batch).logits
     if not encoder.is_encoder_decoder:  # position t predicts token t + 1
         logits, labels = logits[:, :-1], labels[:, 1:]
-    picked = logits.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1) - logits.logsumexp(-1)
-    return torch.where(labels == IGNORED, 0.0, picked.double()).sum(-1).cpu()
+    log_p = chosen_log_probabilities(logits, labels).double()
+    return torch.where(labels == IGNORED, 0.0, log_p).sum(-1).cpu()
 
 
 logger = logging.get_logger(__name__)

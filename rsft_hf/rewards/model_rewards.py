@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from rsft_hf.checks import check_integer
+from rsft_hf.engines.log_probs import chosen_log_probabilities
 from rsft_hf.isolation import in_evaluation_mode
 from rsft_hf.memory import map_in_batches
 from rsft_hf.rewards.templates import Completion, Prompt, fields_of, render
@@ -367,7 +368,7 @@ class RoundTripReward(_Templated):
             else:
                 logits, labels = model(**inputs).logits[:, :-1], labels[:, 1:]
             is_target = labels != -100
-            log_p = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            log_p = chosen_log_probabilities(logits, labels)
             return (log_p * is_target).sum(1) / is_target.sum(1)
 
         with scoring(model):
