@@ -14,6 +14,7 @@ between a batch of prompts and the batch that it trains on, which for RLOO inclu
 
 import copy
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ Lengths = list[list[int]]
 CERTAIN = 1e9  # leaves every other token probability 0, and unlike infinity it passes through a softmax
 PAGE = 64  # tokens of a page of `generate_batch`; its default of 256 is no faster here, and needs room for all pages
 BATCH_TOKENS = 1024
+SECONDS_OF_REQUESTS = 600  # after which continuous batching counts as stuck
 TRL_REQUESTS = 32  # concurrent requests of TRL's continuous batching: the best setting of `generate_batch` here
 
 
@@ -160,6 +162,7 @@ def run_requests(model: Any, prompts: list, limits: list, config: GenerationConf
         RuntimeError: If a request failed.
     """
     results: dict[str, Any] = {}
+    deadline = time.monotonic() + SECONDS_OF_REQUESTS
     num_requests = len(prompts) * (config.num_return_sequences or 1)
     with model.continuous_batching_context_manager(
         generation_config=config, continuous_batching_config=settings, timeout=5
@@ -168,7 +171,7 @@ def run_requests(model: Any, prompts: list, limits: list, config: GenerationConf
             manager.add_request(ids, request_id=str(number), max_new_tokens=limit, eos_token_id=-1)
         while len(results) < num_requests:
             output = manager.get_result(timeout=1)
-            if output is None and not manager.is_running():
+            if output is None and (not manager.is_running() or time.monotonic() > deadline):
                 raise RuntimeError(f"`generate_batch` stopped after {len(results)} of {num_requests} requests.")
             if output is not None and output.error is not None:
                 raise RuntimeError(f"`generate_batch` failed at request {output.request_id}: {output.error}")

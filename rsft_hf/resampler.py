@@ -95,6 +95,10 @@ class Resampler(ABC):
         """Whether to call `observe_loss`, which costs a list of the rows of every micro-batch."""
         return False
 
+    def counted_batches(self, batches: Sequence[Any], rows: Sequence[Sequence[int]]) -> Sequence[Any]:
+        """Returns what Trainer counts the items of an accumulation window from: the batches, of these rows."""
+        return batches
+
     @contextlib.contextmanager
     def observe_loss(self, model: torch.nn.Module, rows: Sequence[int]) -> Iterator[None]:
         """Wraps the computation of the training loss of one micro-batch, which holds these rows, in order."""

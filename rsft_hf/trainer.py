@@ -90,6 +90,7 @@ class RejectionSamplingMixin(_Base):
         self._settings: dict[str, Any] = {}
         self._step_model: torch.nn.Module | None = None
         self._num_observed = 0
+        self._is_counting_window = False
         self._is_loader_validated = False
         self.add_callback(ResampleCallback(self))
 
@@ -169,6 +170,21 @@ class RejectionSamplingMixin(_Base):
             rows = self._progress.batch_rows[self._progress.num_batches_done]
             stack.enter_context(self.resampler.observe_loss(self._step_model, rows))
         return stack
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the micro-batches of the next step, and the number of their items, corrected as their loss is."""
+        self._is_counting_window = self.resampler.observes_rows
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        finally:
+            self._is_counting_window = False
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], *args: Any, **kwargs: Any) -> Any:
+        if self._is_counting_window:
+            first = self._progress.num_batches_done
+            rows = self._progress.batch_rows[first : first + len(batch_samples)]
+            batch_samples = list(self.resampler.counted_batches(batch_samples, rows))
+        return super()._get_num_items_in_batch(batch_samples, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Returns the trainer's own training loader over the accepted rows."""

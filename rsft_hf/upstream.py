@@ -16,6 +16,7 @@ PRIVATE = {
         "_inner_training_loop",
         "_init_training_state",
         "_get_train_sampler",
+        "_get_num_items_in_batch",
         "_save_rng_state",
         "_load_best_model",
         "_prepare_inputs",

@@ -9,7 +9,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 
 import runs
 import zoo
-from rsft_hf import LossResampler, RejectionSamplingSeq2SeqTrainer, RejectionSamplingTrainer, Tempered
+from rsft_hf import LossResampler, Proportional, RejectionSamplingSeq2SeqTrainer, RejectionSamplingTrainer, Tempered
 
 EQUAL = Tempered(0.0)  # L ** 0
 
@@ -137,7 +137,9 @@ def test_higher_losses_are_read_more_often(tmp_path: Path) -> None:
 
 def test_figures_are_logged_once_per_epoch_with_the_first_loss(tmp_path: Path) -> None:
     for steps, where in ((1, "with a loss"), (1000, "alone")):
-        trainer = runs.trained(RejectionSamplingTrainer, tmp_path, args={"logging_steps": steps})
+        trainer = runs.trained(
+            RejectionSamplingTrainer, tmp_path, args={"logging_steps": steps}, resampler=LossResampler(Proportional())
+        )
         lines = [line for line in trainer.state.log_history if "resampling/envelope_M" in line]
         assert len(lines) == 3
         assert all(("loss" in line) == (where == "with a loss") for line in lines)

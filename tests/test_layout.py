@@ -19,7 +19,8 @@ MAX_LINES_PER_FUNCTION = 50
 MAX_PARAMETERS = 8
 
 PURE_IMPORTS = sys.stdlib_module_names | {"__future__", "torch", "numpy", "rsft_hf"}
-PURE_FILES = ("checks.py", "rejection.py", "acceptance/", "weighted/weightings.py", "engines/random_streams.py")
+RULES = tuple(f"weighted/{name}.py" for name in ("weightings", "history_rules", "prediction_rules"))
+PURE_FILES = ("checks.py", "rejection.py", "acceptance/", *RULES, "engines/random_streams.py")
 KNOWS_TRAINER = ("trainer.py", "callbacks.py", "checkpointing.py", "training_set.py")
 HALVES = ("weighted", "generative")
 PUBLIC = ("rsft_hf", *(f"rsft_hf.{name}" for name in ("acceptance", "engines", "generative", "rewards", "weighted")))

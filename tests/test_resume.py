@@ -14,7 +14,7 @@ import transformers as hf
 from safetensors.torch import load_file
 
 import runs
-from rsft_hf import Chain, Clipped, Floored, LossResampler, RejectionSamplingTrainer
+from rsft_hf import Chain, Clipped, Floored, LossResampler, Proportional, RejectionSamplingTrainer
 from rsft_hf.weighted import Entropy
 
 STEPS_PER_EPOCH = 7  # 26 rows in batches of 4
@@ -168,7 +168,7 @@ def test_a_resumed_run_logs_the_figures_of_an_epoch_at_the_same_steps(tmp_path: 
 @pytest.mark.parametrize("at", [STEPS_PER_EPOCH + 3, 2 * STEPS_PER_EPOCH + 3])
 def test_suspects_count_measured_epochs_alone_and_alike_after_a_resume(tmp_path: Path, at: int) -> None:
     """Four epochs, of which the first and the third are measured."""
-    whole, cut = resumed(tmp_path, at, lambda: LossResampler(every_n_epochs=2), num_train_epochs=4)
+    whole, cut = resumed(tmp_path, at, lambda: LossResampler(Proportional(), every_n_epochs=2), num_train_epochs=4)
     tables = [trainer.resampler.suspects(runs.NUM_ROWS).to_list() for trainer in (whole, cut)]
     assert {len(row["losses"]) for row in tables[0]} == {2}
     assert tables[0] == tables[1]

@@ -1,18 +1,17 @@
 """Weighted half: resampling of a labelled training set by loss-derived weights."""
 
+from rsft_hf.weighted.history_rules import ErrorSet, LeaveOutSuspects
 from rsft_hf.weighted.measurement import Measurement, NotPerExampleError, measure_losses
+from rsft_hf.weighted.prediction_rules import Entropy, LeastConfidence, Margin
 from rsft_hf.weighted.resampler import LossResampler
 from rsft_hf.weighted.weightings import (
     Chain,
     ClassBalanced,
     Clipped,
     DropTop,
-    Entropy,
     ExampleStatistics,
     Floored,
     Learnability,
-    LeastConfidence,
-    Margin,
     Proportional,
     Softmax,
     Tempered,
@@ -25,10 +24,12 @@ __all__ = [
     "Clipped",
     "DropTop",
     "Entropy",
+    "ErrorSet",
     "ExampleStatistics",
     "Floored",
     "Learnability",
     "LeastConfidence",
+    "LeaveOutSuspects",
     "LossResampler",
     "Margin",
     "Measurement",

@@ -5,7 +5,9 @@ import numpy as np
 import torch
 
 from rsft_hf.checks import check_integer
+from rsft_hf.weighted.history_rules import mean_excess_losses
 
+HISTORIES = ("loss_history", "margin_history")
 _TABLE_COLUMNS = ("loss", "margin", "weight", "count")
 
 
@@ -56,6 +58,23 @@ class EpochHistory:
         self.epochs.append(epoch)
         self._columns["is_fresh"].append(torch.ones_like(counts, dtype=torch.bool) if is_fresh is None else is_fresh)
 
+    def measured(self, *current: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns the losses and margins of the epochs that measured any, by the names of the statistics.
+
+        Args:
+            current: Losses, margins and whether they are fresh, shape (N,) each, of an epoch not recorded yet.
+
+        Returns:
+            Two tensors of shape (measured epochs, N), NaN where a row was not read in the epoch; empty if none was.
+        """
+        columns = [self._columns[name] for name in ("loss", "margin", "is_fresh")]
+        lines = [*zip(*columns, strict=True), *([current] if current else [])]
+        lines = [line for line in lines if bool((line[2] & line[0].isfinite()).any())]
+        if not lines:
+            return {}
+        read = [(torch.where(fresh, values, float("nan")).float() for values in pair) for *pair, fresh in lines]
+        return {name: torch.stack(values) for name, values in zip(HISTORIES, zip(*read, strict=True), strict=True)}
+
     def table(self) -> datasets.Dataset:
         """Returns one line per epoch and row: `epoch`, `row`, `loss`, `margin`, `weight` (sums to 1), `count`."""
         if not self.epochs:
@@ -87,17 +106,11 @@ class EpochHistory:
             ValueError: If `num_suspects` is below 1.
         """
         check_integer("num_suspects", num_suspects, minimum=1)
-        fresh = [
-            torch.where(is_fresh, losses, float("nan"))
-            for losses, is_fresh in zip(self._columns["loss"], self._columns["is_fresh"], strict=True)
-        ]
-        measured = [number for number, losses in enumerate(fresh) if bool(losses.isfinite().any())]
+        measured = self.measured()
         if not measured:
             raise RuntimeError("No epoch has been measured yet. Call `suspects()` after a resampled epoch.")
-        losses = torch.stack([fresh[number] for number in measured])
-        margins = torch.stack([self._columns["margin"][number] for number in measured])
-        excess = (losses - losses.nanmedian(dim=1, keepdim=True).values).nanmean(dim=0)
-        excess = torch.where(excess.isnan(), float("-inf"), excess)
+        losses, margins = measured["loss_history"], measured["margin_history"]
+        excess = mean_excess_losses(losses)
         num_known = int(excess.isfinite().sum())
         rows = excess.topk(min(num_suspects, num_known)).indices
         return datasets.Dataset.from_dict(

@@ -5,7 +5,7 @@ at the end of an epoch the mean of each row's losses, summed over the processes,
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -46,8 +46,12 @@ class LossSource:
         per_example_loss: Function `(outputs, labels) -> losses` of shape (B,), for losses that cannot be captured.
         ema_decay: Weight of a row's old loss when a new one comes, in [0, 1).
         batch_size: Rows per forward pass and process; `per_device_eval_batch_size` by default.
+        adaptable: Names of the options among "losses" and "importance_correction" that are given up with a warning
+            where the model's loss allows no more; an error by default.
 
     Attributes:
+        is_from_training: Whether the losses are those of the training steps.
+        importance_correction: Exponent in use.
         ledger: The losses and margins, in data-set order.
         predictions: Prediction statistics of the last scoring pass, by name, each of shape (N,).
     """
@@ -64,12 +68,13 @@ class LossSource:
         per_example_loss: PerExampleLoss | None = None,
         ema_decay: float = 0.0,
         batch_size: int | None = None,
+        adaptable: Collection[str] = (),
     ) -> None:
-        self.trainer = trainer
-        self._is_from_training = losses == "training"
+        self.trainer, self._adaptable = trainer, frozenset(adaptable)
+        self.is_from_training = losses == "training"
         self._statistics = statistics & set(PREDICTION_STATISTICS)
         self._every_n_epochs, self._warmup_epochs = every_n_epochs, warmup_epochs
-        self._importance_correction, self._per_example_loss = importance_correction, per_example_loss
+        self.importance_correction, self._per_example_loss = importance_correction, per_example_loss
         self._batch_size = batch_size
         self.ledger = LossLedger(len(trainer.train_dataset), ema_decay)
         self.predictions: dict[str, torch.Tensor] = {}
@@ -88,7 +93,7 @@ class LossSource:
             Shape (N,), float64, NaN for a row without a label; the mean of the others for a row not read yet. All NaN
             before any loss is known.
         """
-        if self._is_from_training:
+        if self.is_from_training:
             self.ledger.merge(self.trainer.accelerator)
         self._find_reading(seed)
         if may_measure and self._is_due(epoch):
@@ -104,7 +109,7 @@ class LossSource:
             )
             self.ledger.replace(measurement.losses, measurement.logit_margins)
             self.predictions, self._is_measured = measurement.predictions, True
-        elif not self._is_from_training:
+        elif not self.is_from_training:
             self.ledger.is_fresh = torch.zeros_like(self.ledger.is_fresh)
         losses, is_unlabelled = self.ledger.losses, self.ledger.is_unlabelled
         if self._reading is not None and self._reading.is_collator_random:
@@ -112,26 +117,31 @@ class LossSource:
         return torch.where(losses.isnan() & ~is_unlabelled, losses.nanmean(), losses)
 
     @contextlib.contextmanager
-    def observe(self, model: torch.nn.Module, rows: list[int], factors: torch.Tensor | None) -> Iterator[None]:
+    def observe(
+        self, model: torch.nn.Module, rows: list[int], factors: torch.Tensor | None, is_count_weighted: bool = False
+    ) -> Iterator[None]:
         """Records the losses of the training step inside the block, and scales them by `factors`, shape (len(rows),).
 
         Raises:
             RuntimeError: If the step has no loss that can be read or scaled.
         """
-        with record_loss(self.trainer, model, len(rows), factors) as recording:
+        with record_loss(self.trainer, model, len(rows), factors, is_count_weighted) as recording:
             yield
-        if factors is not None and not recording.capture.calls:
+        if factors is not None and not recording.capture.calls and not recording.is_smoothed:
             raise RuntimeError(
                 "`importance_correction` found no loss of torch.nn.functional to scale in this training step (a fused "
                 "head or a compiled model computes it another way). Set importance_correction=0."
             )
-        if not self._is_from_training or self._reading is None:
+        if not self.is_from_training or self._reading is None:
             return
         losses: RowLosses | None
         if self._per_example_loss is not None:
             losses = given_losses(self._per_example_loss, recording, len(rows))
         else:
             losses = row_losses(recording, self._reading, len(rows))
+        if losses is None and "losses" in self._adaptable:
+            self._fall_back("no loss of torch.nn.functional was found in a training step", is_from_training=False)
+            return
         if losses is None:
             raise RuntimeError(
                 f'losses="training" captured nothing in a step of {len(rows)} rows, so the ledger would not be updated '
@@ -144,6 +154,8 @@ class LossSource:
         """Returns the numbers and tensors that `load` needs. Collective."""
         numbers = {
             "is_measured": self._is_measured,
+            "is_from_training": self.is_from_training,
+            "importance_correction": self.importance_correction,
             "reading": None if self._reading is None else asdict(self._reading),
         }
         tensors = self.ledger.state(self.trainer.accelerator)
@@ -153,6 +165,10 @@ class LossSource:
     def load(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Restores what `state` returned."""
         self._is_measured = numbers["is_measured"]
+        if "losses" in self._adaptable and self.is_from_training and not numbers["is_from_training"]:
+            self.is_from_training, self._every_n_epochs = False, 1
+        if "importance_correction" in self._adaptable:
+            self.importance_correction = numbers["importance_correction"]
         self._reading = None if numbers["reading"] is None else Reading(**numbers["reading"])
         self.predictions = {
             name: tensors[f"prediction_{name}"] for name in PREDICTION_STATISTICS if f"prediction_{name}" in tensors
@@ -173,7 +189,7 @@ class LossSource:
         """Rows of the batches whose losses are read."""
         args = self.trainer.args
         scored = self._batch_size or args.per_device_eval_batch_size
-        if self._is_from_training or self._importance_correction > 0:
+        if self.is_from_training or self.importance_correction > 0:
             return min(scored, args.per_device_train_batch_size)
         return scored
 
@@ -196,7 +212,10 @@ class LossSource:
                 )
         # The main process decides: near a tolerance the processes might choose differently, and deadlock.
         (reading,) = broadcast_object_list([reading])
-        check_reading(reading, self._is_from_training, self._importance_correction)
+        is_correctable = reading.kind == "criterion" or (reading.kind == "outputs" and is_smoothed(self.trainer))
+        if not is_correctable and (self.importance_correction > 0 or reading.kind == "single"):
+            self._fall_back(f"they are read by {reading.kind!r}", is_from_training=reading.kind != "single")
+        check_reading(reading, is_correctable, self.is_from_training, self.importance_correction)
         if self._reading is not None and self._reading.kind != reading.kind:
             logger.warning(
                 f"The losses can no longer be read by {self._reading.kind!r} and are read by {reading.kind!r} from "
@@ -204,18 +223,38 @@ class LossSource:
             )
         self._reading = reading
 
+    def _fall_back(self, reason: str, is_from_training: bool) -> None:
+        """Goes on without correction, and with scoring passes if training steps give no losses, if it may."""
+        before = self.is_from_training, self.importance_correction
+        if "importance_correction" in self._adaptable:
+            self.importance_correction = 0.0
+        if "losses" in self._adaptable and self.is_from_training and not is_from_training:
+            self.is_from_training, self._every_n_epochs = False, 1
+        if before == (self.is_from_training, self.importance_correction):
+            return
+        source = "the training steps" if self.is_from_training else "a scoring pass before each epoch"
+        logger.warning(
+            f"The losses of this model cannot be corrected for the draws ({reason}): they come from {source}, and the "
+            "rows are drawn without `importance_correction`. Pass a weighting to choose otherwise."
+        )
 
-def check_reading(reading: Reading, is_from_training: bool, importance_correction: float) -> None:
+
+def is_smoothed(trainer: Trainer) -> bool:
+    """Returns whether the training loss is that of Trainer's label smoother."""
+    return trainer.label_smoother is not None and trainer.compute_loss_func is None
+
+
+def check_reading(reading: Reading, is_correctable: bool, is_from_training: bool, importance_correction: float) -> None:
     """Raises ValueError if the reading does not support training losses or an importance correction."""
     if is_from_training and reading.kind == "single":
         raise ValueError(
             'losses="training" needs losses that can be read from the training step, and those of this model cannot '
             '(see the warning above). Use losses="forward", or pass `per_example_loss`.'
         )
-    if importance_correction > 0 and reading.kind != "criterion":
+    if importance_correction > 0 and not is_correctable:
         raise ValueError(
             "`importance_correction` scales the losses of torch.nn.functional inside the model or the loss function, "
-            "and this loss is computed another way (label smoothing, an added term, a fused head). Set "
+            "and this loss is computed another way (an own loss, an added term, a fused head). Set "
             "importance_correction=0."
         )
 

@@ -1,8 +1,8 @@
 """Per-example losses of a batch, for any model and any loss function, by intercepting the criterion.
 
-The loss of an example is the loss that the trainer reports for a batch of that example alone. `CriterionCapture` is
-active while the trainer computes a batch's loss: it intercepts the calls of the losses of `torch.nn.functional` and
-keeps the unreduced losses. `Reading` tells how per-example losses follow from them:
+The loss of an example is the loss that the trainer reports for a batch of that example alone. `record_loss` records the
+computation of a batch's loss: the calls of a criterion, the model's outputs, the loss function outside of the model.
+`Reading` tells how per-example losses follow from them:
 
 - `criterion`: from the intercepted calls;
 - `outputs`: from a loss function outside of the model, called on one row of the outputs at a time;
@@ -19,234 +19,16 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import recursively_apply
-from torch.overrides import TorchFunctionMode
 from transformers import Trainer
 
-_MAX_MARGIN_CLASSES = 1024  # with more classes, a margin is not cheap compared with the loss
+from rsft_hf.weighted.criterion import CriterionCall, CriterionCapture
 
 Batch = Any  # what a collator returns: a mapping (BatchEncoding, BatchFeature, dict), a tuple or a tensor
 
 Collate = Callable[[Sequence[Any]], Any]
 
 PerExampleLoss = Callable[[Any, Any], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class CriterionCall:
-    """Intercepted call of a criterion: the losses of its elements and the denominators of their mean.
-
-    Attributes:
-        losses: Unreduced losses, shape (elements,), class weights included, 0 where there is no label.
-        normalisers: Share of each element in the denominator of the mean, shape (elements,): 1, or its class weight,
-            or 0 where there is no label.
-        num_classes: Size of the class dimension, None for a criterion without classes.
-        margins: Logit of the label minus the largest other logit, shape (elements,), None if not cheap.
-    """
-
-    losses: torch.Tensor
-    normalisers: torch.Tensor
-    num_classes: int | None = None
-    margins: torch.Tensor | None = None
-
-
-class CriterionCapture(TorchFunctionMode):
-    """Intercepts the calls of criteria while it is active, and scales the losses of rows by factors.
-
-    Without `row_factors` every call returns exactly what it returns without the interception, gradient included.
-
-    Args:
-        num_rows: Number of examples in the batch; elements are grouped by row, row-major.
-        row_factors: Factor for the loss of each row, shape (num_rows,), >= 0. None leaves the loss unchanged.
-
-    Attributes:
-        calls: The intercepted calls, in order.
-
-    Example:
-        >>> logits = torch.tensor([[0.0, 0.0], [0.0, 50.0]])
-        >>> with CriterionCapture(num_rows=2) as capture:
-        ...     loss = F.cross_entropy(logits, torch.tensor([0, 0]))  # the mean of ln 2 and 50
-        >>> [round(value, 3) for value in capture.calls[0].losses.tolist()]
-        [0.693, 50.0]
-    """
-
-    def __init__(self, num_rows: int, row_factors: torch.Tensor | None = None) -> None:
-        super().__init__()
-        self.num_rows = num_rows
-        self.row_factors = row_factors
-        self.calls: list[CriterionCall] = []
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Returns what `func` returns, after recording its losses if it is a criterion."""
-        kwargs = kwargs or {}
-        read = _CRITERIA.get(func)
-        if read is None or kwargs.get("size_average") is not None or kwargs.get("reduce") is not None:
-            return func(*args, **kwargs)
-        if self.row_factors is None:
-            return read(self, *args, **kwargs)
-        return self._scaled(self.row_factors, func, read, *args, **kwargs)
-
-    def _scaled(
-        self, row_factors: torch.Tensor, func: Callable[..., Any], read: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        reduction = kwargs.pop("reduction", "mean")
-        num_calls = len(self.calls)
-        with torch.no_grad():
-            read(self, *args, **kwargs, reduction="none")
-        losses = func(*args, **kwargs, reduction="none")
-        if func is F.ctc_loss and reduction == "mean":
-            losses = losses / _ctc_lengths(args, kwargs).to(losses)
-        if len(self.calls) == num_calls or losses.numel() % self.num_rows:
-            raise RuntimeError(
-                f"`importance_correction` cannot scale rows: {func.__name__} returned {losses.numel()} losses for "
-                f"{self.num_rows} examples. Set importance_correction=0."
-            )
-        factors = row_factors.to(losses).repeat_interleave(losses.numel() // self.num_rows)
-        losses = losses * factors.reshape(losses.shape)
-        if reduction == "none":
-            return losses
-        normalisers = self.calls[-1].normalisers.to(losses)
-        rows = normalisers.reshape(self.num_rows, -1).sum(1)
-        is_even = bool((rows == rows[0]).all())
-        if reduction == "mean":
-            # Rows of equal count: the mean of c L is unbiased. Others (tokens, class weights): numerator and
-            # denominator each estimate the uniform epoch's sum, so their ratio is unbiased up to O(1/batch).
-            return losses.sum() / (normalisers if is_even else normalisers * factors).sum()
-        if not is_even:
-            raise RuntimeError(
-                "`importance_correction` cannot correct a loss that is summed over tokens and divided by their number "
-                "elsewhere (`num_items_in_batch`): rows of different length would be weighted wrongly. Set "
-                "importance_correction=0."
-            )
-        return losses.sum()
-
-    def _record(self, losses: torch.Tensor, normalisers: torch.Tensor, **extra: Any) -> None:
-        losses = losses.detach().float().flatten()
-        normalisers = normalisers.detach().float().expand(losses.shape)
-        self.calls.append(CriterionCall(torch.where(normalisers > 0, losses, 0.0), normalisers, **extra))
-
-    def cross_entropy(
-        self,
-        input: torch.Tensor,
-        target: torch.Tensor,
-        weight: torch.Tensor | None = None,
-        size_average: None = None,
-        ignore_index: int = -100,
-        reduce: None = None,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-    ) -> torch.Tensor:
-        """Returns `F.cross_entropy` of the same arguments and records its elements."""
-        options: dict[str, Any] = {"weight": weight, "ignore_index": ignore_index}
-        has_indices = not target.is_floating_point()
-        if has_indices and label_smoothing == 0.0 and not torch.is_autocast_enabled(input.device.type):
-            # The two steps of F.cross_entropy, bit for bit; loss and elements share the log-softmax.
-            log_probs = F.log_softmax(input, dim=min(1, input.ndim - 1))
-            loss = F.nll_loss(log_probs, target, reduction=reduction, **options)
-            with torch.no_grad():
-                losses = F.nll_loss(log_probs.detach(), target, reduction="none", **options)
-        else:
-            options["label_smoothing"] = label_smoothing
-            loss = F.cross_entropy(input, target, reduction=reduction, **options)
-            with torch.no_grad():
-                losses = F.cross_entropy(input.detach(), target, reduction="none", **options)
-        normalisers = _class_normalisers(target, weight, ignore_index) if has_indices else losses.new_ones(())
-        self._record(
-            losses,
-            normalisers,
-            num_classes=input.shape[-1 if input.ndim == 1 else 1],
-            margins=self._margins(input, target, ignore_index),
-        )
-        return loss
-
-    def nll_loss(
-        self,
-        input: torch.Tensor,
-        target: torch.Tensor,
-        weight: torch.Tensor | None = None,
-        size_average: None = None,
-        ignore_index: int = -100,
-        reduce: None = None,
-        reduction: str = "mean",
-    ) -> torch.Tensor:
-        """Returns `F.nll_loss` of the same arguments and records its elements."""
-        options: dict[str, Any] = {"weight": weight, "ignore_index": ignore_index}
-        with torch.no_grad():
-            losses = F.nll_loss(input.detach(), target, reduction="none", **options)
-        self._record(
-            losses,
-            _class_normalisers(target, weight, ignore_index),
-            num_classes=input.shape[1 if input.ndim > 1 else 0],
-        )
-        return F.nll_loss(input, target, reduction=reduction, **options)
-
-    def ctc_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Returns `F.ctc_loss` of the same arguments and records its elements, one per sequence."""
-        reduction = kwargs.get("reduction", "mean")
-        with torch.no_grad():
-            losses = F.ctc_loss(*args, **{**kwargs, "reduction": "none"})
-            if reduction == "mean":
-                losses = losses / _ctc_lengths(args, kwargs).to(losses)  # F.ctc_loss divides by length, then averages
-        self._record(losses, losses.new_ones(()))
-        return F.ctc_loss(*args, **kwargs)
-
-    def _margins(self, logits: torch.Tensor, target: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
-        if logits.ndim != 2 or target.is_floating_point() or len(target) != self.num_rows:
-            return None
-        if not 2 <= logits.shape[1] <= _MAX_MARGIN_CLASSES:
-            return None
-        with torch.no_grad():
-            # Question-answering heads ignore the index one beyond the last class.
-            labels = target.masked_fill(target.eq(ignore_index), 0).unsqueeze(1)
-            label_logits = logits.gather(1, labels).squeeze(1)
-            return (label_logits - logits.scatter(1, labels, float("-inf")).amax(1)).float()
-
-
-def _elementwise(criterion: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Recording function for criteria with a plain mean over elements; a NaN target is an element without label."""
-
-    def read(
-        capture: CriterionCapture, input: torch.Tensor, target: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        with torch.no_grad():
-            losses = criterion(input.detach(), target, *args, **{**kwargs, "reduction": "none"})
-            capture._record(losses, (~target.isnan()).expand(losses.shape).flatten())
-        return criterion(input, target, *args, **kwargs)
-
-    return read
-
-
-def _class_normalisers(target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int) -> torch.Tensor:
-    is_labelled = target.ne(ignore_index).flatten()
-    if weight is None:
-        return is_labelled
-    return torch.where(is_labelled, weight[target.flatten().masked_fill(~is_labelled, 0)], 0.0)
-
-
-def _ctc_lengths(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    lengths = args[3] if len(args) > 3 else kwargs["target_lengths"]
-    return torch.as_tensor(lengths).clamp(min=1)
-
-
-_CRITERIA: dict[Callable[..., Any], Callable[..., torch.Tensor]] = {
-    F.cross_entropy: CriterionCapture.cross_entropy,
-    F.nll_loss: CriterionCapture.nll_loss,
-    F.ctc_loss: CriterionCapture.ctc_loss,
-    **{
-        criterion: _elementwise(criterion)
-        for criterion in (
-            F.mse_loss,
-            F.l1_loss,
-            F.smooth_l1_loss,
-            F.huber_loss,
-            F.binary_cross_entropy,
-            F.binary_cross_entropy_with_logits,
-        )
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -298,6 +80,7 @@ class Recording:
         loss_function: The trainer's loss function outside of the model, as `(outputs, labels) -> loss`.
         loss_arguments: The outputs and labels it was called with.
         fused_calls: Token log-probabilities of a fused head, as criterion calls.
+        is_smoothed: Whether the factors scaled the losses of the label smoother.
     """
 
     capture: CriterionCapture
@@ -306,6 +89,7 @@ class Recording:
     loss_function: Callable[[Any, Any], torch.Tensor] | None = None
     loss_arguments: tuple[Any, Any] | None = None
     fused_calls: list[CriterionCall] = field(default_factory=list)
+    is_smoothed: bool = False
 
     @property
     def calls(self) -> list[CriterionCall]:
@@ -319,7 +103,11 @@ class Recording:
 
 @contextlib.contextmanager
 def record_loss(
-    trainer: Trainer, model: torch.nn.Module, num_rows: int, row_factors: torch.Tensor | None = None
+    trainer: Trainer,
+    model: torch.nn.Module,
+    num_rows: int,
+    row_factors: torch.Tensor | None = None,
+    is_count_weighted: bool = False,
 ) -> Iterator[Recording]:
     """Records the loss that `trainer` computes inside the block, without changing it.
 
@@ -328,19 +116,23 @@ def record_loss(
         model: Model whose outputs are recorded.
         num_rows: Number of examples in the batch.
         row_factors: As in `CriterionCapture`: scales the loss of each row.
+        is_count_weighted: As in `CriterionCapture`.
     """
-    recording = Recording(CriterionCapture(num_rows, row_factors))
+    recording = Recording(CriterionCapture(num_rows, row_factors, is_count_weighted))
 
     def record_outputs(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
         recording.outputs = outputs
         recording.labels = kwargs.get("labels")
         recording.fused_calls = _fused_calls(outputs)
 
-    def recorded(criterion: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def recorded(name: str, criterion: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def call(outputs: Any, labels: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
             recording.loss_arguments, recording.labels = (outputs, labels), labels
             row_kwargs = {**kwargs, "num_items_in_batch": None}
             recording.loss_function = lambda outputs, labels: criterion(outputs, labels, *args, **row_kwargs)
+            if name == "label_smoother" and row_factors is not None:
+                recording.is_smoothed = True
+                return _scaled_smoothing(criterion, (outputs, labels), row_factors, **kwargs)
             return criterion(outputs, labels, *args, **kwargs)
 
         return call
@@ -353,7 +145,7 @@ def record_loss(
     hook = model.register_forward_hook(record_outputs, with_kwargs=True)
     try:
         for name, criterion in loss_functions.items():
-            setattr(trainer, name, recorded(criterion))
+            setattr(trainer, name, recorded(name, criterion))
         with recording.capture:
             yield recording
     finally:
@@ -464,6 +256,31 @@ def _from_calls(calls: list[CriterionCall], reading: Reading, num_rows: int) -> 
         total = total.to(losses) + (losses / normalisers.clamp(min=1e-30) if reading.is_mean else losses)
         is_labelled = is_labelled.to(losses.device) | (normalisers > 0)
     return _labelled(total / len(calls) if reading.is_averaged else total, is_labelled)
+
+
+def _scaled_smoothing(
+    smoother: Callable[..., torch.Tensor],
+    arguments: tuple[Any, torch.Tensor],
+    row_factors: torch.Tensor,
+    shift_labels: bool = False,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """The label smoother's loss with the loss of each row scaled; its denominator as in `CriterionCapture`."""
+    outputs, labels = arguments
+    num_rows = len(row_factors)
+    counts = labels[..., 1:] if shift_labels else labels
+    counts = counts.ne(-100).reshape(num_rows, -1).sum(1)
+    factors = row_factors.to(labels.device)
+    losses = [
+        smoother(slice_rows(outputs, row, num_rows), slice_rows(labels, row, num_rows), shift_labels=shift_labels)
+        * (factors[row] * counts[row])
+        for row in counts.nonzero().flatten().tolist()  # the mean over no token is NaN
+    ]
+    total = torch.stack(losses).sum()
+    if num_items_in_batch is not None:
+        return total / num_items_in_batch
+    is_even = bool((counts == counts[0]).all())
+    return total / (counts if is_even else counts * factors).sum()
 
 
 def _from_outputs(

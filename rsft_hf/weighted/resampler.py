@@ -20,14 +20,26 @@ from rsft_hf.distributed import broadcast_from_main, run_seed
 from rsft_hf.isolation import forked_rng
 from rsft_hf.rejection import MAX_DRAWS, rejection_sample
 from rsft_hf.resampler import Resampler
-from rsft_hf.weighted.history import EpochHistory
+from rsft_hf.weighted.history import HISTORIES, EpochHistory
 from rsft_hf.weighted.loss_source import LossSource
 from rsft_hf.weighted.losses import PerExampleLoss
 from rsft_hf.weighted.measurement import PREDICTION_STATISTICS
-from rsft_hf.weighted.targets import class_labels, correction_factors, draw_metrics, target_weights, try_weighting
-from rsft_hf.weighted.weightings import Proportional, Weighting, as_weighting
+from rsft_hf.weighted.targets import (
+    class_labels,
+    collapse,
+    correction_factors,
+    draw_metrics,
+    stored_classes,
+    target_weights,
+    try_weighting,
+    with_factored_labels,
+)
+from rsft_hf.weighted.weightings import Chain, Floored, Tempered, Weighting, as_weighting
 
 logger = logging.get_logger(__name__)
+
+# Each row is drawn at least half as often as under uniform draws, so no corrected loss counts more than twice.
+SAFE_WEIGHTING = Chain(Tempered(0.5), Floored(0.5))
 
 
 class LossResampler(Resampler):
@@ -35,17 +47,21 @@ class LossResampler(Resampler):
 
     Args:
         weighting: Rule from losses to weights, or a plain function: losses, shape (N,), float64, of the labelled rows
-            in data-set order, to weights, shape (N,), >= 0. w = L by default. With noisy labels take a softer one: see
+            in data-set order, to weights, shape (N,), >= 0. By default the safe rule, `SAFE_WEIGHTING`: half uniform,
+            half in proportion to the square root of the loss, drawn from training losses and corrected in the loss;
+            where the model's loss allows no correction, uncorrected. `Proportional()` is w = L, which can harm: see
             the card `rsft_hf/weighted/README.md`.
         losses: "forward" measures every row in a scoring pass before the epoch; "training" uses the losses of the
-            training steps, so that a row's loss is as old as its last draw.
-        num_draws: Rows per epoch, in [1, 2**31]; the size of the data set by default. Fewer draws save compute.
+            training steps, so that a row's loss is as old as its last draw and the first epoch is uniform. By default
+            "forward" with a weighting or `per_example_loss`, "training" without.
+        num_draws: Rows per epoch, in [1, 2**31], or a fraction of the data set, in (0, 1); its size by default. Fewer
+            draws save compute.
         every_n_epochs: Epochs from one scoring pass to the next. By default 1 for "forward" and never for "training".
         warmup_epochs: Number of epochs at the start that read the data set uniformly, at least 0.
         uniform_final_epochs: Number of such epochs at the end, at least 0 (as InfoBatch, arXiv:2303.04947).
         importance_correction: Exponent b in [0, 1] of the factor (1 / (N p_i)) ** b on each row's loss. At 1 the
             gradient is unbiased if every row has one label, and unbiased up to O(1/batch) if a batch averages over
-            tokens or class weights; a loss divided by `num_items_in_batch` raises an error.
+            tokens or class weights. 1 without a weighting, 0 with one.
         per_example_loss: Function `(outputs, labels) -> losses` of shape (B,), for models whose losses cannot be read
             otherwise.
         ema_decay: Weight of a row's old loss in an update, in [0, 1); 0 keeps the last loss.
@@ -56,6 +72,8 @@ class LossResampler(Resampler):
         ValueError: If an argument is out of range, or the rule needs statistics that are not measured.
 
     Example:
+        >>> LossResampler()
+        LossResampler(Chain(Tempered(alpha=0.5), Floored(fraction=0.5)), losses='training', importance_correction=1)
         >>> from rsft_hf import Tempered
         >>> LossResampler(Tempered(0.5), losses="training", warmup_epochs=1).weighting
         Tempered(alpha=0.5)
@@ -67,22 +85,26 @@ class LossResampler(Resampler):
         self,
         weighting: Weighting | Callable[[torch.Tensor], torch.Tensor] | None = None,
         *,
-        losses: Literal["forward", "training"] = "forward",
-        num_draws: int | None = None,
+        losses: Literal["forward", "training"] | None = None,
+        num_draws: int | float | None = None,
         every_n_epochs: int | None = None,
         warmup_epochs: int = 0,
         uniform_final_epochs: int = 0,
-        importance_correction: float = 0.0,
+        importance_correction: float | None = None,
         per_example_loss: PerExampleLoss | None = None,
         ema_decay: float = 0.0,
         batch_size: int | None = None,
     ) -> None:
-        self.weighting = Proportional() if weighting is None else as_weighting(weighting, "`weighting`")
-        self.losses, self.num_draws = losses, num_draws
-        self.every_n_epochs = 1 if every_n_epochs is None and losses == "forward" else every_n_epochs
+        is_safe = weighting is None
+        self.weighting = SAFE_WEIGHTING if weighting is None else as_weighting(weighting, "`weighting`")
+        given = {"losses": losses, "importance_correction": importance_correction}
+        self._adaptable = frozenset(name for name, value in given.items() if is_safe and value is None)
+        self.losses = losses or ("training" if is_safe and per_example_loss is None else "forward")
+        self.num_draws = num_draws
+        self.every_n_epochs = 1 if every_n_epochs is None and self.losses == "forward" else every_n_epochs
         self.warmup_epochs, self.uniform_final_epochs = warmup_epochs, uniform_final_epochs
-        self.importance_correction, self.per_example_loss = importance_correction, per_example_loss
-        self.ema_decay, self.batch_size = ema_decay, batch_size
+        self.importance_correction = float(is_safe) if importance_correction is None else importance_correction
+        self.per_example_loss, self.ema_decay, self.batch_size = per_example_loss, ema_decay, batch_size
         check_options(self)
         self.source: LossSource | None = None
         self.history = EpochHistory()
@@ -95,6 +117,8 @@ class LossResampler(Resampler):
         if "labels" in self.weighting.requires:
             with forked_rng(self.seed):
                 self._labels = class_labels(trainer, dataset)
+        else:
+            self._labels = stored_classes(trainer, dataset)
         try_weighting(self.weighting, self.num_rows, self._labels)
         self.source = LossSource(
             trainer,
@@ -106,23 +130,27 @@ class LossResampler(Resampler):
             per_example_loss=self.per_example_loss,
             ema_decay=self.ema_decay,
             batch_size=self.batch_size,
+            adaptable=self._adaptable,
         )
         self.history = EpochHistory()
+        self._is_count_weighted = self._has_collapsed = False
         self._row_factors: torch.Tensor | None = None
         self._metrics: dict[str, float] = {}
         self._seconds, self._start = 0.0, time.perf_counter()
         return dataset
 
     def draws_per_epoch(self) -> int:
-        """Returns `num_draws`, or the size of the data set."""
+        """Returns `num_draws`, as a number of rows."""
         self._bound()
-        return self.num_rows if self.num_draws is None else int(self.num_draws)
+        if self.num_draws is None:
+            return self.num_rows
+        return max(1, round(self.num_draws * self.num_rows)) if is_share(self.num_draws) else int(self.num_draws)
 
     def resample(self, epoch: int) -> torch.Tensor:
         """Returns the rows of the epoch: measured, weighted, drawn and broadcast. Collective."""
         start, source = time.perf_counter(), self._bound()
         num_epochs = source.trainer.state.num_train_epochs
-        num_first = max(self.warmup_epochs, int(self.losses == "training"))
+        num_first = max(self.warmup_epochs, int(source.is_from_training))
         if not self.history.epochs and num_first + self.uniform_final_epochs >= num_epochs:
             logger.warning(
                 f"No epoch of this run is resampled: of {num_epochs} epochs the first {num_first} (`warmup_epochs`, or "
@@ -135,16 +163,17 @@ class LossResampler(Resampler):
         weights = (
             torch.ones(self.num_rows, dtype=torch.float64)
             if is_uniform
-            else target_weights(self.weighting, losses, source.predictions, self._labels)
+            else target_weights(self.weighting, losses, source.predictions | self._histories(), self._labels)
         )
         indices = self._draw(weights, epoch)
-        self._row_factors = None
-        if self.importance_correction > 0 and not is_uniform:
-            self._row_factors = correction_factors(weights, self.importance_correction)
+        self._row_factors, self._is_count_weighted = None, False
+        if source.importance_correction > 0 and not is_uniform:
+            self._row_factors = correction_factors(weights, source.importance_correction)
         self.history.append(
             epoch, source.ledger.losses, source.ledger.logit_margins, weights, indices, source.ledger.is_fresh
         )
         self._metrics = draw_metrics(weights, indices)
+        self._warn_of_collapse(epoch, weights, indices)
         if not bool(losses.isnan().all()):
             self._metrics["mean_loss"] = float(losses.nanmean())
         self._metrics["excluded_rows"] = 0 if is_uniform else int(losses.isnan().sum())
@@ -169,16 +198,25 @@ class LossResampler(Resampler):
     @property
     def observes_rows(self) -> bool:
         """Whether training steps update the ledger or are corrected."""
-        return self.losses == "training" or self.importance_correction > 0
+        source = self._bound()
+        return source.is_from_training or source.importance_correction > 0
+
+    def counted_batches(self, batches: Sequence[Any], rows: Sequence[Sequence[int]]) -> Sequence[Any]:
+        """Returns the labels of the window, each row's tokens counted by its correction factor."""
+        counted = None
+        if (factors := self._row_factors) is not None and len(batches) == len(rows):
+            counted = with_factored_labels(batches, [factors[list(one)] for one in rows])
+        self._is_count_weighted = counted is not None
+        return batches if counted is None else counted
 
     @contextlib.contextmanager
     def observe_loss(self, model: torch.nn.Module, rows: Sequence[int]) -> Iterator[None]:
         """Updates the ledger from a training step, and scales its loss by the importance correction."""
-        if self.losses == "forward" and self._row_factors is None:
+        factors = None if self._row_factors is None else self._row_factors[list(rows)]
+        if factors is None and not self._bound().is_from_training:
             yield
             return
-        factors = None if self._row_factors is None else self._row_factors[list(rows)]
-        with self._bound().observe(model, list(rows), factors):
+        with self._bound().observe(model, list(rows), factors, self._is_count_weighted):
             yield
 
     def save(self, directory: Path, is_writer: bool) -> None:
@@ -223,6 +261,28 @@ class LossResampler(Resampler):
             raise RuntimeError("The resampler is not bound to a trainer yet. Pass it as `resampler=` and call train().")
         return self.source
 
+    def __repr__(self) -> str:
+        return (
+            f"LossResampler({self.weighting!r}, losses={self.losses!r}, "
+            f"importance_correction={self.importance_correction:g})"
+        )
+
+    def _warn_of_collapse(self, epoch: int, weights: torch.Tensor, indices: torch.Tensor) -> None:
+        if self._has_collapsed or (how := collapse(weights, indices, self._labels)) is None:
+            return
+        self._has_collapsed = True
+        logger.warning(
+            f"The draws of epoch {epoch} have collapsed: {how}. Training on them can ruin the model. Take a softer "
+            "rule (`LossResampler()`, Tempered, Floored) or warm-up epochs; wrong labels show up in `suspects()`."
+        )
+
+    def _histories(self) -> dict[str, torch.Tensor]:
+        """Losses and margins of the measured epochs, this one included, if the rule reads them."""
+        if not self.weighting.requires & set(HISTORIES):
+            return {}
+        ledger = self._bound().ledger
+        return self.history.measured(ledger.losses, ledger.logit_margins, ledger.is_fresh)
+
     def _draw(self, weights: torch.Tensor, epoch: int) -> torch.Tensor:
         accelerator = self._bound().trainer.accelerator
         indices = torch.empty(self.draws_per_epoch(), dtype=torch.int64)
@@ -234,6 +294,11 @@ class LossResampler(Resampler):
         return broadcast_from_main(accelerator, indices)
 
 
+def is_share(num_draws: int | float) -> bool:
+    """Returns whether `num_draws` is a fraction of the data set."""
+    return isinstance(num_draws, float) and 0 < num_draws < 1
+
+
 def check_options(resampler: "LossResampler") -> None:
     """Validate the options of a LossResampler.
 
@@ -243,7 +308,7 @@ def check_options(resampler: "LossResampler") -> None:
     """
     if resampler.losses not in ("forward", "training"):
         raise ValueError(f'`losses`={resampler.losses!r} must be "forward" or "training".')
-    if resampler.num_draws is not None:
+    if resampler.num_draws is not None and not is_share(resampler.num_draws):
         check_integer("num_draws", resampler.num_draws, minimum=1, maximum=MAX_DRAWS)
     check_integer("warmup_epochs", resampler.warmup_epochs, minimum=0)
     check_integer("uniform_final_epochs", resampler.uniform_final_epochs, minimum=0)

@@ -1,6 +1,6 @@
 """Target weights of the rows from their losses and a weighting; metrics of the draws and importance correction."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -10,21 +10,26 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from rsft_hf.rejection import effective_sample_size, envelope_constant
+from rsft_hf.weighted.history import HISTORIES
 from rsft_hf.weighted.measurement import PREDICTION_STATISTICS
 from rsft_hf.weighted.weightings import ExampleStatistics, Weighting
 
 logger = logging.get_logger(__name__)
 
+COLLAPSED_SHARE = 0.1  # of the rows in the effective sample size, or of the other classes' rows among the draws
+_MAX_CLASSES = 10_000  # larger integers are no classes
+MIN_COUNTED = 4  # draws below which shares of classes say nothing
+
 
 def target_weights(
-    weighting: Weighting, losses: torch.Tensor, predictions: Mapping[str, torch.Tensor], labels: torch.Tensor | None
+    weighting: Weighting, losses: torch.Tensor, measured: Mapping[str, torch.Tensor], labels: torch.Tensor | None
 ) -> torch.Tensor:
     """Returns the weight of every row: 0 for rows without a loss, uniform over the others if the rule gives only 0.
 
     Args:
         weighting: Rule from losses to weights.
         losses: Shape (N,), float64, NaN for a row without a label.
-        predictions: Prediction statistics by name, each of shape (N,).
+        measured: Prediction statistics, each of shape (N,), and histories, each of shape (epochs, N), by name.
         labels: Class of each row, shape (N,), if the rule needs it.
 
     Raises:
@@ -34,7 +39,7 @@ def target_weights(
     rows = (~losses.isnan()).nonzero().squeeze(1)
     if len(rows) == 0:
         raise ValueError("No row of the training set has a loss: all labels are missing or ignored (-100).")
-    scored = _weights_of(weighting, losses, rows, predictions, labels)
+    scored = _weights_of(weighting, losses, rows, measured, labels)
     if not bool(scored.any()):
         logger.info(f"{weighting!r} gives all {len(rows)} rows weight 0: drawing uniformly.")
         scored = torch.ones_like(scored)
@@ -50,7 +55,8 @@ def try_weighting(weighting: Weighting, num_rows: int, labels: torch.Tensor | No
         return
     losses = torch.linspace(0.5, 1.5, num_rows, dtype=torch.float64)
     predictions = {name: torch.linspace(0.25, 0.75, num_rows, dtype=torch.float64) for name in PREDICTION_STATISTICS}
-    _weights_of(weighting, losses, torch.arange(num_rows), predictions, labels)
+    histories = dict.fromkeys(HISTORIES, torch.stack((2 * losses, losses)))
+    _weights_of(weighting, losses, torch.arange(num_rows), predictions | histories, labels)
 
 
 def class_labels(trainer: Trainer, dataset: Any) -> torch.Tensor:
@@ -85,6 +91,18 @@ def class_labels(trainer: Trainer, dataset: Any) -> torch.Tensor:
     return torch.tensor(classes)
 
 
+def stored_classes(trainer: Trainer, dataset: Any) -> torch.Tensor | None:
+    """Returns the class of every row of a `datasets.Dataset` with an integer label column, shape (N,), else None."""
+    if not isinstance(dataset, datasets.Dataset):
+        return None
+    names = dict.fromkeys([*(trainer.label_names or []), "labels", "label"])
+    name = next((name for name in names if name in dataset.features), None)
+    if name is None or not str(getattr(dataset.features[name], "dtype", "")).startswith("int"):
+        return None
+    labels = torch.tensor([-100 if label is None else label for label in dataset.with_format(None)[name]])
+    return labels if int(labels.max()) < _MAX_CLASSES else None
+
+
 def draw_metrics(weights: torch.Tensor, indices: torch.Tensor) -> dict[str, float]:
     """Returns the metrics of one epoch's draws.
 
@@ -109,6 +127,34 @@ def draw_metrics(weights: torch.Tensor, indices: torch.Tensor) -> dict[str, floa
     }
 
 
+def collapse(weights: torch.Tensor, indices: torch.Tensor, labels: torch.Tensor | None) -> str | None:
+    """Returns how the draws of an epoch have collapsed, or None.
+
+    Args:
+        weights: Shape (N,), >= 0.
+        indices: Drawn rows, shape (num_draws,).
+        labels: Class of each row, shape (N,), -100 for none, if known.
+
+    Example:
+        >>> collapse(torch.tensor([1.0] * 99 + [1000.0]), torch.tensor([99, 99, 3]), None)
+        'an effective sample size of 1.2 of 100 rows: one row was drawn 2 times'
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> collapse(torch.ones(4), torch.tensor([0, 1, 0, 1]), labels)
+        '100% of the draws are of class 0, which has 50% of the rows'
+    """
+    size, num_rows = effective_sample_size(weights), int((weights > 0).sum())
+    if size < COLLAPSED_SHARE * num_rows:
+        repeats = int(torch.bincount(indices).max())
+        return f"an effective sample size of {size:.1f} of {num_rows} rows: one row was drawn {repeats} times"
+    if labels is not None and len(indices) >= MIN_COUNTED:
+        of_rows, of_draws = (torch.bincount(some[some >= 0]).double() for some in (labels, labels[indices]))
+        largest = int(of_draws.argmax())
+        drawn, present = float(of_draws[largest] / of_draws.sum()), float(of_rows[largest] / of_rows.sum())
+        if 1 - drawn < COLLAPSED_SHARE * (1 - present):
+            return f"{drawn:.0%} of the draws are of class {largest}, which has {present:.0%} of the rows"
+    return None
+
+
 def correction_factors(weights: torch.Tensor, exponent: float) -> torch.Tensor:
     """Returns (1 / (n p_i)) ** exponent, which at exponent 1 makes the mean over drawn rows unbiased.
 
@@ -131,15 +177,58 @@ def correction_factors(weights: torch.Tensor, exponent: float) -> torch.Tensor:
     return torch.where(weights > 0, relative.clamp(min=1e-300) ** -exponent, 0.0).float()
 
 
+class FactoredLabels:
+    """Labels whose tokens are counted by the factor of their row, where Trainer counts `labels.ne(-100).sum()`.
+
+    Args:
+        labels: Shape (rows, tokens), or the mask of such labels.
+        factors: Factor of each row, shape (rows,).
+
+    Example:
+        >>> labels = torch.tensor([[5, 7, -100], [5, -100, -100]])
+        >>> float(FactoredLabels(labels, torch.tensor([0.5, 2.0])).ne(-100).sum())  # .5 * 2 + 2 * 1
+        3.0
+    """
+
+    def __init__(self, labels: torch.Tensor, factors: torch.Tensor) -> None:
+        self.labels, self.factors = labels, factors
+
+    def __getitem__(self, index: Any) -> "FactoredLabels":
+        return FactoredLabels(self.labels[index], self.factors)
+
+    def ne(self, value: int) -> "FactoredLabels":
+        """Returns the mask of the labels that differ from `value`."""
+        return FactoredLabels(self.labels.ne(value), self.factors)
+
+    def sum(self) -> torch.Tensor:
+        """Returns the sum of the mask, each row times its factor."""
+        return (self.labels.sum(1) * self.factors.to(self.labels.device)).sum()
+
+
+def with_factored_labels(batches: Sequence[Any], factors: Sequence[torch.Tensor]) -> list[dict[str, Any]] | None:
+    """Returns the labels of an accumulation window for Trainer to count by factor, None if they are not (rows, tokens).
+
+    Labels of one class per row are counted as they are: a mean over rows needs no other denominator.
+    """
+    counted = []
+    for batch, row_factors in zip(batches, factors, strict=True):
+        labels = {name: batch[name] for name in ("labels", "shift_labels") if name in batch}
+        for values in labels.values():
+            if not isinstance(values, torch.Tensor) or values.ndim != 2 or len(values) != len(row_factors):
+                return None
+        counted.append({name: FactoredLabels(values, row_factors) for name, values in labels.items()})
+    return counted
+
+
 def _weights_of(
     weighting: Weighting,
     losses: torch.Tensor,
     rows: torch.Tensor,
-    predictions: Mapping[str, torch.Tensor],
+    measured: Mapping[str, torch.Tensor],
     labels: torch.Tensor | None,
 ) -> torch.Tensor:
     statistics = ExampleStatistics(
-        **{name: values[rows] for name, values in predictions.items()},
+        **{name: values[..., rows] for name, values in measured.items()},
         labels=None if labels is None else labels[rows],
         rows=rows,
         num_rows=len(losses),

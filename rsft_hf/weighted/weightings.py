@@ -30,6 +30,8 @@ class ExampleStatistics:
         labels: Class of each example, shape (N,), int64.
         rows: Index of each example in the data set, shape (N,), int64.
         num_rows: Number of rows of the whole data set, those without a loss included.
+        loss_history: Losses of the measured epochs, the current one last, shape (epochs, N), NaN if a row was not read.
+        margin_history: Margins of the same epochs, shape (epochs, N).
 
     Example:
         >>> ExampleStatistics(entropies=torch.tensor([0.5, 0.1])).labels is None
@@ -42,6 +44,8 @@ class ExampleStatistics:
     labels: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     num_rows: int | None = None
+    loss_history: torch.Tensor | None = None
+    margin_history: torch.Tensor | None = None
 
 
 class Weighting(Protocol):
@@ -80,7 +84,7 @@ class Proportional:
             >>> Proportional()(torch.tensor([1.0, 3.0])).tolist()
             [1.0, 3.0]
         """
-        return _validated(scores, "Proportional", statistics)
+        return validated_scores(scores, "Proportional", statistics)
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class Tempered:
             >>> Tempered(0.5)(torch.tensor([1.0, 4.0])).tolist()  # (1/4)^.5, (4/4)^.5
             [0.5, 1.0]
         """
-        scores = _validated(scores, "Tempered", statistics)
+        scores = validated_scores(scores, "Tempered", statistics)
         # Relative to the largest, so that no power overflows; a common factor changes no draw.
         return (scores / scores.max().clamp(min=torch.finfo(torch.float64).tiny)) ** self.alpha
 
@@ -136,7 +140,7 @@ class Softmax:
             >>> Softmax(1.0)(torch.tensor([5.0, 5.0])).tolist()
             [0.5, 0.5]
         """
-        scores = _validated(scores, "Softmax", statistics, is_signed=True)
+        scores = validated_scores(scores, "Softmax", statistics, is_signed=True)
         return torch.softmax((scores - scores.max()) / self.temperature, dim=0)
 
 
@@ -164,7 +168,7 @@ class Clipped:
             >>> Clipped(0.5)(torch.tensor([1.0, 2.0, 9.0])).tolist()
             [1.0, 2.0, 2.0]
         """
-        scores = _validated(scores, "Clipped", statistics)
+        scores = validated_scores(scores, "Clipped", statistics)
         return scores.clamp(max=_order_statistic(scores, _floor(self.quantile * (len(scores) - 1))))
 
 
@@ -192,7 +196,7 @@ class DropTop:
             >>> DropTop(0.34)(torch.tensor([1.0, 9.0, 2.0])).tolist()  # floor(.34 * 3) = 1 row
             [1.0, 0.0, 2.0]
         """
-        scores = _validated(scores, "DropTop", statistics)
+        scores = validated_scores(scores, "DropTop", statistics)
         num_dropped = _floor(self.fraction * len(scores))
         highest_kept = _order_statistic(scores, len(scores) - num_dropped - 1)
         return torch.where(scores > highest_kept, 0.0, scores)
@@ -222,7 +226,7 @@ class Floored:
             >>> Floored(0.5)(torch.tensor([0.0, 2.0])).tolist()  # .5 * (0, 1) + .5 * (1/2, 1/2)
             [0.25, 0.75]
         """
-        scores = _validated(scores, "Floored", statistics)
+        scores = validated_scores(scores, "Floored", statistics)
         uniform = torch.full_like(scores, 1 / len(scores))
         scores = scores / scores.max().clamp(min=torch.finfo(torch.float64).tiny)  # so that no sum overflows
         total = scores.sum()
@@ -243,60 +247,11 @@ class ClassBalanced:
             >>> ClassBalanced()(torch.tensor([1.0, 3.0, 7.0]), ExampleStatistics(labels=labels)).tolist()
             [0.25, 0.75, 1.0]
         """
-        scores = _validated(scores, "ClassBalanced", statistics)
-        labels = _read_statistic(statistics, "labels", "ClassBalanced")
+        scores = validated_scores(scores, "ClassBalanced", statistics)
+        labels = read_statistic(statistics, "labels", "ClassBalanced")
         _, classes, sizes = labels.unique(return_inverse=True, return_counts=True)
         totals = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, classes, scores)
         return torch.where(totals[classes] > 0, scores / totals[classes], 1 / sizes[classes].double())
-
-
-@dataclass(frozen=True)
-class Entropy:
-    """w = entropy of the prediction, nats; independent of the label, so a wrong label cannot raise the weight."""
-
-    requires: ClassVar[frozenset[str]] = frozenset({"entropies"})
-
-    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
-        """Returns the measured entropies; the scores are not used.
-
-        Example:
-            >>> Entropy()(torch.zeros(2), ExampleStatistics(entropies=torch.tensor([0.5, 0.25]))).tolist()
-            [0.5, 0.25]
-        """
-        return _validated(_read_statistic(statistics, "entropies", "Entropy"), "Entropy", statistics)
-
-
-@dataclass(frozen=True)
-class Margin:
-    """w = 1 - (p_first - p_second): rows near the decision boundary are drawn most, independent of the label."""
-
-    requires: ClassVar[frozenset[str]] = frozenset({"margins"})
-
-    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
-        """Returns one minus the measured margins, in [0, 1]; the scores are not used.
-
-        Example:
-            >>> Margin()(torch.zeros(2), ExampleStatistics(margins=torch.tensor([1.0, 0.25]))).tolist()
-            [0.0, 0.75]
-        """
-        return (1 - _validated(_read_statistic(statistics, "margins", "Margin"), "Margin", statistics)).clamp(min=0)
-
-
-@dataclass(frozen=True)
-class LeastConfidence:
-    """w = 1 - p_first: the least confident rows are drawn most, independent of the label."""
-
-    requires: ClassVar[frozenset[str]] = frozenset({"confidences"})
-
-    def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
-        """Returns one minus the measured confidences, in [0, 1]; the scores are not used.
-
-        Example:
-            >>> LeastConfidence()(torch.zeros(2), ExampleStatistics(confidences=torch.tensor([1.0, 0.5]))).tolist()
-            [0.0, 0.5]
-        """
-        confidences = _read_statistic(statistics, "confidences", "LeastConfidence")
-        return (1 - _validated(confidences, "LeastConfidence", statistics)).clamp(min=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -331,8 +286,8 @@ class Learnability:
             >>> rule(torch.tensor([3.0, 0.5]), ExampleStatistics(rows=torch.tensor([0, 1]))).tolist()
             [2.0, 0.0]
         """
-        scores = _validated(scores, "Learnability", statistics, is_signed=True)
-        rows = _read_statistic(statistics, "rows", "Learnability")
+        scores = validated_scores(scores, "Learnability", statistics, is_signed=True)
+        rows = read_statistic(statistics, "rows", "Learnability")
         num_rows = None if statistics is None else statistics.num_rows
         if int(rows.max()) >= len(self.reference_losses) or num_rows not in (None, len(self.reference_losses)):
             raise ValueError(
@@ -340,10 +295,12 @@ class Learnability:
                 f"{num_rows or f'a row {int(rows.max())}'}. Measure the reference model on the same data set."
             )
         difference = scores - self.reference_losses[rows]
-        return _validated(difference, "Learnability (loss - reference loss)", statistics, is_signed=True).clamp(min=0)
+        return validated_scores(difference, "Learnability (loss - reference loss)", statistics, is_signed=True).clamp(
+            min=0
+        )
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, repr=False)
 class Chain:
     """Sequence of rules, each applied to the weights of the one before.
 
@@ -366,6 +323,9 @@ class Chain:
     def requires(self) -> frozenset[str]:
         """Statistics that any of the rules needs."""
         return frozenset[str]().union(*(rule.requires for rule in self.rules))
+
+    def __repr__(self) -> str:
+        return f"Chain({', '.join(map(repr, self.rules))})"
 
     def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
         """Returns the last rule's weights.
@@ -461,7 +421,7 @@ def _function_name(function: Any) -> str:
     return function.__qualname__
 
 
-def _read_statistic(statistics: ExampleStatistics | None, name: str, rule: str) -> torch.Tensor:
+def read_statistic(statistics: ExampleStatistics | None, name: str, rule: str) -> torch.Tensor:
     """Returns the statistic of that name; raises ValueError naming `rule` if it was not measured."""
     values = None if statistics is None else vars(statistics)[name]
     if values is None:
@@ -471,10 +431,10 @@ def _read_statistic(statistics: ExampleStatistics | None, name: str, rule: str) 
     return values
 
 
-def _validated(
+def validated_scores(
     scores: torch.Tensor, rule: str, statistics: ExampleStatistics | None, is_signed: bool = False
 ) -> torch.Tensor:
-    """Scores as float64 on the CPU; raises ValueError with the row of one that is not finite (or negative)."""
+    """Returns scores as float64 on the CPU; raises ValueError with the row of one that is not finite (or negative)."""
     scores = torch.as_tensor(scores).detach().to("cpu", torch.float64)
     if scores.ndim != 1 or len(scores) == 0:
         raise ValueError(f"{rule} takes scores of shape (N,) with N >= 1, got {tuple(scores.shape)}.")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import transformers as hf
 
 import runs
-from rsft_hf import LossResampler, RejectionSamplingMixin, RejectionSamplingTrainer, measure_losses
+from rsft_hf import LossResampler, Proportional, RejectionSamplingMixin, RejectionSamplingTrainer, measure_losses
 from rsft_hf.weighted.losses import slice_rows
 
 NUM_ROWS, BATCH_SIZE = 10, 4
@@ -155,7 +155,7 @@ def test_rows_that_cannot_share_a_batch_are_read_in_batches_of_one(
         model=model,
         args=run_arguments(tmp_path, num_train_epochs=2, **sizes),
         train_dataset=unpadded(),
-        resampler=LossResampler(losses=source),
+        resampler=LossResampler(Proportional(), losses=source),
     )
     trainer.train()
     model.eval()
@@ -211,8 +211,9 @@ def test_masked_language_modelling_in_batch_encodings(tmp_path: Path) -> None:
 
     dataset = datasets.Dataset.from_list(rows)
     trainer = RejectionSamplingTrainer(
-        model=hf.BertForMaskedLM(config), args=run_arguments(tmp_path), train_dataset=dataset, data_collator=collate
-    )
+        model=hf.BertForMaskedLM(config), args=run_arguments(tmp_path), train_dataset=dataset, data_collator=collate,
+        resampler=LossResampler(Proportional()),
+    )  # fmt: skip
     trainer.train()
     losses = losses_of_epoch(trainer, 0)
     # ln 30 = 3.40 for an untrained model of 30 words.

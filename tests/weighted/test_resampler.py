@@ -36,6 +36,7 @@ OPTIONS = [
     ({"num_draws": 0}, ValueError, r"`num_draws`=0 must be an integer between 1 and 2147483648"),
     ({"num_draws": -1}, ValueError, r"`num_draws`=-1 must be an integer between 1 and 2147483648"),
     ({"num_draws": 2**31 + 1}, ValueError, r"`num_draws`=2147483649 must be an integer between 1 and 2147483648"),
+    ({"num_draws": -0.5}, TypeError, r"`num_draws`=-0\.5 must be an integer between"),
     ({"num_draws": 5.0}, TypeError, r"`num_draws`=5\.0 must be an integer between"),
     ({"weighting": Proportional}, TypeError, r"`weighting` must be a rule such as Proportional\(\).*<class"),
     ({"weighting": "loss"}, TypeError, r"`weighting` must be a rule such as Proportional\(\).*'loss'"),
@@ -145,9 +146,9 @@ RUNS = {
         {"resampler": LossResampler(Learnability(torch.zeros(8)))},
         r"`reference_losses` has 8 entries",
     ),
-    "correction_of_smoothed_labels": (
-        {"resampler": LossResampler(importance_correction=1.0), "case": "bert_label_smoothing"},
-        r"`importance_correction` scales the losses of torch.nn.functional .*label smoothing.*importance_correction=0",
+    "correction_of_an_own_loss": (
+        {"resampler": LossResampler(importance_correction=1.0), "case": "focal"},
+        r"`importance_correction` scales the losses of torch.nn.functional .*an own loss.*importance_correction=0",
     ),
     "training_losses_of_a_router": (
         {"resampler": LossResampler(losses="training"), "case": "mixtral_router_loss"},
@@ -168,6 +169,7 @@ RUNS = {
     "infinite_loss": (
         {
             "case": "bert_regression",
+            "resampler": LossResampler(Proportional()),
             "dataset": [
                 {**row, "labels": float("inf") if number == 5 else row["labels"]}
                 for number, row in enumerate(CASE["bert_regression"].build().dataset)
@@ -194,7 +196,7 @@ def test_a_contrastive_loss_belongs_to_no_example(tmp_path):
     # A probe is as wide as the batches that are read: at most 4 rows of a scoring pass, 3 of a training step.
     for losses, width in (("forward", 4), ("training", 3)):
         message = rf"The loss compares the examples of a batch with each other: {width} examples together .* alone 0\."
-        made = trainer(tmp_path, LossResampler(losses=losses), case=case.name)
+        made = trainer(tmp_path, LossResampler(Proportional(), losses=losses), case=case.name)
         assert_refused_before_the_first_step(made, NotPerExampleError, message)
 
 
@@ -255,7 +257,8 @@ def test_a_plain_function_gets_the_labelled_rows_in_data_set_order(tmp_path):
         ({"losses": "training", "uniform_final_epochs": 1}, 2, True),
         ({"warmup_epochs": 1, "uniform_final_epochs": 1}, 3, False),
         ({"losses": "training"}, 2, False),
-        ({}, 1, False),
+        ({}, 1, True),
+        ({"weighting": Proportional()}, 1, False),
     ],
 )
 def test_a_run_whose_epochs_are_all_uniform_says_so(tmp_path, caplog, options, num_epochs, is_warned):
@@ -267,3 +270,12 @@ def test_a_run_whose_epochs_are_all_uniform_says_so(tmp_path, caplog, options, n
     for row in ours.resampler.table():
         weights[row["epoch"]].add(row["weight"])
     assert all(len(values) == 1 for values in weights.values()) == is_warned
+
+
+def test_num_draws_may_be_a_fraction_of_the_rows(tmp_path):
+    resampler = LossResampler(num_draws=0.4)
+    ours = runs.trained(RejectionSamplingTrainer, tmp_path, args={"num_train_epochs": 2}, resampler=resampler)
+    assert [sum(row["count"] for row in resampler.table() if row["epoch"] == epoch) for epoch in (0, 1)] == [
+        round(0.4 * runs.NUM_ROWS)
+    ] * 2
+    assert ours.num_examples(ours.get_train_dataloader()) == round(0.4 * runs.NUM_ROWS)

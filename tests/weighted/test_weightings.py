@@ -10,7 +10,17 @@ import torch
 
 import rsft_hf.weighted
 from rsft_hf import Chain, ClassBalanced, Clipped, DropTop, Floored, Proportional, Tempered
-from rsft_hf.weighted import Entropy, ExampleStatistics, Learnability, LeastConfidence, Margin, Softmax, Weighting
+from rsft_hf.weighted import (
+    Entropy,
+    ErrorSet,
+    ExampleStatistics,
+    Learnability,
+    LeastConfidence,
+    LeaveOutSuspects,
+    Margin,
+    Softmax,
+    Weighting,
+)
 from rsft_hf.weighted.weightings import as_weighting
 
 LOSSES = torch.tensor([4.0, 1.0, 0.0, 9.0, 2.0])
@@ -20,6 +30,8 @@ STATISTICS = ExampleStatistics(
     confidences=torch.tensor([0.875, 1.0, 0.5, 0.625, 0.75]),
     labels=torch.tensor([7, 7, 3, 7, 3]),
     rows=torch.tensor([1, 2, 4, 5, 6]),  # rows 0 and 3 of the data set have no label
+    loss_history=torch.tensor([[5.0, 3.0, 1.0, 2.0, 3.0], [4.0, 1.0, 0.0, 9.0, 2.0]]),
+    margin_history=torch.tensor([[-1.0, 1.0, 2.0, 0.0, -3.0], [1.0, 1.0, 2.0, -9.0, 1.0]]),
 )
 # Of the data set's seven rows; those of the five scored ones are 1, 2, 0, 4, 8.
 REFERENCE = torch.tensor([math.nan, 1.0, 2.0, math.nan, 0.0, 4.0, 8.0])
@@ -37,6 +49,9 @@ CANONICAL = {
     Margin(): [0.25, 0, 1, 0.75, 0.5],  # 1 - margin
     LeastConfidence(): [0.125, 0, 0.5, 0.375, 0.25],  # 1 - confidence
     Learnability(REFERENCE): [3, 0, 0, 5, 0],  # 4 - 1, 1 - 2 < 0, 0 - 0, 9 - 4, 2 - 8 < 0
+    # Medians 3 and 2, so the mean excesses are (2 + 2) / 2, (0 - 1) / 2, (-2 - 2) / 2, (-1 + 7) / 2 and 0.
+    LeaveOutSuspects(0.4): [0, 1, 0, 0, 2],
+    ErrorSet(5.0): [5, 1, 1, 1, 5],  # negative in the first measured epoch
     Chain(DropTop(0.2), Clipped(0.75), Tempered(2)): [1, 1 / 4, 0, 0, 1],  # 4 1 0 0 2, then 2 1 0 0 2, over 2, squared
 }
 READS_LOSSES = (Proportional(), Tempered(0.5), Softmax(), Clipped(0.75), Floored(0.2), Learnability(torch.zeros(7)))
@@ -50,7 +65,7 @@ def weightings() -> set[type]:
 
 
 def test_every_rule_has_a_row_in_the_canonical_table():
-    assert len(CANONICAL) == 12
+    assert len(CANONICAL) == 14
     assert {type(rule) for rule in CANONICAL} == weightings()
     assert len(OF_LOSSES_ONLY) == 7
 
@@ -71,7 +86,7 @@ def test_the_order_of_the_rows_does_not_matter(rule):
     order = torch.tensor([3, 0, 4, 2, 1])
     vectors = [name for name, value in vars(STATISTICS).items() if isinstance(value, torch.Tensor)]
     assert len(vectors) == len(dataclasses.fields(STATISTICS)) - 1  # `num_rows` is a number
-    fields = {name: vars(STATISTICS)[name][order] for name in vectors}
+    fields = {name: vars(STATISTICS)[name][..., order] for name in vectors}
     shuffled = rule(LOSSES[order], ExampleStatistics(**fields))
     assert shuffled.tolist() == pytest.approx(rule(LOSSES, STATISTICS)[order].tolist(), rel=1e-12)
 
