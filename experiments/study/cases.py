@@ -43,16 +43,17 @@ class Source:
     kind: str = "text"
 
 
+TEST = {"train": "train.parquet", "test": "test.parquet"}
 SOURCES = {
-    "imdb": Source(("stanfordnlp/imdb",), {"train": "train.parquet", "test": "test.parquet"}, group="rating"),
-    "snips": Source(None, {"train": "train.parquet", "test": "validate.parquet"}, "tokens", "intent", max_length=32),
+    "imdb": Source(("stanfordnlp/imdb",), TEST, group="rating"),
+    "snips": Source(None, TEST | {"test": "validate.parquet"}, "tokens", "intent", max_length=32),
     "ag_news": Source(("fancyzhx/ag_news",), {"train": "test.parquet"}),
-    "wikiann": Source(("unimelb-nlp/wikiann", "en"), {"train": "train.parquet", "test": "test.parquet"}, "tokens", "ner_tags",
-                      max_length=32, kind="token"),
-    "captions": Source(("bentrevett/multi30k",), {"train": "train.parquet", "test": "test_2016_flickr.parquet"}, "en", None,
-                       max_length=32, kind="causal"),
-    "digits": Source(("scikit-learn",), {}, kind="image"),
-}  # fmt: skip
+    "wikiann": Source(("unimelb-nlp/wikiann", "en"), TEST, "tokens", "ner_tags", max_length=32, kind="token"),
+    "captions": Source(
+        ("bentrevett/multi30k",), TEST | {"test": "test_2016_flickr.parquet"}, "en", None, max_length=32, kind="causal"
+    ),
+    "digits": Source(None, {}, kind="image"),
+}
 FOLDERS = {"wikiann": "wikiann_en", "captions": "multi30k"}
 
 

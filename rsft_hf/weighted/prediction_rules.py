@@ -40,9 +40,8 @@ class Margin:
             >>> Margin()(torch.zeros(2), ExampleStatistics(margins=torch.tensor([1.0, 0.25]))).tolist()
             [0.0, 0.75]
         """
-        return (1 - validated_scores(read_statistic(statistics, "margins", "Margin"), "Margin", statistics)).clamp(
-            min=0
-        )
+        margins = read_statistic(statistics, "margins", "Margin")
+        return (1 - validated_scores(margins, "Margin", statistics)).clamp(min=0)
 
 
 @dataclass(frozen=True)
