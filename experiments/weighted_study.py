@@ -100,12 +100,33 @@ def work(options: argparse.Namespace) -> None:
         os.close(descriptor)
 
 
-def table(lines: list[dict[str, Any]], split: str) -> str:
-    """Returns, per regime, mean and sample standard deviation of each arm, and the paired difference from plain."""
+def scores_of(lines: list[dict[str, Any]], split: str) -> dict[str, dict[str, dict[int, float]]]:
+    """Returns the scores in percent by regime, arm and seed."""
     scores: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for line in lines:
         if line["split"] == split and "score" in line:
             scores[line["regime"]][line["arm"]][line["seed"]] = 100 * line["score"]
+    return scores
+
+
+def matrix(lines: list[dict[str, Any]], split: str) -> str:
+    """Returns the mean paired difference from plain of each arm (rows) in each regime (columns); plain's own score."""
+    scores = scores_of(lines, split)
+    rows = [f"| arm | {' | '.join(scores)} |", "|---" * (len(scores) + 1) + "|"]
+    for arm in ARMS:
+        cells = []
+        for arms in scores.values():
+            pairs = [(score, arms["plain"].get(seed)) for seed, score in arms.get(arm, {}).items()]
+            found = [score if arm == "plain" else score - plain for score, plain in pairs if plain is not None]
+            cells.append(f"{statistics.mean(found):{'' if arm == 'plain' else '+'}.1f}" if found else "")
+        if any(cells):
+            rows.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def table(lines: list[dict[str, Any]], split: str) -> str:
+    """Returns, per regime, mean and sample standard deviation of each arm, and the paired difference from plain."""
+    scores = scores_of(lines, split)
     rows = ["| regime | arm | seeds | score | against plain | worse in |", "|---|---|---|---|---|---|"]
     for regime, arms in scores.items():
         for arm, by_seed in sorted(arms.items(), key=lambda pair: -statistics.mean(pair[1].values())):
@@ -154,7 +175,8 @@ def main(argv: list[str]) -> None:
             worker.start()
         for worker in workers:
             worker.join()
-    print(table(read_lines(options.output_dir / "runs.jsonl"), options.split))
+    lines = read_lines(options.output_dir / "runs.jsonl")
+    print(f"{matrix(lines, options.split)}\n\n{table(lines, options.split)}")
 
 
 if __name__ == "__main__":

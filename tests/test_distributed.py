@@ -56,6 +56,13 @@ def test_two_processes_resume_exactly(ranks, source: str) -> None:
         assert rank[f"resumed_{source}"]["parameters"] == rank[f"weighted_{source}"]["parameters"]
 
 
+@pytest.mark.parametrize("name", ["llama_lm", "llama_label_smoothing"])
+def test_tokens_of_a_window_are_counted_by_factor_over_both_processes(ranks, name: str) -> None:
+    for rank in ranks[0]:
+        (loss,) = rank[f"corrected_{name}"]["losses"]
+        assert loss == pytest.approx(rank[f"corrected_{name}"]["expected"], rel=1e-5)
+
+
 def test_two_processes_measure_what_one_does(ranks, tmp_path: Path) -> None:
     trainer = hf.Trainer(runs.bert(), runs.arguments(tmp_path), runs.collate, runs.rows())
     expected = measure_losses(trainer, batch_size=4).losses

@@ -300,7 +300,8 @@ ARMS: dict[str, Callable[[Run], hf.Trainer]] = {
 
 EVERYWHERE = (
     "plain", "proportional", "proportional_warm", "proportional_training", "tempered_warm", "soft", "capped", "hump",
-    "within_class", "within_class_hump", "corrected", "corrected_training", "corrected_final", "corrected_softer", "control", "variance", "progress",
+    "within_class", "within_class_hump", "corrected", "corrected_training", "corrected_final", "corrected_softer",
+    "control", "variance", "progress",
 )  # fmt: skip
 NOISE = ("leave_out_10", "soft_leave_out_10", "drop_top", "margin", "observed", "suspects_out", "suspects_out_10",
          "cleanlab_out", "oracle_out")  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 import transformers as hf
 
 import runs
+import zoo
 from rsft_hf import LossResampler, RejectionSamplingTrainer, Tempered, measure_losses
 
 ARGS = {"use_cpu": True, "per_device_train_batch_size": 2}
@@ -41,6 +42,21 @@ def resumed(output_dir: Path, source: str) -> dict:
     return train(f"resumed_{source}", output_dir, args=args, resampler=LossResampler(losses=source), resume=str(folder))
 
 
+def corrected(output_dir: Path, name: str) -> dict:
+    """Returns the logged loss of one accumulation window over both processes, and sum c n l / sum c n by hand."""
+    case = next(case for case in zoo.CASES if case.name == name)
+    resampler = LossResampler(Tempered(2.0), num_draws=8, importance_correction=1.0)
+    args = {**ARGS, "learning_rate": 0.0, "num_train_epochs": 1, "gradient_accumulation_steps": 2, "logging_steps": 1}
+    trainer = case.trainer(output_dir / name, RejectionSamplingTrainer, args, resampler=resampler)
+    trainer.train()
+    rows = trainer._sampler.indices
+    losses, factors = torch.tensor(resampler.table()["loss"][:])[rows], resampler._row_factors[rows]
+    labels = [trainer.data_collator([trainer.train_dataset[row]])["labels"][..., 1:] for row in rows.tolist()]
+    counts = torch.tensor([float(values.ne(-100).sum()) for values in labels])
+    expected = (factors * counts * losses).sum() / (factors * counts).sum()
+    return {"losses": runs.losses(trainer), "expected": float(expected)}
+
+
 def main() -> None:
     """Trains with plain Trainer, equal weights, loss weights, and from a checkpoint."""
     output_dir = Path(sys.argv[1])
@@ -52,6 +68,8 @@ def main() -> None:
         results[f"weighted_{source}"] = train(f"weighted_{source}", output_dir, args=args, resampler=weighted)
         if runs.RESUMES_PROCESSES:
             results[f"resumed_{source}"] = resumed(output_dir, source)
+    for name in ("llama_lm", "llama_label_smoothing"):
+        results[f"corrected_{name}"] = corrected(output_dir, name)
     trainer = hf.Trainer(runs.bert(), runs.arguments(output_dir, **ARGS), runs.collate, runs.rows())
     results["measured"] = measure_losses(trainer, batch_size=4).losses.tolist()
     rank = trainer.args.process_index
