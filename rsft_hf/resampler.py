@@ -75,7 +75,7 @@ class Resampler(ABC):
         """Restores the state that `save` wrote. Called after `bind`, on every process."""
 
     def end_epoch(self) -> dict[str, float]:
-        """Returns the metrics to log at the end of the epoch."""
+        """Called at the end of an epoch; returns the metrics to log there. Collective."""
         return {}
 
     def collator(self, collator: Any) -> Any:

@@ -269,7 +269,8 @@ class RejectionSamplingMixin(_Base):
         """Logs the resampler's metrics of a finished epoch, once."""
         if self._progress.has_unlogged_end:
             self._progress.has_unlogged_end = False
-            if self.args.logging_strategy != "no" and (metrics := self.resampler.end_epoch()):
+            metrics = self.resampler.end_epoch()
+            if metrics and self.args.logging_strategy != "no":
                 self._log_apart(metrics)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:

@@ -87,7 +87,7 @@ class EpochHistory:
         columns |= {name: torch.cat(self._columns[name]).numpy() for name in _TABLE_COLUMNS}
         return datasets.Dataset.from_dict(columns)
 
-    def suspects(self, num_suspects: int) -> datasets.Dataset:
+    def suspects(self, num_suspects: int, *current: torch.Tensor) -> datasets.Dataset:
         """Returns the rows with the largest mean excess of the loss over the epoch's median, largest first.
 
         A hard row is learnt eventually; a row whose loss stays high while the others fall is often mislabelled. The
@@ -95,6 +95,7 @@ class EpochHistory:
 
         Args:
             num_suspects: Number of rows to return, at least 1.
+            current: An epoch not recorded yet, as in `measured`.
 
         Returns:
             Columns `row`, `excess_loss` (mean over the measured epochs, in the unit of the loss), `losses` and
@@ -106,9 +107,9 @@ class EpochHistory:
             ValueError: If `num_suspects` is below 1.
         """
         check_integer("num_suspects", num_suspects, minimum=1)
-        measured = self.measured()
+        measured = self.measured(*current)
         if not measured:
-            raise RuntimeError("No epoch has been measured yet. Call `suspects()` after a resampled epoch.")
+            raise RuntimeError("No epoch has been measured yet. Call `suspects()` after `train()`.")
         losses, margins = measured["loss_history"], measured["margin_history"]
         excess = mean_excess_losses(losses)
         num_known = int(excess.isfinite().sum())

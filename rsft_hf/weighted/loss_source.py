@@ -320,12 +320,14 @@ class LossLedger:
         is_read = counts > 0
         unreadable = torch.where(is_read, 0.0, invalid)
         validate_losses(unreadable, is_read | ~invalid.isfinite(), range(len(counts)))
-        self.is_fresh = is_read
-        means = sums / counts.clamp(min=1)
-        self.losses = torch.where(is_read, self._averaged(means), self.losses)
-        self.logit_margins = torch.where(is_read, margin_sums / counts.clamp(min=1), self.logit_margins)
+        self.losses, self.logit_margins, self.is_fresh = self._updated(sums, margin_sums, counts)
         self.is_unlabelled |= unlabelled > 0
         self._reset_sums()
+
+    def pending(self, accelerator: Accelerator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns the losses, margins and freshness, shape (N,) each, that `merge` would set. Collective."""
+        sums, margin_sums, counts, *_ = self._summed_over_processes(accelerator)
+        return self._updated(sums, margin_sums, counts)
 
     def state(self, accelerator: Accelerator) -> dict[str, torch.Tensor]:
         """Returns the state for `load`, with the sums of all processes. Collective."""
@@ -354,6 +356,13 @@ class LossLedger:
     def _averaged(self, losses: torch.Tensor) -> torch.Tensor:
         average = self.ema_decay * self.losses + (1 - self.ema_decay) * losses
         return torch.where(self.losses.isnan(), losses, average)
+
+    def _updated(
+        self, sums: torch.Tensor, margin_sums: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        is_read, divisors = counts > 0, counts.clamp(min=1)
+        losses = torch.where(is_read, self._averaged(sums / divisors), self.losses)
+        return losses, torch.where(is_read, margin_sums / divisors, self.logit_margins), is_read
 
     def _summed_over_processes(self, accelerator: Accelerator) -> tuple[torch.Tensor, ...]:
         self._empty_queue()

@@ -107,6 +107,7 @@ class LossResampler(Resampler):
         self.per_example_loss, self.ema_decay, self.batch_size = per_example_loss, ema_decay, batch_size
         check_options(self)
         self.source: LossSource | None = None
+        self._last_epoch: tuple[torch.Tensor, ...] = ()
         self.history = EpochHistory()
 
     def bind(self, trainer: Trainer) -> Any:
@@ -148,10 +149,11 @@ class LossResampler(Resampler):
 
     def resample(self, epoch: int) -> torch.Tensor:
         """Returns the rows of the epoch: measured, weighted, drawn and broadcast. Collective."""
-        start, source = time.perf_counter(), self._bound()
+        start, source, self._last_epoch = time.perf_counter(), self._bound(), ()
         num_epochs = source.trainer.state.num_train_epochs
         num_first = max(self.warmup_epochs, int(source.is_from_training))
-        if not self.history.epochs and num_first + self.uniform_final_epochs >= num_epochs:
+        is_observer = source.is_from_training and self.warmup_epochs >= num_epochs
+        if not self.history.epochs and num_first + self.uniform_final_epochs >= num_epochs and not is_observer:
             logger.warning(
                 f"No epoch of this run is resampled: of {num_epochs} epochs the first {num_first} (`warmup_epochs`, or "
                 f'losses="training" before it knows a loss) and the last {self.uniform_final_epochs} '
@@ -192,8 +194,18 @@ class LossResampler(Resampler):
         return self.history.table()
 
     def suspects(self, num_suspects: int = 100) -> datasets.Dataset:
-        """Returns the rows whose loss stays high while the others fall, largest first: see `EpochHistory.suspects`."""
-        return self.history.suspects(num_suspects)
+        """Returns the rows whose loss stays high while the others fall, largest first: see `EpochHistory.suspects`.
+
+        With losses of training steps the last epoch counts as soon as it has ended. To observe a plain run, pass
+        `LossResampler(losses="training", warmup_epochs=num_train_epochs)`.
+        """
+        return self.history.suspects(num_suspects, *self._last_epoch)
+
+    def end_epoch(self) -> dict[str, float]:
+        """Keeps the losses of the epoch that has ended, for `suspects`; logs nothing. Collective."""
+        if (source := self._bound()).is_from_training:
+            self._last_epoch = source.ledger.pending(source.trainer.accelerator)
+        return {}
 
     @property
     def observes_rows(self) -> bool:

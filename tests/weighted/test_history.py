@@ -4,7 +4,10 @@ import math
 
 import pytest
 import torch
+import transformers as hf
 
+import runs
+from rsft_hf import LossResampler, RejectionSamplingTrainer
 from rsft_hf.checkpointing import load_state, save_state
 from rsft_hf.weighted.history import EpochHistory
 
@@ -77,3 +80,23 @@ def test_a_history_without_epochs_says_so():
             history.suspects(5)
     with pytest.raises(ValueError, match=r"`num_suspects`=0 must be an integer of at least 1"):
         history_of([[1.0]]).suspects(0)
+
+
+@pytest.mark.parametrize("logging", ["steps", "no"])
+def test_an_observed_plain_run_counts_all_of_its_epochs(tmp_path, logging, caplog):
+    """Uniform epochs with recorded losses: plain Trainer bit for bit, and the last epoch is among the evidence."""
+    plain = runs.trained(hf.Trainer, tmp_path, args={"logging_strategy": logging})
+    for num_epochs in (1, 3):
+        resampler = LossResampler(losses="training", warmup_epochs=num_epochs)
+        args = {"num_train_epochs": num_epochs, "logging_strategy": logging}
+        ours = runs.trained(RejectionSamplingTrainer, tmp_path, args=args, resampler=resampler)
+        suspects = resampler.suspects(runs.NUM_ROWS).to_list()
+        assert len(suspects) == runs.NUM_ROWS
+        assert {len(row["losses"]) for row in suspects} == {num_epochs}
+    assert runs.largest_difference(plain, ours) == 0.0
+    assert not [record for record in caplog.records if "No epoch of this run is resampled" in record.message]
+    # What an epoch more would have found: the ledger's line of the last epoch.
+    source = resampler.source
+    source.ledger.merge(ours.accelerator)
+    last = {row["row"]: row["losses"][-1] for row in suspects}
+    assert [last[row] for row in range(runs.NUM_ROWS)] == pytest.approx(source.ledger.losses.tolist(), rel=1e-6)

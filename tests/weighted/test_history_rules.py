@@ -23,7 +23,7 @@ def test_suspects_are_left_out_once_two_epochs_are_measured(tmp_path, losses, fi
     for epoch in range(4):
         assert weights_of(resampler, epoch).count(0.0) == (num_left_out if epoch >= first else 0)
     out = {row for row, weight in enumerate(weights_of(resampler, 3)) if weight == 0}
-    assert out == set(resampler.suspects(num_left_out)["row"][:])
+    assert out == set(resampler.history.suspects(num_left_out)["row"][:])  # of the epochs before
     counts = [row["count"] for row in resampler.table() if row["epoch"] == 3]
     assert all(counts[row] == 0 for row in out)
 
