@@ -38,8 +38,8 @@ from rsft_hf.weighted.weightings import Chain, Floored, Tempered, Weighting, as_
 
 logger = logging.get_logger(__name__)
 
-# Each row is drawn at least half as often as under uniform draws, so no corrected loss counts more than twice.
-SAFE_WEIGHTING = Chain(Tempered(0.5), Floored(0.5))
+# Chosen by docs/weighted_study.md: a row keeps 4/5 of its uniform share, so no corrected loss counts more than 1.25.
+SAFE_WEIGHTING = Chain(Tempered(0.5), Floored(0.8))
 
 
 class LossResampler(Resampler):
@@ -47,8 +47,8 @@ class LossResampler(Resampler):
 
     Args:
         weighting: Rule from losses to weights, or a plain function: losses, shape (N,), float64, of the labelled rows
-            in data-set order, to weights, shape (N,), >= 0. By default the safe rule, `SAFE_WEIGHTING`: half uniform,
-            half in proportion to the square root of the loss, drawn from training losses and corrected in the loss;
+            in data-set order, to weights, shape (N,), >= 0. By default the safe rule, `SAFE_WEIGHTING`: four
+            fifths uniform, one fifth by the square root of the loss, from training losses and corrected in the loss;
             where the model's loss allows no correction, uncorrected. `Proportional()` is w = L, which can harm: see
             the card `rsft_hf/weighted/README.md`.
         losses: "forward" measures every row in a scoring pass before the epoch; "training" uses the losses of the
@@ -73,7 +73,7 @@ class LossResampler(Resampler):
 
     Example:
         >>> LossResampler()
-        LossResampler(Chain(Tempered(alpha=0.5), Floored(fraction=0.5)), losses='training', importance_correction=1)
+        LossResampler(Chain(Tempered(alpha=0.5), Floored(fraction=0.8)), losses='training', importance_correction=1)
         >>> from rsft_hf import Tempered
         >>> LossResampler(Tempered(0.5), losses="training", warmup_epochs=1).weighting
         Tempered(alpha=0.5)
