@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import runs
-from rsft_hf import LossResampler, RejectionSamplingTrainer
+from rsft_hf import LossResampler, Proportional, RejectionSamplingTrainer
 from rsft_hf.weighted import Entropy
 from zoo import CASES
 from zoo_examples import Example
@@ -36,7 +36,7 @@ def train(
         output_dir,
         RejectionSamplingTrainer,
         {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1, **arguments},
-        resampler=resampler,
+        resampler=LossResampler(Proportional()) if resampler is None else resampler,
         callbacks=[counter],
     )
     try:
@@ -74,7 +74,7 @@ def other_rows() -> list[Example]:
 
 def test_the_same_run_goes_on(run):
     assert train(run, str(run / LAST)) == 4  # two epochs of three steps, less two
-    assert train(run, True, resampler=LossResampler()) == 0  # from its own end: nothing is left to do
+    assert train(run, True) == 0  # from its own end: nothing is left to do
 
 
 OTHER_RUNS = {

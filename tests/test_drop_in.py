@@ -89,7 +89,10 @@ def test_unequal_weights_are_not_plain_trainer(tmp_path: Path) -> None:
 
 def test_sequential_reads_accepted_rows_in_order(tmp_path: Path) -> None:
     trainer = runs.trained(
-        RejectionSamplingTrainer, tmp_path, args={"train_sampling_strategy": "sequential"}, resampler=LossResampler()
+        RejectionSamplingTrainer,
+        tmp_path,
+        args={"train_sampling_strategy": "sequential"},
+        resampler=LossResampler(Proportional()),
     )
     indices = trainer._progress.indices
     assert indices.tolist() == sorted(indices.tolist())

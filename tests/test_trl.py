@@ -86,3 +86,13 @@ def test_the_ledger_reads_the_fused_head(tmp_path: Path) -> None:
     table = trainer.resampler.table().to_pandas()
     assert table.query("epoch == 1")["loss"].between(0, 30).all()
     assert table.query("epoch == 2")["loss"].nunique() == 14
+
+
+def test_the_safe_rule_draws_from_the_losses_of_a_fused_head_without_correction(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = train(RejectionSamplingSFTTrainer, tmp_path).resampler.source
+    assert (source.is_from_training, source.importance_correction) == (True, 0.0)
+    assert sum("they come from a fused head" in record.message for record in caplog.records) == 1
+    with pytest.raises(ValueError, match="this loss is computed another way .* a fused head"):
+        train(RejectionSamplingSFTTrainer, tmp_path, resampler=LossResampler(importance_correction=1.0))

@@ -149,7 +149,7 @@ def weighting_from_name(name: str) -> rsft_hf.weighted.Weighting:
 
     Example:
         >>> weighting_from_name("drop_top:0.05+floored:0.2")
-        Chain(rules=(DropTop(fraction=0.05), Floored(fraction=0.2)))
+        Chain(DropTop(fraction=0.05), Floored(fraction=0.2))
     """
     rules = [_one_weighting(part.strip()) for part in name.split("+")]
     return rules[0] if len(rules) == 1 else rsft_hf.Chain(*rules)

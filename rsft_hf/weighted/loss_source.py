@@ -212,9 +212,11 @@ class LossSource:
                 )
         # The main process decides: near a tolerance the processes might choose differently, and deadlock.
         (reading,) = broadcast_object_list([reading])
-        is_correctable = reading.kind == "criterion" or (reading.kind == "outputs" and is_smoothed(self.trainer))
+        is_intercepted = reading.kind == "criterion" and not reading.is_fused
+        is_correctable = is_intercepted or (reading.kind == "outputs" and is_smoothed(self.trainer))
         if not is_correctable and (self.importance_correction > 0 or reading.kind == "single"):
-            self._fall_back(f"they are read by {reading.kind!r}", is_from_training=reading.kind != "single")
+            source = "a fused head" if reading.is_fused else f"the reading {reading.kind!r}"
+            self._fall_back(f"they come from {source}", is_from_training=reading.kind != "single")
         check_reading(reading, is_correctable, self.is_from_training, self.importance_correction)
         if self._reading is not None and self._reading.kind != reading.kind:
             logger.warning(
@@ -234,8 +236,8 @@ class LossSource:
             return
         source = "the training steps" if self.is_from_training else "a scoring pass before each epoch"
         logger.warning(
-            f"The losses of this model cannot be corrected for the draws ({reason}): they come from {source}, and the "
-            "rows are drawn without `importance_correction`. Pass a weighting to choose otherwise."
+            f"The losses of this model cannot be corrected for the draws ({reason}): they are taken from {source}, "
+            "and the rows are drawn without `importance_correction`. Pass a weighting to choose otherwise."
         )
 
 

@@ -44,6 +44,7 @@ class Reading:
             row's loss in its own batch.
         is_collator_random: Whether the collator is random, as with masking: a row without a label in one batch may
             have one in the next.
+        is_fused: Whether the losses come from the log-probabilities of a fused head, which cannot be scaled.
 
     Example:
         >>> Reading("criterion", is_mean=False).is_averaged
@@ -55,6 +56,7 @@ class Reading:
     is_averaged: bool = False
     is_scored_singly: bool = False
     is_collator_random: bool = False
+    is_fused: bool = False
 
 
 class RowLosses(NamedTuple):

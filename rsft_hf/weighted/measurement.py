@@ -330,7 +330,7 @@ def _matching_reading(recording: Recording, expected: torch.Tensor, width: int, 
         if losses is not None and torch.allclose(
             losses.losses.double().cpu(), expected.nan_to_num(0.0), rtol=relative, atol=absolute
         ):
-            return reading
+            return dataclasses.replace(reading, is_fused=not recording.capture.calls and bool(recording.fused_calls))
     return None
 
 
