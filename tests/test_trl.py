@@ -94,5 +94,5 @@ def test_the_safe_rule_draws_from_the_losses_of_a_fused_head_without_correction(
     source = train(RejectionSamplingSFTTrainer, tmp_path).resampler.source
     assert (source.is_from_training, source.importance_correction) == (True, 0.0)
     assert sum("they come from a fused head" in record.message for record in caplog.records) == 1
-    with pytest.raises(ValueError, match="this loss is computed another way .* a fused head"):
+    with pytest.raises(ValueError, match=r"this loss is computed another way .* a fused head"):
         train(RejectionSamplingSFTTrainer, tmp_path, resampler=LossResampler(importance_correction=1.0))

@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 COLLAPSED_SHARE = 0.1  # of the rows in the effective sample size, or of the other classes' rows among the draws
 _MAX_CLASSES = 10_000  # larger integers are no classes
-MIN_COUNTED = 4  # draws below which shares of classes say nothing
+MIN_COUNTED = 10  # draws of other classes that must be expected, or their absence says nothing
 
 
 def target_weights(
@@ -138,19 +138,20 @@ def collapse(weights: torch.Tensor, indices: torch.Tensor, labels: torch.Tensor 
     Example:
         >>> collapse(torch.tensor([1.0] * 99 + [1000.0]), torch.tensor([99, 99, 3]), None)
         'an effective sample size of 1.2 of 100 rows: one row was drawn 2 times'
-        >>> labels = torch.tensor([0, 0, 1, 1])
-        >>> collapse(torch.ones(4), torch.tensor([0, 1, 0, 1]), labels)
+        >>> labels = torch.arange(40) % 2
+        >>> collapse(torch.ones(40), torch.arange(0, 40, 2).repeat(2), labels)
         '100% of the draws are of class 0, which has 50% of the rows'
     """
     size, num_rows = effective_sample_size(weights), int((weights > 0).sum())
     if size < COLLAPSED_SHARE * num_rows:
         repeats = int(torch.bincount(indices).max())
         return f"an effective sample size of {size:.1f} of {num_rows} rows: one row was drawn {repeats} times"
-    if labels is not None and len(indices) >= MIN_COUNTED:
+    if labels is not None and bool((labels[indices] >= 0).any()):
         of_rows, of_draws = (torch.bincount(some[some >= 0]).double() for some in (labels, labels[indices]))
         largest = int(of_draws.argmax())
         drawn, present = float(of_draws[largest] / of_draws.sum()), float(of_rows[largest] / of_rows.sum())
-        if 1 - drawn < COLLAPSED_SHARE * (1 - present):
+        is_counted = (1 - present) * float(of_draws.sum()) >= MIN_COUNTED
+        if is_counted and 1 - drawn < COLLAPSED_SHARE * (1 - present):
             return f"{drawn:.0%} of the draws are of class {largest}, which has {present:.0%} of the rows"
     return None
 

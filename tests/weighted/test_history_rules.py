@@ -7,6 +7,7 @@ import torch
 import runs
 from rsft_hf import Chain, LossResampler, Proportional, RejectionSamplingTrainer, Tempered
 from rsft_hf.weighted import ErrorSet, ExampleStatistics, LeaveOutSuspects
+from rsft_hf.weighted.targets import collapse
 
 
 def weights_of(resampler: LossResampler, epoch: int) -> list[float]:
@@ -88,3 +89,14 @@ def test_draws_of_one_class_are_warned_of(tmp_path, caplog):
     runs.trained(RejectionSamplingTrainer, tmp_path, train_dataset=dataset, resampler=resampler)
     (message,) = warnings(caplog)
     assert f"100% of the draws are of class {dataset['labels'][0]}, which has {share:.0%} of the rows" in message
+
+
+def test_few_draws_of_a_rare_class_are_no_collapse():
+    labels = (torch.arange(1000) < 10).long()
+    rows = torch.arange(500, 1000)
+    assert collapse(torch.ones(1000), rows, labels) is None  # 5 draws of class 1 were to be expected
+    assert (
+        collapse(torch.ones(1000), rows.repeat(4), labels)
+        == "100% of the draws are of class 0, which has 99% of the rows"
+    )
+    assert collapse(torch.ones(1000), rows, torch.full((1000,), -100)) is None
