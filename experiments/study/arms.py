@@ -30,6 +30,7 @@ from rsft_hf import (
     Tempered,
 )
 from rsft_hf.weighted import ErrorSet, LeaveOutSuspects, Margin
+from rsft_hf.weighted.losses import logits_of
 
 BATCH_SIZE = 32
 Loss = Callable[[Any, torch.Tensor, Any], torch.Tensor]
@@ -89,9 +90,6 @@ class Run:
             trainer.train()
         return trainer
 
-    def predict(self, trainer: hf.Trainer, dataset: Any) -> hf.trainer_utils.PredictionOutput:
-        return trainer.predict(dataset)
-
     def observer(self) -> LossResampler:
         """Returns a resampler that reads all epochs uniformly and records the losses of the steps."""
         return LossResampler(losses="training", warmup_epochs=self.case.regime.num_epochs)
@@ -138,20 +136,13 @@ class Control:
 
 
 def resampled(weighting: Any = None, **options: Any) -> Callable[[Run], hf.Trainer]:
-    """Returns the arm of a rule; `num_draws` may be a share of the rows."""
+    """Returns the arm of a rule and the other options of its resampler."""
 
     def arm(run: Run) -> hf.Trainer:
-        chosen = dict(options)
-        if isinstance(options.get("num_draws"), float):
-            chosen["num_draws"] = round(options["num_draws"] * run.num_rows)
         rule = RandomAssignment(weighting.rule, run.case.seed) if isinstance(weighting, Control) else weighting
-        return run.train(LossResampler(rule, **chosen))
+        return run.train(LossResampler(rule, **options))
 
     return arm
-
-
-def logits_of(outputs: Any) -> torch.Tensor:
-    return outputs["logits"] if isinstance(outputs, dict) else outputs[0]
 
 
 def reweighted_loss(run: Run, change: str) -> Loss:
@@ -166,10 +157,8 @@ def reweighted_loss(run: Run, change: str) -> Loss:
             return torch.nn.functional.cross_entropy(logits, labels, class_weights.to(logits.device))
         if change == "logit_adjustment":  # Menon et al. 2021, arXiv:2007.07314
             return torch.nn.functional.cross_entropy(logits + prior.to(logits.device), labels)
-        losses = torch.nn.functional.cross_entropy(
-            logits, labels, reduction="none"
-        )  # Lin et al. 2017, arXiv:1708.02002
-        return (losses * (1 - (-losses).exp()) ** 2)[labels != -100].mean()
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        return (losses * (1 - (-losses).exp()) ** 2)[labels != -100].mean()  # Lin et al. 2017, arXiv:1708.02002
 
     return loss
 
@@ -182,12 +171,12 @@ def balanced_weights(run: Run) -> torch.Tensor:
 def jtt(run: Run) -> hf.Trainer:
     """JTT: the rows that a model of one epoch gets wrong are drawn five times as often from the start."""
     first = run.train(epochs=1)
-    found = run.predict(first, run.case.train)
+    found = first.predict(run.case.train)
     wrong = torch.tensor(found.predictions[..., 0] != found.label_ids)
     return run.train(weights=1 + 4 * wrong.double())
 
 
-def retrained(run: Run, rows: np.ndarray, share: float = 1.0) -> hf.Trainer:
+def retrained(run: Run, rows: np.ndarray) -> hf.Trainer:
     """Trains on the other rows for as many steps as on all."""
     run.found["left_out"] = len(rows)
     run.found["precision"] = float(run.case.is_flipped[rows].mean()) if len(rows) else None

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from rsft_hf.checks import check_interval
-from rsft_hf.weighted.weightings import ExampleStatistics, read_statistic, validated_scores
+from rsft_hf.weighted.weightings import ExampleStatistics, floor_count, read_statistic, validated_scores
 
 _MIN_EPOCHS = 2  # a trend needs two
 
@@ -62,7 +62,7 @@ class LeaveOutSuspects:
         """
         scores = validated_scores(scores, "LeaveOutSuspects", statistics)
         history = read_statistic(statistics, "loss_history", "LeaveOutSuspects")
-        num_left_out = int(self.fraction * len(scores) + 1e-9)
+        num_left_out = floor_count(self.fraction * len(scores))
         if len(history) < _MIN_EPOCHS or num_left_out == 0:
             return scores
         suspects = mean_excess_losses(history).topk(num_left_out).indices

@@ -65,7 +65,7 @@ def class_labels(trainer: Trainer, dataset: Any) -> torch.Tensor:
     Raises:
         ValueError: If the rows have no label column, or labels that are not single classes.
     """
-    names = list(dict.fromkeys([*(trainer.label_names or []), "labels", "label"]))
+    names = _label_columns(trainer)
     if isinstance(dataset, datasets.Dataset):
         # The stored column: a transform may rename it, and reading its rows may decode every image.
         stored = dataset.with_format(None)
@@ -95,8 +95,7 @@ def stored_classes(trainer: Trainer, dataset: Any) -> torch.Tensor | None:
     """Returns the class of every row of a `datasets.Dataset` with an integer label column, shape (N,), else None."""
     if not isinstance(dataset, datasets.Dataset):
         return None
-    names = dict.fromkeys([*(trainer.label_names or []), "labels", "label"])
-    name = next((name for name in names if name in dataset.features), None)
+    name = next((name for name in _label_columns(trainer) if name in dataset.features), None)
     if name is None or not str(getattr(dataset.features[name], "dtype", "")).startswith("int"):
         return None
     labels = torch.tensor([-100 if label is None else label for label in dataset.with_format(None)[name]])
@@ -219,6 +218,10 @@ def with_factored_labels(batches: Sequence[Any], factors: Sequence[torch.Tensor]
                 return None
         counted.append({name: FactoredLabels(values, row_factors) for name, values in labels.items()})
     return counted
+
+
+def _label_columns(trainer: Trainer) -> list[str]:
+    return list(dict.fromkeys([*(trainer.label_names or []), "labels", "label"]))
 
 
 def _weights_of(

@@ -169,7 +169,7 @@ class Clipped:
             [1.0, 2.0, 2.0]
         """
         scores = validated_scores(scores, "Clipped", statistics)
-        return scores.clamp(max=_order_statistic(scores, _floor(self.quantile * (len(scores) - 1))))
+        return scores.clamp(max=_order_statistic(scores, floor_count(self.quantile * (len(scores) - 1))))
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class DropTop:
             [1.0, 0.0, 2.0]
         """
         scores = validated_scores(scores, "DropTop", statistics)
-        num_dropped = _floor(self.fraction * len(scores))
+        num_dropped = floor_count(self.fraction * len(scores))
         highest_kept = _order_statistic(scores, len(scores) - num_dropped - 1)
         return torch.where(scores > highest_kept, 0.0, scores)
 
@@ -451,7 +451,8 @@ def validated_scores(
     return scores
 
 
-def _floor(product: float) -> int:
+def floor_count(product: float) -> int:
+    """Returns the largest integer of at most `product`, a fraction of a number of rows, up to its rounding error."""
     return math.floor(product + 1e-9)  # 0.29 * 100 is 28.999...
 
 
