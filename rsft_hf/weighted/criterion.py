@@ -90,14 +90,10 @@ class CriterionCapture(TorchFunctionMode):
         losses = losses * factors.reshape(losses.shape)
         if reduction == "none":
             return losses
-        normalisers = self.calls[-1].normalisers.to(losses)
-        rows = normalisers.reshape(self.num_rows, -1).sum(1)
-        is_even = bool((rows == rows[0]).all())
+        counts = self.calls[-1].normalisers.to(losses).reshape(self.num_rows, -1).sum(1)
         if reduction == "mean":
-            # Rows of equal count: the mean of c L is unbiased. Others (tokens, class weights): numerator and
-            # denominator each estimate the uniform epoch's sum, so their ratio is unbiased up to O(1/batch).
-            return losses.sum() / (normalisers if is_even else normalisers * factors).sum()
-        if not is_even and not self.is_count_weighted:
+            return losses.sum() / corrected_count(counts, row_factors.to(losses))
+        if not self.is_count_weighted and not is_even(counts):
             raise RuntimeError(
                 "`importance_correction` cannot correct this loss: it is summed over tokens and divided by a number "
                 "other than Trainer's `num_items_in_batch`, so rows of different length would be weighted wrongly. "
@@ -185,6 +181,28 @@ class CriterionCapture(TorchFunctionMode):
             labels = target.masked_fill(target.eq(ignore_index), 0).unsqueeze(1)
             label_logits = logits.gather(1, labels).squeeze(1)
             return (label_logits - logits.scatter(1, labels, float("-inf")).amax(1)).float()
+
+
+def is_even(counts: torch.Tensor) -> bool:
+    """Returns whether all rows of a batch count alike in its mean."""
+    return bool((counts == counts[0]).all())
+
+
+def corrected_count(counts: torch.Tensor, row_factors: torch.Tensor) -> torch.Tensor:
+    """Returns the denominator of a mean whose rows are scaled by factors c.
+
+    Rows that count alike: their number, as the mean of c L is unbiased. Others (tokens, class weights): sum of c n;
+    numerator and denominator each estimate the uniform epoch's sum, so their ratio is unbiased up to O(1/batch).
+
+    Args:
+        counts: Tokens, or sum of class weights, of each row, shape (rows,).
+        row_factors: Shape (rows,).
+
+    Example:
+        >>> float(corrected_count(torch.tensor([1.0, 9.0]), torch.tensor([2.0, 1.0])))
+        11.0
+    """
+    return (counts if is_even(counts) else counts * row_factors).sum()
 
 
 def _elementwise(criterion: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

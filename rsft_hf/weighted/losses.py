@@ -22,7 +22,7 @@ import torch
 from accelerate.utils import recursively_apply
 from transformers import Trainer
 
-from rsft_hf.weighted.criterion import CriterionCall, CriterionCapture
+from rsft_hf.weighted.criterion import CriterionCall, CriterionCapture, corrected_count
 
 Batch = Any  # what a collator returns: a mapping (BatchEncoding, BatchFeature, dict), a tuple or a tensor
 
@@ -267,7 +267,7 @@ def _scaled_smoothing(
     shift_labels: bool = False,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """The label smoother's loss with the loss of each row scaled; its denominator as in `CriterionCapture`."""
+    """The label smoother's loss with the loss of each row scaled; its denominator is `corrected_count`."""
     outputs, labels = arguments
     num_rows = len(row_factors)
     counts = labels[..., 1:] if shift_labels else labels
@@ -281,8 +281,7 @@ def _scaled_smoothing(
     total = torch.stack(losses).sum()
     if num_items_in_batch is not None:
         return total / num_items_in_batch
-    is_even = bool((counts == counts[0]).all())
-    return total / (counts if is_even else counts * factors).sum()
+    return total / corrected_count(counts, factors)
 
 
 def _from_outputs(
