@@ -49,6 +49,16 @@ def test_both_processes_fill_the_ledger(ranks) -> None:
     assert min(losses) > 0  # -1 stands for unknown
 
 
+def test_the_label_report_reads_the_labels_of_both_processes(ranks) -> None:
+    first, second = (rank["weighted_training"]["report"] for rank in ranks[0])
+    assert first == second
+    assert sorted(first["row"]) == list(range(runs.NUM_ROWS))
+    labels = [row["labels"] for row in runs.rows()]
+    assert [labels[row] for row in first["row"]] == first["given_label"]
+    if runs.RESUMES_PROCESSES:
+        assert ranks[0][0]["resumed_training"]["report"]["margin"] == pytest.approx(first["margin"], rel=1e-6)
+
+
 @pytest.mark.skipif(not runs.RESUMES_PROCESSES, reason="transformers before 5.18 cannot resume processes on a CPU")
 @pytest.mark.parametrize("source", ["forward", "training"])
 def test_two_processes_resume_exactly(ranks, source: str) -> None:

@@ -1,6 +1,7 @@
 """Weighted half: resampling of a labelled training set by loss-derived weights."""
 
 from rsft_hf.weighted.history_rules import ErrorSet, LeaveOutSuspects
+from rsft_hf.weighted.label_report import LabelReport
 from rsft_hf.weighted.measurement import Measurement, NotPerExampleError, measure_losses
 from rsft_hf.weighted.prediction_rules import Entropy, LeastConfidence, Margin
 from rsft_hf.weighted.resampler import LossResampler
@@ -27,6 +28,7 @@ __all__ = [
     "ErrorSet",
     "ExampleStatistics",
     "Floored",
+    "LabelReport",
     "Learnability",
     "LeastConfidence",
     "LeaveOutSuspects",

@@ -3,6 +3,7 @@
 It is active while a trainer computes the loss of a batch, and keeps the unreduced losses of every call.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +24,28 @@ class CriterionCall:
         normalisers: Share of each element in the denominator of the mean, shape (elements,): 1, or its class weight,
             or 0 where there is no label.
         num_classes: Size of the class dimension, None for a criterion without classes.
-        margins: Logit of the label minus the largest other logit, shape (elements,), None if not cheap.
+        choices: The labels against the model's other choices, None if they are not cheap to compare.
     """
 
     losses: torch.Tensor
     normalisers: torch.Tensor
     num_classes: int | None = None
-    margins: torch.Tensor | None = None
+    choices: "Choices | None" = None
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Label of each element against the class that the model prefers among the others, all of shape (elements,).
+
+    Attributes:
+        labels: Class of the label, int64; of a binary criterion 0 or 1.
+        rivals: Class with the largest logit among the others, int64.
+        margins: Logit of the label minus that of the rival; of a binary criterion the other class has logit 0.
+    """
+
+    labels: torch.Tensor
+    rivals: torch.Tensor
+    margins: torch.Tensor
 
 
 class CriterionCapture(TorchFunctionMode):
@@ -136,7 +152,7 @@ class CriterionCapture(TorchFunctionMode):
             losses,
             normalisers,
             num_classes=input.shape[-1 if input.ndim == 1 else 1],
-            margins=self._margins(input, target, ignore_index),
+            choices=choices_of(input, target, ignore_index),
         )
         return loss
 
@@ -171,16 +187,38 @@ class CriterionCapture(TorchFunctionMode):
         self._record(losses, losses.new_ones(()))
         return F.ctc_loss(*args, **kwargs)
 
-    def _margins(self, logits: torch.Tensor, target: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
-        if logits.ndim != 2 or target.is_floating_point() or len(target) != self.num_rows:
-            return None
-        if not 2 <= logits.shape[1] <= _MAX_MARGIN_CLASSES:
-            return None
-        with torch.no_grad():
-            # Question-answering heads ignore the index one beyond the last class.
-            labels = target.masked_fill(target.eq(ignore_index), 0).unsqueeze(1)
-            label_logits = logits.gather(1, labels).squeeze(1)
-            return (label_logits - logits.scatter(1, labels, float("-inf")).amax(1)).float()
+    def binary_cross_entropy_with_logits(
+        self, input: torch.Tensor, target: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Returns `F.binary_cross_entropy_with_logits` of the same arguments and records its elements."""
+        loss = _elementwise(F.binary_cross_entropy_with_logits)(self, input, target, *args, **kwargs)
+        if input.shape == target.shape:
+            with torch.no_grad():
+                labels, logits = target.flatten(), input.flatten().float()
+                choices = Choices(labels.gt(0.5).long(), labels.le(0.5).long(), (2 * labels - 1) * logits)
+            self.calls[-1] = dataclasses.replace(self.calls[-1], choices=choices)
+        return loss
+
+
+def choices_of(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100) -> Choices | None:
+    """Returns the labels against the other classes, None if there are no classes or too many of them.
+
+    Args:
+        logits: Shape (elements, classes).
+        labels: Classes, shape (elements,), int64.
+        ignore_index: Label of an element without one, for which class 0 stands in.
+
+    Example:
+        >>> choices_of(torch.tensor([[1.0, 4.0, 2.0]]), torch.tensor([1])).margins.tolist()
+        [2.0]
+    """
+    if logits.ndim != 2 or labels.is_floating_point() or not 2 <= logits.shape[1] <= _MAX_MARGIN_CLASSES:
+        return None
+    with torch.no_grad():
+        # Question-answering heads ignore the index one beyond the last class.
+        classes = labels.masked_fill(labels.eq(ignore_index), 0).unsqueeze(1)
+        others, rivals = logits.scatter(1, classes, float("-inf")).max(1)
+        return Choices(classes.squeeze(1), rivals, (logits.gather(1, classes).squeeze(1) - others).float())
 
 
 def is_even(counts: torch.Tensor) -> bool:
@@ -243,7 +281,7 @@ _CRITERIA: dict[Callable[..., Any], Callable[..., torch.Tensor]] = {
             F.smooth_l1_loss,
             F.huber_loss,
             F.binary_cross_entropy,
-            F.binary_cross_entropy_with_logits,
         )
     },
+    F.binary_cross_entropy_with_logits: CriterionCapture.binary_cross_entropy_with_logits,
 }

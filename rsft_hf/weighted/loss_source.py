@@ -17,6 +17,8 @@ from transformers.utils import logging
 
 from rsft_hf.distributed import sum_over_processes
 from rsft_hf.isolation import forked_rng, in_evaluation_mode, preserved_trainer_state
+from rsft_hf.weighted.label_margins import LabelMargins
+from rsft_hf.weighted.labels import labels_per_row
 from rsft_hf.weighted.losses import (
     PerExampleLoss,
     Reading,
@@ -53,6 +55,7 @@ class LossSource:
         is_from_training: Whether the losses are those of the training steps.
         importance_correction: Exponent in use.
         ledger: The losses and margins, in data-set order.
+        label_margins: The margins of the labels in the training steps, if the losses are taken from them.
         predictions: Prediction statistics of the last scoring pass, by name, each of shape (N,).
     """
 
@@ -77,6 +80,7 @@ class LossSource:
         self.importance_correction, self._per_example_loss = importance_correction, per_example_loss
         self._batch_size = batch_size
         self.ledger = LossLedger(len(trainer.train_dataset), ema_decay)
+        self.label_margins = LabelMargins(lambda: labels_per_row(trainer, trainer.train_dataset))
         self.predictions: dict[str, torch.Tensor] = {}
         self._reading: Reading | None = None
         self._is_measured = False
@@ -149,6 +153,8 @@ class LossSource:
                 "`per_example_loss`."
             )
         self.ledger.record(rows, losses, recording.row_margins())
+        if (labelled := recording.label_choices()) is not None:
+            self.label_margins.record(rows, *labelled)
 
     def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Returns the numbers and tensors that `load` needs. Collective."""
@@ -158,7 +164,7 @@ class LossSource:
             "importance_correction": self.importance_correction,
             "reading": None if self._reading is None else asdict(self._reading),
         }
-        tensors = self.ledger.state(self.trainer.accelerator)
+        tensors = self.ledger.state(self.trainer.accelerator) | self.label_margins.state(self.trainer.accelerator)
         tensors |= {f"prediction_{name}": values for name, values in self.predictions.items()}
         return numbers, tensors
 
@@ -174,6 +180,7 @@ class LossSource:
             name: tensors[f"prediction_{name}"] for name in PREDICTION_STATISTICS if f"prediction_{name}" in tensors
         }
         self.ledger.load(tensors, self.trainer.accelerator.is_main_process)
+        self.label_margins.load(tensors, self.trainer.accelerator.is_main_process)
 
     def _is_due(self, epoch: int) -> bool:
         if self._every_n_epochs is None:

@@ -22,7 +22,7 @@ import torch
 from accelerate.utils import recursively_apply
 from transformers import Trainer
 
-from rsft_hf.weighted.criterion import CriterionCall, CriterionCapture, corrected_count
+from rsft_hf.weighted.criterion import Choices, CriterionCall, CriterionCapture, choices_of, corrected_count
 
 Batch = Any  # what a collator returns: a mapping (BatchEncoding, BatchFeature, dict), a tuple or a tensor
 
@@ -99,8 +99,21 @@ class Recording:
         return self.capture.calls or self.fused_calls
 
     def row_margins(self) -> torch.Tensor | None:
-        """Returns the margins of the only criterion call, shape (num_rows,), or None."""
-        return self.calls[0].margins if len(self.calls) == 1 else None
+        """Returns the margins of the only call of a criterion over classes, shape (num_rows,), or None."""
+        (call,) = self.calls if len(self.calls) == 1 else (None,)
+        if call is None or call.choices is None or call.num_classes is None:
+            return None
+        return call.choices.margins if len(call.losses) == self.capture.num_rows else None
+
+    def label_choices(self) -> tuple[Choices, torch.Tensor] | None:
+        """Returns the labels against the model's other choices, and which elements have a label; None if unknown."""
+        if len(self.calls) == 1 and (choices := self.calls[0].choices) is not None:
+            return choices, self.calls[0].normalisers > 0
+        logits = logits_of(self.outputs)
+        if self.calls or logits is None or not isinstance(self.labels, torch.Tensor) or self.labels.ndim != 1:
+            return None
+        choices = choices_of(logits.detach(), self.labels)  # label smoothing, or a loss of the user's own
+        return None if choices is None else (choices, self.labels.ne(-100))
 
 
 @contextlib.contextmanager

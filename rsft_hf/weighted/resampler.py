@@ -21,15 +21,15 @@ from rsft_hf.isolation import forked_rng
 from rsft_hf.rejection import MAX_DRAWS, rejection_sample
 from rsft_hf.resampler import Resampler
 from rsft_hf.weighted.history import HISTORIES, EpochHistory
+from rsft_hf.weighted.label_report import LabelReport
+from rsft_hf.weighted.labels import class_labels, describe_labels, stored_classes
 from rsft_hf.weighted.loss_source import LossSource
 from rsft_hf.weighted.losses import PerExampleLoss
 from rsft_hf.weighted.measurement import PREDICTION_STATISTICS
 from rsft_hf.weighted.targets import (
-    class_labels,
     collapse,
     correction_factors,
     draw_metrics,
-    stored_classes,
     target_weights,
     try_weighting,
     with_factored_labels,
@@ -205,7 +205,19 @@ class LossResampler(Resampler):
         """Keeps the losses of the epoch that has ended, for `suspects`; logs nothing. Collective."""
         if (source := self._bound()).is_from_training:
             self._last_epoch = source.ledger.pending(source.trainer.accelerator)
+            source.label_margins.merge(source.trainer.accelerator)
         return {}
+
+    def label_report(self) -> LabelReport:
+        """Returns the probability that each label is wrong and the label the model prefers: see `LabelReport`.
+
+        Reads the training steps of all epochs that have ended; observe a plain run for it, as for `suspects`.
+
+        Raises:
+            RuntimeError: If no training step has been observed (`losses="training"`), or its loss compares no classes.
+        """
+        source = self._bound()
+        return LabelReport(source.label_margins, *describe_labels(source.trainer, source.trainer.train_dataset))
 
     @property
     def observes_rows(self) -> bool:

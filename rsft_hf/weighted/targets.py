@@ -3,10 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import datasets
-import numpy as np
 import torch
-from transformers import Trainer
 from transformers.utils import logging
 
 from rsft_hf.rejection import effective_sample_size, envelope_constant
@@ -17,7 +14,6 @@ from rsft_hf.weighted.weightings import ExampleStatistics, Weighting
 logger = logging.get_logger(__name__)
 
 COLLAPSED_SHARE = 0.1  # of the rows in the effective sample size, or of the other classes' rows among the draws
-_MAX_CLASSES = 10_000  # larger integers are no classes
 MIN_COUNTED = 10  # draws of other classes that must be expected, or their absence says nothing
 
 
@@ -57,49 +53,6 @@ def try_weighting(weighting: Weighting, num_rows: int, labels: torch.Tensor | No
     predictions = {name: torch.linspace(0.25, 0.75, num_rows, dtype=torch.float64) for name in PREDICTION_STATISTICS}
     histories = dict.fromkeys(HISTORIES, torch.stack((2 * losses, losses)))
     _weights_of(weighting, losses, torch.arange(num_rows), predictions | histories, labels)
-
-
-def class_labels(trainer: Trainer, dataset: Any) -> torch.Tensor:
-    """Returns the class of every row, shape (N,), int64; -100 for a row without one.
-
-    Raises:
-        ValueError: If the rows have no label column, or labels that are not single classes.
-    """
-    names = _label_columns(trainer)
-    if isinstance(dataset, datasets.Dataset):
-        # The stored column: a transform may rename it, and reading its rows may decode every image.
-        stored = dataset.with_format(None)
-        if name := next((name for name in names if name in stored.column_names), None):
-            classes = [_as_class(value) for value in stored[name]]
-            if None not in classes:
-                return torch.tensor(classes)
-    columns = list(dataset[0])
-    name = next((name for name in names if name in columns), None)
-    if name is None:
-        raise ValueError(
-            f"ClassBalanced needs a column with the class of each row: none of {names} is in {columns}. Rename the "
-            "column or name it in `TrainingArguments.label_names`."
-        )
-    values = [dataset[row][name] for row in range(len(dataset))]
-    classes = [_as_class(value) for value in values]
-    if None in classes:
-        row = classes.index(None)
-        raise ValueError(
-            f"ClassBalanced needs one integer class per row, but column {name!r} holds {values[row]!r} in row {row}. "
-            "Use a rule without classes."
-        )
-    return torch.tensor(classes)
-
-
-def stored_classes(trainer: Trainer, dataset: Any) -> torch.Tensor | None:
-    """Returns the class of every row of a `datasets.Dataset` with an integer label column, shape (N,), else None."""
-    if not isinstance(dataset, datasets.Dataset):
-        return None
-    name = next((name for name in _label_columns(trainer) if name in dataset.features), None)
-    if name is None or not str(getattr(dataset.features[name], "dtype", "")).startswith("int"):
-        return None
-    labels = torch.tensor([-100 if label is None else label for label in dataset.with_format(None)[name]])
-    return labels if int(labels.max()) < _MAX_CLASSES else None
 
 
 def draw_metrics(weights: torch.Tensor, indices: torch.Tensor) -> dict[str, float]:
@@ -220,10 +173,6 @@ def with_factored_labels(batches: Sequence[Any], factors: Sequence[torch.Tensor]
     return counted
 
 
-def _label_columns(trainer: Trainer) -> list[str]:
-    return list(dict.fromkeys([*(trainer.label_names or []), "labels", "label"]))
-
-
 def _weights_of(
     weighting: Weighting,
     losses: torch.Tensor,
@@ -258,12 +207,3 @@ def _validated(weighting: Weighting, weights: torch.Tensor, rows: torch.Tensor) 
             "finite and >= 0: end the rule with a clamp, or use Softmax for scores of either sign."
         )
     return weights
-
-
-def _as_class(value: Any) -> int | None:
-    """The class as an integer, -100 for a missing one, None for a value that is not a class."""
-    if value is None:
-        return -100
-    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and np.ndim(value) == 0:
-        value = value.item()
-    return int(value) if isinstance(value, (int, bool)) else None

@@ -32,6 +32,8 @@ def train(name: str, output_dir: Path, trainer_class: type = RejectionSamplingTr
     if trainer_class is RejectionSamplingTrainer:
         result["indices"] = trainer._progress.indices.tolist()
         result["table"] = trainer.resampler.table().to_pandas().fillna(-1).to_dict("list")
+        if trainer.resampler.losses == "training":
+            result["report"] = trainer.resampler.label_report().table().to_dict()
     return result
 
 

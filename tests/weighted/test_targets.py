@@ -1,18 +1,16 @@
-"""Target weights of the rows, class labels, metrics of the draws, and importance correction."""
+"""Target weights of the rows, metrics of the draws, and importance correction."""
 
 import logging
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
-import datasets
 import pytest
 import torch
 
 from rsft_hf import ClassBalanced, Clipped, Proportional, rejection_sample
 from rsft_hf.weighted import Entropy, ExampleStatistics, Learnability, Softmax
-from rsft_hf.weighted.targets import class_labels, correction_factors, draw_metrics, target_weights
+from rsft_hf.weighted.targets import correction_factors, draw_metrics, target_weights
 
 NAN = math.nan
 LOSSES = torch.tensor([2.0, NAN, 1.0, 0.0, NAN, 5.0], dtype=torch.float64)
@@ -115,71 +113,6 @@ def test_a_wrong_loss_is_named_with_its_row_in_the_data_set():
     losses[5] = -0.5  # the fourth of the rows with a loss
     with pytest.raises(ValueError, match=r"-0\.5 .*\b5\b"):
         target_weights(Proportional(), losses, {}, None)
-
-
-CLASSES = [3, 1, None, -100, 3]
-FORMS = {
-    "dataset": datasets.Dataset.from_dict({"labels": CLASSES}),
-    "dataset_label": datasets.Dataset.from_dict({"x": range(5), "label": CLASSES}),
-    "list": [{"x": 0, "labels": value} for value in CLASSES],
-    "tensors": [{"labels": torch.tensor(-100 if value is None else value)} for value in CLASSES],
-    "named": datasets.Dataset.from_dict({"labels": [0] * 5, "topic": CLASSES}),
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_class_labels(form):
-    trainer = SimpleNamespace(label_names=["topic"] if form == "named" else ["labels"])
-    labels = class_labels(trainer, FORMS[form])
-    assert labels.dtype == torch.int64
-    assert labels.tolist() == [3, 1, -100, -100, 3]
-
-
-@pytest.mark.parametrize("column", ["label", "fine_class"])
-def test_class_labels_under_a_transform(column):
-    """The stored column where there is one of a known name, else the rows as the transform returns them."""
-    stored = datasets.Dataset.from_dict({"image": [[0.0]] * 4, column: [2, 0, 1, 2]})
-    dataset = stored.with_transform(lambda batch: {"pixel_values": batch["image"], "labels": batch[column]})
-    assert class_labels(SimpleNamespace(label_names=["labels"]), dataset).tolist() == [2, 0, 1, 2]
-
-
-class Squares(torch.utils.data.Dataset):
-    """A map-style data set that computes its rows: torch asks for `__getitem__` and `__len__`, not for an end."""
-
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, row: int) -> dict[str, int]:
-        if row >= len(self):
-            raise AssertionError(f"row {row} was asked for")  # without this line, a loop over the rows never ends
-        return {"labels": row * row}
-
-
-def test_class_labels_of_a_data_set_that_never_says_stop():
-    assert class_labels(SimpleNamespace(label_names=None), Squares()).tolist() == [0, 1, 4, 9]
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ([[1, 2], [3, 4]], r"ClassBalanced needs one integer class per row, but column 'labels'"),
-        ([[1, 2], [3]], r"ClassBalanced needs one integer class per row, but column 'labels'"),
-        ([0.5, 1.5], r"ClassBalanced needs one integer class per row, but column 'labels' holds 0.5 in row 0"),
-        (["cat", "dog"], r"ClassBalanced needs one integer class per row, but column 'labels'"),
-    ],
-    ids=["sequences", "ragged_sequences", "floats", "strings"],
-)
-@pytest.mark.parametrize("make", [lambda rows: datasets.Dataset.from_list(rows), list], ids=["dataset", "list"])
-def test_labels_that_are_no_classes_are_refused(values, message, make):
-    with pytest.raises(ValueError, match=message):
-        class_labels(SimpleNamespace(label_names=["labels"]), make([{"labels": value} for value in values]))
-
-
-def test_a_missing_label_column_is_named():
-    message = r"none of \['start', 'labels', 'label'\] is in \['text'\]"
-    for dataset in (datasets.Dataset.from_dict({"text": ["a"]}), [{"text": "a"}]):
-        with pytest.raises(ValueError, match=message):
-            class_labels(SimpleNamespace(label_names=["start"]), dataset)
 
 
 def test_draw_metrics_by_hand():

@@ -1,0 +1,288 @@
+"""LabelReport: probability that each label is wrong, the label the model prefers, and the data set without the errors.
+
+margins of the training steps (LabelMargins) -> error_probabilities -> LabelReport -> table, drop, relabel
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import torch
+
+from rsft_hf.checks import check_interval
+from rsft_hf.weighted.label_margins import LabelMargins
+from rsft_hf.weighted.labels import IGNORED, LABEL_COLUMNS, stored_labels
+
+_MIN_GROUP = 10  # labels in a group for a scale of its own
+
+# Weak normal priors, mean and deviation: log k, so that the model errs on 2 % at its median margin; log-odds of r, 8 %
+# (0.4 to 63 at two deviations); and how far those of a class are from it, a factor of 4 at two deviations.
+_PRIORS = ((1.4, 0.7), (-2.5, 1.5), (0.0, 0.7))
+
+
+def error_probabilities(margins: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Returns the probability that each label is wrong, from the margins by which the model agrees with it.
+
+    A label contradicts the model because it is wrong and the model right, or because it is right and the model wrong:
+    P(contradicts) = r (1 - e) + (1 - r) e, random classification noise (Angluin & Laird 1988). The error rate r of the
+    labels belongs to the predicted class; the model's error e = 1 / (1 + exp(k |m|)) falls with its margin. Labels that
+    contradict the model where it is surest tell r from e; r and k are those of maximum posterior probability, and
+    P(wrong | m) = sigmoid(logit r - k m).
+
+    Args:
+        margins: Mean margin of each label, shape (L,), > 0 where the model agrees; finite.
+        groups: Class that the model predicts for each label, shape (L,), int64; k is in units of the median |m| of
+            the class.
+
+    Returns:
+        Shape (L,), float64, in (0, 1).
+
+    Example:
+        >>> sizes, is_wrong = torch.linspace(0.1, 3, 100), torch.arange(100) % 10 == 3
+        >>> margins = torch.where(is_wrong, -sizes, sizes)  # a tenth contradicts, however sure the model is
+        >>> error_probabilities(margins, torch.zeros(100, dtype=torch.int64)).sum().round()
+        tensor(9., dtype=torch.float64)
+    """
+    _, groups = groups.unique(return_inverse=True)
+    scaled = margins.double() / _scales(margins.double().abs(), groups)
+    contradicts = scaled < 0
+    # Log of k, log-odds of r, and how far those of each class are from it.
+    kinds = torch.tensor([0, 1, *[2] * (1 + int(groups.max()))])
+    means, deviations = torch.tensor(_PRIORS, dtype=torch.float64)[kinds].unbind(1)
+    parameters = means.clone().requires_grad_()
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        rate = torch.sigmoid(parameters[1] + parameters[2:])[groups]
+        model_error = torch.sigmoid(-parameters[0].exp() * scaled.abs())
+        chance = (rate * (1 - model_error) + (1 - rate) * model_error).clamp(1e-12, 1 - 1e-12)
+        likelihood = torch.where(contradicts, chance.log(), (1 - chance).log()).sum()
+        value = ((parameters - means) / deviations).square().sum() / 2 - likelihood
+        value.backward()
+        return value
+
+    optimizer = torch.optim.LBFGS([parameters], max_iter=200, line_search_fn="strong_wolfe")
+    with torch.enable_grad():
+        optimizer.step(loss)
+    log_slope, log_odds, of_class = parameters.detach().split([1, 1, len(parameters) - 2])
+    return torch.sigmoid((log_odds + of_class)[groups] - log_slope.exp() * scaled)
+
+
+def _scales(sizes: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Median of the sizes in the group of each label, shape (L,); of all labels for a group of a few."""
+    medians = sizes.median().repeat(int(groups.max()) + 1)
+    order = groups.argsort(stable=True)
+    for group, of_group in enumerate(sizes[order].split(groups.bincount().tolist())):
+        if len(of_group) >= _MIN_GROUP:
+            medians[group] = of_group.median()
+    return medians.clamp(min=1e-12)[groups]
+
+
+class LabelReport:
+    """Label errors that a training run found: their probability, their number, and the labels the model prefers.
+
+    The estimate is low where the model cannot learn the task, or learns the wrong labels by heart: observe a plain run
+    with the epochs and the learning rate that generalise best.
+
+    Args:
+        margins: Margins of all labels over the run.
+        kind: "class" (one label per row), "token" (a list of classes per row) or "multi_label" (a list of 0 and 1).
+        column: Name of the label column.
+        class_names: Names of the classes, for the tables; None for their numbers.
+
+    Attributes:
+        rows: Row of each label, shape (L,), int64.
+        positions: Position of each label among the labels of its row, shape (L,), int64.
+        labels: The given labels, shape (L,), int64, -1 for a label that was not read.
+        suggestions: The labels that the model prefers, shape (L,), int64; the given one where it agrees.
+        margins: Mean margin of each label, shape (L,), float64, NaN for a label that was not read.
+        probabilities: Probability that a label is wrong, shape (L,), float64, NaN for a label that was not read.
+
+    Raises:
+        RuntimeError: If no label has been read, or the margins cannot be assigned to the labels.
+
+    Example:
+        >>> from accelerate import Accelerator
+        >>> from rsft_hf.weighted.criterion import Choices
+        >>> margins, given = LabelMargins(lambda: torch.ones(100, dtype=torch.int64)), torch.arange(100) % 2
+        >>> sizes = 2 + torch.arange(100) / 50
+        >>> signs = torch.where(torch.arange(100) % 10 == 3, -1, 1)  # where the model prefers the other class
+        >>> choices = Choices(given, 1 - given, signs * sizes)
+        >>> margins.record(list(range(100)), choices, torch.ones(100, dtype=torch.bool))
+        >>> margins.merge(Accelerator(cpu=True))
+        >>> report = LabelReport(margins, "class", "label")
+        >>> report
+        LabelReport(100 labels, about 10 wrong)
+        >>> len(report.drop(datasets.Dataset.from_dict({"label": given.tolist()})))
+        90
+    """
+
+    def __init__(
+        self, margins: LabelMargins, kind: str, column: str = "labels", class_names: Sequence[str] | None = None
+    ) -> None:
+        if margins.problem is not None:
+            raise RuntimeError(
+                f"The margins of the training steps cannot be assigned to the labels: {margins.problem}. A label "
+                "report needs one class, a list of classes (tokens), or a list of 0 and 1 (multi-label) per row."
+            )
+        total = margins.total
+        if total is None or not bool((total.num_reads > 0).any()):
+            raise RuntimeError(
+                "No label has been read yet, or the loss does not compare classes (2 to 1,024). Call `label_report()` "
+                'after an epoch of LossResampler(losses="training").'
+            )
+        self.kind, self._column, self._names = kind, column, class_names
+        self._num_per_row = margins.num_per_row
+        self.rows = torch.arange(len(self._num_per_row)).repeat_interleave(self._num_per_row)
+        first = self._num_per_row.cumsum(0) - self._num_per_row
+        self.positions = torch.arange(len(self.rows)) - first[self.rows]
+        self.labels, is_read = total.labels, total.num_reads > 0
+        self.margins = total.sums / total.num_reads
+        self.suggestions = torch.where(self.margins < 0, total.rivals, total.labels)
+        # Of a multi-label task each class is a problem of its own.
+        groups = 2 * self.positions + self.suggestions if kind == "multi_label" else self.suggestions
+        self.probabilities = torch.full_like(self.margins, float("nan"))
+        self.probabilities[is_read] = error_probabilities(self.margins[is_read], groups[is_read])
+
+    @property
+    def num_errors(self) -> float:
+        """Expected number of wrong labels, among those that were read."""
+        return float(self.probabilities.nansum())
+
+    def __repr__(self) -> str:
+        return f"LabelReport({len(self.labels)} labels, about {self.num_errors:.0f} wrong)"
+
+    def table(self, dataset: datasets.Dataset | None = None, num_labels: int | None = None) -> datasets.Dataset:
+        """Returns one line per label, most probably wrong first, for people to correct: `to_csv`, `to_parquet`.
+
+        Args:
+            dataset: Data set of the same rows, whose other columns (texts, say) are added.
+            num_labels: Number of lines; all labels that were read by default.
+
+        Returns:
+            Columns `row`, `position` (not for "class"), `given_label`, `suggested_label`, `error_probability`, `margin`
+            (mean over the reads of the label's logit minus the largest other one), and those of `dataset`.
+
+        Raises:
+            ValueError: If `dataset` has another number of rows.
+        """
+        num_read = int(self.probabilities.isfinite().sum())
+        order = self.probabilities.nan_to_num(-1.0).argsort(descending=True, stable=True)
+        order = order[: num_read if num_labels is None else min(num_labels, num_read)]
+        columns = {
+            "row": self.rows,
+            "position": self.positions,
+            "given_label": self.labels,
+            "suggested_label": self.suggestions,
+            "error_probability": self.probabilities,
+            "margin": self.margins,
+        }
+        if self.kind == "class":
+            del columns["position"]
+        lines: dict[str, Any] = {name: values[order].tolist() for name, values in columns.items()}
+        if self._names is not None and self.kind != "multi_label":
+            for name in ("given_label", "suggested_label"):
+                lines[name] = [self._names[label] for label in lines[name]]
+        table = datasets.Dataset.from_dict(lines)
+        if dataset is None:
+            return table
+        self._check_length(dataset)
+        hidden = {*table.column_names, self._label_column(dataset)}
+        if not (shown := [name for name in dataset.column_names if name not in hidden]):
+            return table
+        others = dataset.with_format(None).select_columns(shown).select(lines["row"]).flatten_indices()
+        return datasets.concatenate_datasets([table, others], axis=1)
+
+    def drop(self, dataset: datasets.Dataset, threshold: float = 0.5) -> datasets.Dataset:
+        """Returns the data set without the labels that are wrong with a probability above `threshold`.
+
+        Rows with such a label are left out; of token labels only the label itself, which becomes -100.
+
+        Args:
+            dataset: The training set, or another data set of the same rows and labels.
+            threshold: In [0, 1].
+
+        Raises:
+            ValueError: If `dataset` has other rows or labels.
+        """
+        is_wrong = self._is_wrong(threshold)
+        if self.kind == "token":
+            return self._with_labels(dataset, is_wrong, torch.full_like(self.labels, IGNORED))
+        self._check_labels(dataset)
+        is_kept = torch.ones(len(dataset), dtype=torch.bool).index_fill(0, self.rows[is_wrong], False)
+        return dataset.select(is_kept.nonzero().flatten().tolist())
+
+    def relabel(self, dataset: datasets.Dataset, threshold: float = 0.5) -> datasets.Dataset:
+        """Returns the data set with the model's labels for those that are wrong with a probability above `threshold`.
+
+        Args:
+            dataset: The training set, or another data set of the same rows and labels.
+            threshold: In [0, 1].
+
+        Raises:
+            ValueError: If `dataset` has other rows or labels.
+        """
+        return self._with_labels(dataset, self._is_wrong(threshold), self.suggestions)
+
+    def _is_wrong(self, threshold: float) -> torch.Tensor:
+        check_interval("threshold", threshold, "[0, 1]")
+        return self.probabilities > threshold
+
+    def _with_labels(
+        self, dataset: datasets.Dataset, is_changed: torch.Tensor, values: torch.Tensor
+    ) -> datasets.Dataset:
+        """The data set with other values for the changed labels, all of shape (L,)."""
+        column = self._check_labels(dataset)
+        labels = list(dataset.with_format(None)[column])
+        places: dict[int, list[int]] = {}
+        for at in is_changed.nonzero().flatten().tolist():
+            row, value = int(self.rows[at]), int(values[at])
+            if self.kind == "class":
+                labels[row] = value
+                continue
+            if row not in places:
+                places[row] = [
+                    place for place, label in enumerate(labels[row]) if label is not None and label != IGNORED
+                ]
+                labels[row] = list(labels[row])
+            labels[row][places[row][int(self.positions[at])]] = value
+        names, feature = dataset.column_names, dataset.features[column]
+        changed = dataset.add_column("changed labels", labels, feature=feature).remove_columns(column)
+        return changed.rename_column("changed labels", column).select_columns(names)
+
+    def _label_column(self, dataset: datasets.Dataset) -> str | None:
+        return next((name for name in (self._column, *LABEL_COLUMNS) if name in dataset.column_names), None)
+
+    def _check_length(self, dataset: Any) -> None:
+        if not isinstance(dataset, datasets.Dataset):
+            raise TypeError(f"`dataset` must be a datasets.Dataset, got {type(dataset).__name__}.")
+        if len(dataset) != len(self._num_per_row):
+            raise ValueError(
+                f"`dataset` has {len(dataset)} rows and the report is of {len(self._num_per_row)}. Pass the training "
+                "set, or one with the same rows in the same order."
+            )
+
+    def _check_labels(self, dataset: datasets.Dataset) -> str:
+        """The name of the label column, after comparing its labels with those of the report."""
+        self._check_length(dataset)
+        column = self._label_column(dataset)
+        stored = None if column is None else stored_labels(dataset, column)
+        if column is None or stored is None or stored.kind != self.kind:
+            raise ValueError(
+                f"`dataset` has no column {self._column!r} with labels as they were trained on ({self.kind}): its "
+                f"columns are {dataset.column_names}. Rename the column, or encode its labels as integers."
+            )
+        if not torch.equal(stored.num_per_row, self._num_per_row):
+            row = int((stored.num_per_row != self._num_per_row).int().argmax())
+            raise ValueError(
+                f"Row {row} of `dataset` has {int(stored.num_per_row[row])} labels and the report is of "
+                f"{int(self._num_per_row[row])}. Pass the data set that was trained on."
+            )
+        is_other = (stored.values != self.labels) & (self.labels >= 0)
+        if bool(is_other.any()):
+            at = int(is_other.int().argmax())
+            raise ValueError(
+                f"Row {int(self.rows[at])} of `dataset` has the label {int(stored.values[at])} and was trained on with "
+                f"{int(self.labels[at])}. Pass the training set, or one with the same rows in the same order."
+            )
+        return column

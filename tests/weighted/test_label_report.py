@@ -1,0 +1,316 @@
+"""Label reports: error probabilities, margins of the training steps, tables, dropping and relabelling."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import transformers as hf
+from accelerate import Accelerator
+
+import runs
+from rsft_hf import LossResampler, RejectionSamplingTrainer
+from rsft_hf.weighted import LabelReport
+from rsft_hf.weighted.criterion import Choices
+from rsft_hf.weighted.label_margins import LabelMargins
+from rsft_hf.weighted.label_report import error_probabilities
+
+CPU = Accelerator(cpu=True)
+
+
+def choices(labels: list[int], rivals: list[int], margins: list[float]) -> Choices:
+    return Choices(torch.tensor(labels), torch.tensor(rivals), torch.tensor(margins))
+
+
+def drawn_from_the_law(num_labels: int, rates: list[float], slope: float, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Margins, predicted classes and wrong labels of the model that `error_probabilities` assumes."""
+    generator = torch.Generator().manual_seed(seed)
+    uniform = lambda: torch.rand(num_labels, generator=generator, dtype=torch.float64)  # noqa: E731
+    sizes, groups = 0.2 + 2 * uniform(), (uniform() * len(rates)).long()
+    is_wrong = uniform() < torch.tensor(rates, dtype=torch.float64)[groups]
+    is_model_wrong = uniform() < torch.sigmoid(-slope * sizes)
+    return torch.where(is_wrong ^ is_model_wrong, -sizes, sizes), groups, is_wrong
+
+
+@pytest.mark.parametrize("rates", [[0.15, 0.15, 0.15], [0.3, 0.02, 0.1], [0.0, 0.0, 0.0]])
+def test_probabilities_are_calibrated_under_their_law(rates):
+    margins, groups, is_wrong = drawn_from_the_law(30_000, rates, slope=3.0)
+    probabilities = error_probabilities(margins, groups)
+    for group in range(3):  # the estimated number of errors of each class
+        expected = int(is_wrong[groups == group].sum())
+        assert float(probabilities[groups == group].sum()) == pytest.approx(expected, rel=0.1, abs=25)
+    for low in (0.1, 0.3, 0.5, 0.7, 0.9):  # of the labels said to be wrong with p, the share p is
+        bin_ = (probabilities > low - 0.1) & (probabilities <= low + 0.1)
+        if int(bin_.sum()) > 300:
+            assert float(is_wrong[bin_].double().mean()) == pytest.approx(float(probabilities[bin_].mean()), abs=0.06)
+
+
+def test_probabilities_by_hand():
+    """r = 1/10, k = 3: sigmoid(logit r - k m) is r / (r + (1 - r) e^(k m))."""
+    margins, groups, _ = drawn_from_the_law(200_000, [0.1], slope=3.0)
+    found = error_probabilities(torch.cat([margins, torch.tensor([-1.0, 1.0])]), torch.cat([groups, groups[:2]]))[-2:]
+    assert found.tolist() == pytest.approx(
+        [0.1 / (0.1 + 0.9 * math.exp(-3)), 0.1 / (0.1 + 0.9 * math.exp(3))], abs=0.03
+    )
+
+
+def test_a_contradiction_of_a_sure_model_is_an_error_and_agreement_is_none():
+    sizes, is_tenth = torch.linspace(0.2, 3.0, 1000), torch.arange(1000) % 10 == 3
+    assert float(error_probabilities(sizes, torch.zeros(1000, dtype=torch.int64)).sum()) < 1
+    probabilities = error_probabilities(torch.where(is_tenth, -sizes, sizes), torch.arange(1000) % 2)
+    assert probabilities[is_tenth & (sizes > 1)].min() > 0.9
+    assert probabilities[~is_tenth & (sizes > 1)].max() < 0.05
+    assert float(probabilities.sum()) == pytest.approx(100, abs=10)
+
+
+def test_margins_by_hand():
+    """Rows of 1, 0, 2 labels; row 2 is drawn twice in the second batch, once with its second label lower."""
+    margins = LabelMargins(lambda: torch.tensor([1, 0, 2]))
+    everything = torch.ones(4, dtype=torch.bool)
+    margins.record(
+        [2, 0], choices([3, 4, 7, 0], [1, 1, 2, 0], [1.0, 2.0, -1.0, 9.0]), everything & (torch.arange(4) < 3)
+    )
+    margins.record([2, 2], choices([3, 4, 3, 4], [5, 6, 7, 8], [2.0, -3.0, 0.5, math.inf]), everything)
+    margins.merge(CPU)
+    total = margins.total
+    assert total.sums.tolist() == [-1, 3.5, -1]
+    assert total.num_reads.tolist() == [1, 3, 2]
+    assert total.labels.tolist() == [7, 3, 4]
+    assert total.lowest.tolist() == [-1, 0.5, -3]
+    assert total.rivals.tolist() == [2, 7, 6]
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_margins_go_on_from_their_state(at):
+    batches = [([0, 1], choices([0, 1], [1, 2], [0.5, -1.0])), ([1, 1], choices([1, 1], [0, 3], [-2.0, -3.0]))]
+    whole, cut = (LabelMargins(lambda: torch.ones(2, dtype=torch.int64)) for _ in range(2))
+    for number, batch in enumerate(batches):
+        if number == at:
+            resumed = LabelMargins(lambda: torch.ones(2, dtype=torch.int64))
+            resumed.load(cut.state(CPU), is_main_process=True)
+            cut = resumed
+        for one in (whole, cut):
+            one.record(*batch, torch.ones(2, dtype=torch.bool))
+    for one in (whole, cut):
+        one.merge(CPU)
+    assert {name: values.tolist() for name, values in vars(whole.total).items()} == {
+        name: values.tolist() for name, values in vars(cut.total).items()
+    }
+    fresh = LabelMargins(lambda: torch.ones(2, dtype=torch.int64))
+    fresh.load({}, is_main_process=True)
+    assert fresh.total is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_elements", "message"),
+    [
+        ([0, 1], 3, r"the loss of 2 rows has 3 elements"),
+        ([1, 0], 4, r"row 1 has 1 labels in the data set and 2 in its"),
+    ],
+)
+def test_margins_that_are_not_those_of_the_labels_are_refused(rows, num_elements, message):
+    margins = LabelMargins(lambda: torch.ones(2, dtype=torch.int64))
+    zeros = [0] * num_elements
+    margins.record(rows, choices(zeros, zeros, [1.0] * num_elements), torch.ones(num_elements, dtype=torch.bool))
+    margins.merge(CPU)
+    with pytest.raises(RuntimeError, match=message):
+        LabelReport(margins, "class")
+
+
+def report_of(kind: str, num_per_row: list[int], labels: list[int], wrong: list[int]) -> LabelReport:
+    """A report of sure margins, negative at the given places with the class one above as the rival."""
+    margins = LabelMargins(lambda: torch.tensor(num_per_row))
+    first = 0
+    for row, count in enumerate(num_per_row):
+        own = labels[first : first + count]
+        sizes = [-3.0 if place in wrong else 3.0 + place / 100 for place in range(first, first + count)]
+        rivals = [1 - label if kind == "multi_label" else label + 1 for label in own]
+        margins.record([row], choices(own, rivals, sizes), torch.ones(count, dtype=torch.bool))
+        first += count
+    margins.merge(CPU)
+    return LabelReport(margins, kind)
+
+
+def test_classes_are_dropped_and_relabelled():
+    labels = [0, 1] * 30
+    report = report_of("class", [1] * 60, labels, wrong=[4, 9])
+    assert report.num_errors == pytest.approx(2, abs=1)
+    rows = datasets.Dataset.from_dict({"text": [f"text {row}" for row in range(60)], "label": labels})
+    assert report.drop(rows)["text"][:6] == ["text 0", "text 1", "text 2", "text 3", "text 5", "text 6"]
+    assert len(report.drop(rows)) == 58
+    relabelled = report.relabel(rows)
+    assert relabelled.column_names == ["text", "label"]
+    assert relabelled["label"][:] == [{4: 1, 9: 2}.get(row, label) for row, label in enumerate(labels)]
+    assert report.relabel(rows, threshold=1.0)["label"][:] == labels
+    table = report.table(rows, num_labels=3)
+    assert table.column_names == ["row", "given_label", "suggested_label", "error_probability", "margin", "text"]
+    assert sorted(table["row"][:2]) == [4, 9]
+    assert table["text"][:2] == [f"text {row}" for row in table["row"][:2]]
+    assert table["error_probability"][:] == sorted(table["error_probability"][:], reverse=True)
+    assert len(report.table()) == 60
+
+
+def test_names_of_classes_stand_in_the_table_and_survive_a_change():
+    feature = datasets.ClassLabel(names=["no", "yes", "maybe"])
+    labels = [0, 1] * 30
+    margins_report = report_of("class", [1] * 60, labels, wrong=[4])
+    margins_report._names = feature.names
+    rows = datasets.Dataset.from_dict({"labels": labels}, features=datasets.Features({"labels": feature}))
+    line = margins_report.table(rows)[0]
+    assert (line["given_label"], line["suggested_label"]) == ("no", "yes")
+    assert margins_report.relabel(rows).features["labels"] == feature
+
+
+def test_a_token_is_masked_or_relabelled_alone():
+    tags = [[0, -100, 1], [-100, 2, 0, 1]] * 20
+    labels = [tag for row in tags for tag in row if tag != -100]
+    report = report_of("token", [2, 3] * 20, labels, wrong=[1, 7])  # the second tag of row 0, the first of row 3
+    rows = datasets.Dataset.from_dict({"labels": tags})
+    assert report.drop(rows)["labels"][:4] == [[0, -100, -100], [-100, 2, 0, 1], [0, -100, 1], [-100, -100, 0, 1]]
+    assert report.relabel(rows)["labels"][:4] == [[0, -100, 2], [-100, 2, 0, 1], [0, -100, 1], [-100, 3, 0, 1]]
+    assert report.table(num_labels=2).column_names[:2] == ["row", "position"]
+    assert sorted(zip(*report.table(num_labels=2).select_columns(["row", "position"])[:].values(), strict=True)) == [
+        (0, 1), (3, 0)]  # fmt: skip
+    assert report.table(rows).column_names == report.table().column_names
+
+
+def test_multi_label_rows():
+    sets = [[0.0, 1.0], [1.0, 0.0]] * 30
+    labels = [int(value) for row in sets for value in row]
+    report = report_of("multi_label", [2] * 60, labels, wrong=[3])
+    rows = datasets.Dataset.from_dict({"labels": sets})
+    assert report.relabel(rows)["labels"][:3] == [[0, 1], [1, 1], [0, 1]]
+    assert len(report.drop(rows)) == 59
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda rows: rows.select(range(59)), ValueError, r"`dataset` has 59 rows and the report is of 60"),
+        (lambda rows: rows.rename_column("labels", "topic"), ValueError, r"no column 'labels' .*\['topic'\]"),
+        (lambda rows: rows.shuffle(seed=1), ValueError, r"Row \d+ of `dataset` has the label \d and was trained"),
+        (lambda rows: rows.select([*range(59), 0]).map(lambda row, at: {"labels": None if at == 3 else row["labels"]},
+         with_indices=True), ValueError, r"Row 3 of `dataset` has 0 labels and the report is of 1"),
+        (lambda rows: rows.to_list(), TypeError, r"must be a datasets.Dataset, got list"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("method", ["drop", "relabel"])
+def test_another_data_set_is_refused(change, error, message, method):
+    labels = [0, 1] * 30
+    report = report_of("class", [1] * 60, labels, wrong=[4])
+    with pytest.raises(error, match=message):
+        getattr(report, method)(change(datasets.Dataset.from_dict({"labels": labels})))
+
+
+def test_a_threshold_outside_of_its_interval_is_refused():
+    report = report_of("class", [1] * 20, [0, 1] * 10, wrong=[4])
+    with pytest.raises(ValueError, match=r"`threshold`=50 must lie in \[0, 1\]"):
+        report.drop(datasets.Dataset.from_dict({"labels": [0, 1] * 10}), threshold=50)
+
+
+NUM_ROWS, WRONG = 120, [5, 17, 40, 63, 88, 101]
+
+
+def learnable(num_rows: int = NUM_ROWS) -> list[dict[str, Any]]:
+    """Rows whose label is told by every word: even or odd words alone."""
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for number in range(num_rows):
+        label = number % 2
+        ids = (2 * torch.randint(3, 20, (6,), generator=generator) + label).tolist()
+        rows.append({"input_ids": ids, "attention_mask": [1] * 6, "labels": label})
+    return rows
+
+
+def observed(tmp_path: Path, dataset: Any, model: Any = None, num_epochs: int = 3, **keywords: Any) -> Any:
+    args = {"num_train_epochs": num_epochs, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
+    resampler = LossResampler(losses="training", warmup_epochs=num_epochs)
+    model = runs.bert(dropout=0.0) if model is None else model
+    return runs.trained(RejectionSamplingTrainer, tmp_path, train_dataset=dataset, model=model,
+                        args=args | keywords.pop("args", {}), resampler=resampler, **keywords)  # fmt: skip
+
+
+def flipped(rows: list[dict[str, Any]]) -> datasets.Dataset:
+    for row in WRONG:
+        rows[row]["labels"] = 1 - rows[row]["labels"]
+    return datasets.Dataset.from_list(rows)
+
+
+def test_planted_errors_of_a_run_are_found_and_repaired(tmp_path):
+    dataset = flipped(learnable())
+    trainer = observed(tmp_path, dataset)
+    report = trainer.resampler.label_report()
+    assert sorted(report.table(num_labels=len(WRONG))["row"][:]) == WRONG
+    assert report.num_errors == pytest.approx(len(WRONG), abs=2)
+    assert len(report.drop(dataset)) == NUM_ROWS - len(WRONG)
+    assert report.relabel(dataset)["labels"][:] == [row["labels"] for row in learnable()]
+
+
+@pytest.mark.parametrize(
+    "args", [{"label_smoothing_factor": 0.1}, {"bf16": True, "use_cpu": True}], ids=["smoothed", "bf16"]
+)
+def test_errors_are_found_whatever_computes_the_loss(tmp_path, args):
+    report = observed(tmp_path, flipped(learnable()), args=args).resampler.label_report()
+    assert sorted(report.table(num_labels=len(WRONG))["row"][:]) == WRONG
+
+
+def test_tokens_and_multi_labels_of_a_run(tmp_path):
+    config = runs.bert(dropout=0.0).config
+    rows = learnable()
+    for row in rows:
+        row["labels"] = [-100, *[word % 2 for word in row["input_ids"][1:]]]
+    rows[7]["labels"][3] = 1 - rows[7]["labels"][3]
+    dataset = datasets.Dataset.from_list(rows)
+    torch.manual_seed(0)
+    model = hf.BertForTokenClassification(config)
+    report = observed(tmp_path, dataset, model=model).resampler.label_report()
+    assert (report.kind, len(report.labels)) == ("token", 5 * NUM_ROWS)
+    line = report.table()[0]
+    assert (line["row"], line["position"], line["error_probability"] > 0.5) == (7, 2, True)
+    assert report.drop(dataset)["labels"][7][3] == -100
+
+    rows = learnable()
+    for row in rows:
+        row["labels"] = [float(row["labels"]), float(1 - row["labels"])]
+    rows[7]["labels"] = [1.0, 1.0]
+    dataset = datasets.Dataset.from_list(rows)
+    config.problem_type = "multi_label_classification"
+    torch.manual_seed(0)
+    model = hf.BertForSequenceClassification(config)
+    collate = lambda rows: {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}  # noqa: E731
+    report = observed(tmp_path, dataset, model=model, data_collator=collate).resampler.label_report()
+    line = report.table()[0]
+    assert report.kind == "multi_label"
+    assert (line["row"], line["position"], line["given_label"], line["suggested_label"]) == (7, 1, 1, 0)
+
+
+def test_the_report_of_a_resumed_run_is_that_of_the_whole_run(tmp_path):
+    dataset = flipped(learnable())
+    whole = observed(tmp_path / "whole", dataset, num_epochs=3, args={"save_strategy": "steps", "save_steps": 20})
+    cut = observed(tmp_path / "cut", dataset, num_epochs=3, resume=str(tmp_path / "whole" / "checkpoint-20"))
+    first, second = (trainer.resampler.label_report() for trainer in (whole, cut))
+    assert torch.equal(first.probabilities, second.probabilities)
+    assert torch.equal(first.suggestions, second.suggestions)
+
+
+@pytest.mark.parametrize("resampler", [LossResampler(lambda losses: losses), None], ids=["forward", "untrained"])
+def test_a_run_without_margins_says_so(tmp_path, resampler):
+    trainer = runs.trained(RejectionSamplingTrainer, tmp_path, resampler=resampler, args={"max_steps": 1})
+    if resampler is None:
+        trainer = RejectionSamplingTrainer(runs.bert(), runs.arguments(tmp_path), runs.collate, runs.rows())
+        trainer.get_train_dataloader()
+    with pytest.raises(RuntimeError, match=r'No label has been read yet.*LossResampler\(losses="training"\)'):
+        trainer.resampler.label_report()
+
+
+def test_a_language_model_has_no_label_report(tmp_path):
+    import zoo
+
+    case = next(case for case in zoo.CASES if case.name == "gpt2_lm")
+    resampler = LossResampler(losses="training")
+    trainer = case.trainer(tmp_path, RejectionSamplingTrainer, {"num_train_epochs": 1}, resampler=resampler)
+    trainer.train()
+    with pytest.raises(RuntimeError, match=r"cannot be assigned to the labels: row \d+ has 1 labels"):
+        resampler.label_report()
