@@ -8,7 +8,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -197,6 +197,26 @@ def suspects_left_out(share: float | None) -> Callable[[Run], hf.Trainer]:
     return arm
 
 
+def cleaned(method: str) -> Callable[[Run], hf.Trainer]:
+    """Observes a plain run, drops or relabels what its label report says is wrong, retrains."""
+
+    def arm(run: Run) -> hf.Trainer:
+        observer = run.observer()
+        run.train(observer)
+        report = observer.label_report()
+        rows = np.flatnonzero(report.probabilities > 0.5)
+        gaps = np.bincount((10 * report.probabilities).int(), report.probabilities - run.case.is_flipped)
+        run.found["report_ece"] = float(np.abs(gaps).sum() / run.num_rows)
+        run.found["estimated_errors"], run.found["true_errors"] = report.num_errors, int(run.case.is_flipped.sum())
+        if method == "drop":
+            return retrained(run, rows)
+        case = replace(run.case, train=report.relabel(run.case.train))
+        run.found["relabelled"] = len(rows)
+        return run.train(case=case)
+
+    return arm
+
+
 def cleanlab_left_out(run: Run) -> hf.Trainer:
     """cleanlab's label issues from probabilities of the same model, cross-validated in five parts, left out."""
     from cleanlab.filter import find_label_issues  # an optional dependency
@@ -271,6 +291,8 @@ ARMS: dict[str, Callable[[Run], hf.Trainer]] = {
     "observed": observed,
     "suspects_out": suspects_left_out(None),
     "suspects_out_10": suspects_left_out(0.1),
+    "report_dropped": cleaned("drop"),
+    "report_relabelled": cleaned("relabel"),
     "cleanlab_out": cleanlab_left_out,
     "oracle_out": oracle,
     # less compute
@@ -293,7 +315,7 @@ EVERYWHERE = (
     "control", "variance", "progress",
 )  # fmt: skip
 NOISE = ("leave_out_10", "soft_leave_out_10", "drop_top", "margin", "observed", "suspects_out", "suspects_out_10",
-         "cleanlab_out", "oracle_out")  # fmt: skip
+         "report_dropped", "report_relabelled", "cleanlab_out", "oracle_out")  # fmt: skip
 IMBALANCE = ("class_balanced", "class_balanced_capped", "class_weighted_loss", "logit_adjustment", "focal_loss",
              "weighted_sampler")  # fmt: skip
 COMPUTE = tuple(name for name in ARMS if name.endswith(("_60", "_40")))

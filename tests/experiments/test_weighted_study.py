@@ -50,7 +50,17 @@ def test_a_minority_has_the_share_it_says():
 
 
 @pytest.mark.parametrize(
-    "arm", ["plain", "corrected_training", "control", "class_balanced", "logit_adjustment", "oracle_out"]
+    "arm",
+    [
+        "plain",
+        "corrected_training",
+        "control",
+        "class_balanced",
+        "logit_adjustment",
+        "oracle_out",
+        "report_dropped",
+        "report_relabelled",
+    ],
 )
 def test_arms_start_alike_and_take_the_same_steps(loader, arm):
     line = weighted_study.one_run(loader, "digits", arm, seed=1)
