@@ -1,10 +1,9 @@
-"""LabelMargins: running mean of every label's margin over the training steps, the evidence of `LabelReport`.
+"""LabelMargins: mean margin of every label in the training steps of each epoch, the evidence of `LabelReport`.
 
 A row has one label (a class), or several (the tags of its tokens, the classes of a multi-label task); the labels of all
 rows lie in one array, row after row.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,13 +13,13 @@ from accelerate import Accelerator
 from rsft_hf.distributed import gather_lists, sum_over_processes
 from rsft_hf.weighted.criterion import Choices
 
-MAX_LABELS = 2**24  # of a data set; 28 bytes each
+MAX_LABELS = 2**23  # of a data set; 8 bytes each and epoch
 _QUEUE_LENGTH = 64  # micro-batches kept on the device before their margins are copied, in one synchronisation
 
 
 @dataclass
 class MarginSums:
-    """Margins of L labels over the training steps that read them, all of shape (L,).
+    """Margins of L labels over the training steps of an epoch, all of shape (L,).
 
     Attributes:
         sums: Sum of the margins, float64.
@@ -82,30 +81,31 @@ class MarginSums:
 
 
 class LabelMargins:
-    """Record of the margins of all labels of a data set, which costs nothing before the first margin.
+    """Record of the margins of all labels of a data set by epoch, which costs nothing before the first margin.
 
     Args:
         count_labels: Returns the number of labels of each row, shape (N,), int64.
 
     Attributes:
         num_per_row: Those numbers, once a margin has been recorded.
-        total: Sums over all processes at the last `merge`; None before the first.
+        labels: Class of each label, shape (L,), int64, -1 for a label never read.
+        epochs: Mean margins, float32, NaN for a label not read, and rivals, int32, both of shape (L,), of each epoch.
         problem: Why the margins cannot be assigned to the labels, or None.
 
     Example:
         >>> margins = LabelMargins(lambda: torch.tensor([1, 1]))
         >>> choices = Choices(torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([-2.0, 3.0]))
         >>> margins.record([1, 0], choices, torch.tensor([True, True]))
-        >>> margins.merge(Accelerator(cpu=True))
-        >>> margins.total.sums.tolist(), margins.total.labels.tolist()
-        ([3.0, -2.0], [1, 0])
+        >>> margins.end_epoch(Accelerator(cpu=True))
+        >>> [values.tolist() for values in (*margins.epochs[0], margins.labels)]
+        [[3.0, -2.0], [0, 1], [1, 0]]
     """
 
     def __init__(self, count_labels: Callable[[], torch.Tensor]) -> None:
         self._count_labels = count_labels
-        self.num_per_row = self._first_labels = torch.empty(0, dtype=torch.int64)
+        self.num_per_row = self._first_labels = self.labels = torch.empty(0, dtype=torch.int64)
+        self.epochs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.problem: str | None = None
-        self.total: MarginSums | None = None
         self._own: MarginSums | None = None
         self._queue: list[tuple[list[int], Choices, torch.Tensor]] = []
 
@@ -122,39 +122,55 @@ class LabelMargins:
             if len(self._queue) >= _QUEUE_LENGTH:
                 self._empty_queue()
 
-    def merge(self, accelerator: Accelerator) -> None:
-        """Sets `total` and `problem` from what all processes have recorded. Collective."""
+    def end_epoch(self, accelerator: Accelerator) -> None:
+        """Appends what all processes have recorded to `epochs`, or sets `problem`. Collective."""
+        total = self._over_processes(accelerator)
+        if total is None:
+            return
+        self.labels = torch.maximum(self.labels, total.labels)
+        self.epochs.append(((total.sums / total.num_reads).float(), total.rivals.int()))
+        self._own = MarginSums.empty(len(self.labels))
+
+    def state(self, accelerator: Accelerator) -> dict[str, torch.Tensor]:
+        """Returns the epochs and the sums of the current one, for `load`; nothing without margins. Collective."""
+        total = self._over_processes(accelerator)
+        if total is None:
+            return {}
+        state = {f"label_{name}": values for name, values in vars(total).items()}
+        state["label_classes"] = self.labels
+        if self.epochs:
+            state["label_epoch_margins"], state["label_epoch_rivals"] = map(torch.stack, zip(*self.epochs, strict=True))
+        return state
+
+    def load(self, state: dict[str, torch.Tensor], is_main_process: bool) -> None:
+        """Restores a state; the sums go to the main process, as they already are over all processes."""
+        self._queue.clear()
+        if "label_classes" not in state:
+            return
+        own = self._sums()
+        if is_main_process:
+            own = MarginSums(*(state[f"label_{name}"] for name in vars(own)))
+        self._own, self.labels = own, state["label_classes"]
+        if "label_epoch_margins" in state:
+            self.epochs = list(zip(state["label_epoch_margins"], state["label_epoch_rivals"], strict=True))
+
+    def _over_processes(self, accelerator: Accelerator) -> MarginSums | None:
+        """The sums of the current epoch over all processes; None without any, or with a problem. Collective."""
         self._empty_queue()
         has_margins, problems = zip(*gather_lists(accelerator, [(self._own is not None, self.problem)]), strict=True)
         self.problem = next(filter(None, problems), None)
-        if self.problem is None and any(has_margins):
-            self.total = self._sums().over_processes(accelerator)
-
-    def state(self, accelerator: Accelerator) -> dict[str, torch.Tensor]:
-        """Returns the totals so far, for `load`; nothing where there are none or they have a problem. Collective."""
-        self.merge(accelerator)
-        if self.total is None or self.problem is not None:
-            return {}
-        return {f"label_margin_{name}": values for name, values in vars(self.total).items()}
-
-    def load(self, state: dict[str, torch.Tensor], is_main_process: bool) -> None:
-        """Restores a state; the main process goes on from the totals, as they already are over all processes."""
-        self._queue.clear()
-        names = [f"label_margin_{field.name}" for field in dataclasses.fields(MarginSums)]
-        if set(names) <= state.keys():
-            self._own = self._sums()
-            self.total = MarginSums(*(state[name] for name in names))
-            if is_main_process:
-                self._own = self.total
+        if self.problem is not None or not any(has_margins):
+            return None
+        return self._sums().over_processes(accelerator)
 
     def _sums(self) -> MarginSums:
-        """This process's sums; the labels are counted at the first call."""
+        """This process's sums of the current epoch; the labels are counted at the first call."""
         if self._own is None:
             self.num_per_row = self._count_labels()
             self._first_labels = self.num_per_row.cumsum(0) - self.num_per_row
             if (num_labels := int(self.num_per_row.sum())) > MAX_LABELS:
                 self.problem, num_labels = f"{num_labels} labels are more than {MAX_LABELS}", 0
-            self._own = MarginSums.empty(num_labels)
+            self._own, self.labels = MarginSums.empty(num_labels), torch.full((num_labels,), -1)
         return self._own
 
     def _empty_queue(self) -> None:

@@ -14,9 +14,11 @@ from rsft_hf.weighted.label_margins import LabelMargins
 from rsft_hf.weighted.labels import IGNORED, LABEL_COLUMNS, stored_labels
 
 _MIN_GROUP = 10  # labels in a group for a scale of its own
+_MIN_AGREEMENT = 0.5  # share of the labels that a model agrees with after learning them
+_MIN_OF_BEST = 0.8  # of the best epoch's agreement, for an epoch to count
 
-# Weak normal priors, mean and deviation: log k, so that the model errs on 2 % at its median margin; log-odds of r, 8 %
-# (0.4 to 63 at two deviations); and how far those of a class are from it, a factor of 4 at two deviations.
+# Weak normal priors, mean and deviation: log k, so that the model errs on 2 % at its median margin; log-odds of 2 r, so
+# that r is 4 % (0.2 to 31 at two deviations); and those of a class against all, a factor of 4 at two deviations.
 _PRIORS = ((1.4, 0.7), (-2.5, 1.5), (0.0, 0.7))
 
 
@@ -25,9 +27,9 @@ def error_probabilities(margins: torch.Tensor, groups: torch.Tensor) -> torch.Te
 
     A label contradicts the model because it is wrong and the model right, or because it is right and the model wrong:
     P(contradicts) = r (1 - e) + (1 - r) e, random classification noise (Angluin & Laird 1988). The error rate r of the
-    labels belongs to the predicted class; the model's error e = 1 / (1 + exp(k |m|)) falls with its margin. Labels that
-    contradict the model where it is surest tell r from e; r and k are those of maximum posterior probability, and
-    P(wrong | m) = sigmoid(logit r - k m).
+    labels, below 1/2, belongs to the predicted class; the model's error e = 1 / (1 + exp(k |m|)) falls with its margin.
+    Labels that contradict the model where it is surest tell r from e; r and k are those of maximum posterior
+    probability, and P(wrong | m) = sigmoid(logit r - k m).
 
     Args:
         margins: Mean margin of each label, shape (L,), > 0 where the model agrees; finite.
@@ -53,7 +55,7 @@ def error_probabilities(margins: torch.Tensor, groups: torch.Tensor) -> torch.Te
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        rate = torch.sigmoid(parameters[1] + parameters[2:])[groups]
+        rate = torch.sigmoid(parameters[1] + parameters[2:])[groups] / 2
         model_error = torch.sigmoid(-parameters[0].exp() * scaled.abs())
         chance = (rate * (1 - model_error) + (1 - rate) * model_error).clamp(1e-12, 1 - 1e-12)
         likelihood = torch.where(contradicts, chance.log(), (1 - chance).log()).sum()
@@ -65,7 +67,8 @@ def error_probabilities(margins: torch.Tensor, groups: torch.Tensor) -> torch.Te
     with torch.enable_grad():
         optimizer.step(loss)
     log_slope, log_odds, of_class = parameters.detach().split([1, 1, len(parameters) - 2])
-    return torch.sigmoid((log_odds + of_class)[groups] - log_slope.exp() * scaled)
+    rates = torch.sigmoid(log_odds + of_class)[groups] / 2
+    return torch.sigmoid(rates.logit() - log_slope.exp() * scaled)
 
 
 def _scales(sizes: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
@@ -76,6 +79,31 @@ def _scales(sizes: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
         if len(of_group) >= _MIN_GROUP:
             medians[group] = of_group.median()
     return medians.clamp(min=1e-12)[groups]
+
+
+def evidence(margins: LabelMargins) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the mean margin of each label, and the class that the model preferred at its lowest margin.
+
+    Epochs in which the model agreed with fewer than four fifths of the labels it agreed with in its best one are left
+    out: it had not learnt the task yet.
+
+    Returns:
+        Shape (L,), float64, NaN for a label that was not read in the others; shape (L,), int64.
+
+    Raises:
+        RuntimeError: If the model contradicts most labels even in its best epoch.
+    """
+    history, rivals = map(torch.stack, zip(*margins.epochs, strict=True))
+    agreements = (history > 0).sum(1) / history.isfinite().sum(1)
+    if (best := float(agreements.max())) < _MIN_AGREEMENT:
+        raise RuntimeError(
+            f"The model agrees with {best:.0%} of the labels in its best epoch: it has not learnt the task, so it says "
+            "nothing about the labels. Train for more epochs, or at another learning rate."
+        )
+    is_used = agreements >= _MIN_OF_BEST * best
+    history, rivals = history[is_used], rivals[is_used]
+    lowest = history.nan_to_num(float("inf")).argmin(0, keepdim=True)
+    return history.double().nanmean(0), rivals.gather(0, lowest).squeeze(0).long()
 
 
 class LabelReport:
@@ -99,7 +127,8 @@ class LabelReport:
         probabilities: Probability that a label is wrong, shape (L,), float64, NaN for a label that was not read.
 
     Raises:
-        RuntimeError: If no label has been read, or the margins cannot be assigned to the labels.
+        RuntimeError: If no label has been read, the margins cannot be assigned to the labels, or the model agrees
+            with fewer than half of them in its best epoch.
 
     Example:
         >>> from accelerate import Accelerator
@@ -109,7 +138,7 @@ class LabelReport:
         >>> signs = torch.where(torch.arange(100) % 10 == 3, -1, 1)  # where the model prefers the other class
         >>> choices = Choices(given, 1 - given, signs * sizes)
         >>> margins.record(list(range(100)), choices, torch.ones(100, dtype=torch.bool))
-        >>> margins.merge(Accelerator(cpu=True))
+        >>> margins.end_epoch(Accelerator(cpu=True))
         >>> report = LabelReport(margins, "class", "label")
         >>> report
         LabelReport(100 labels, about 10 wrong)
@@ -125,20 +154,19 @@ class LabelReport:
                 f"The margins of the training steps cannot be assigned to the labels: {margins.problem}. A label "
                 "report needs one class, a list of classes (tokens), or a list of 0 and 1 (multi-label) per row."
             )
-        total = margins.total
-        if total is None or not bool((total.num_reads > 0).any()):
+        if not margins.epochs or not bool((margins.labels >= 0).any()):
             raise RuntimeError(
                 "No label has been read yet, or the loss does not compare classes (2 to 1,024). Call `label_report()` "
                 'after an epoch of LossResampler(losses="training").'
             )
         self.kind, self._column, self._names = kind, column, class_names
-        self._num_per_row = margins.num_per_row
+        self._num_per_row, self.labels = margins.num_per_row, margins.labels
         self.rows = torch.arange(len(self._num_per_row)).repeat_interleave(self._num_per_row)
         first = self._num_per_row.cumsum(0) - self._num_per_row
         self.positions = torch.arange(len(self.rows)) - first[self.rows]
-        self.labels, is_read = total.labels, total.num_reads > 0
-        self.margins = total.sums / total.num_reads
-        self.suggestions = torch.where(self.margins < 0, total.rivals, total.labels)
+        self.margins, rivals = evidence(margins)
+        is_read = self.margins.isfinite()
+        self.suggestions = torch.where(self.margins < 0, rivals, self.labels)
         # Of a multi-label task each class is a problem of its own.
         groups = 2 * self.positions + self.suggestions if kind == "multi_label" else self.suggestions
         self.probabilities = torch.full_like(self.margins, float("nan"))

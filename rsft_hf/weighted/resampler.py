@@ -205,7 +205,7 @@ class LossResampler(Resampler):
         """Keeps the losses of the epoch that has ended, for `suspects`; logs nothing. Collective."""
         if (source := self._bound()).is_from_training:
             self._last_epoch = source.ledger.pending(source.trainer.accelerator)
-            source.label_margins.merge(source.trainer.accelerator)
+            source.label_margins.end_epoch(source.trainer.accelerator)
         return {}
 
     def label_report(self) -> LabelReport:

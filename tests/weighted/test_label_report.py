@@ -15,7 +15,7 @@ from rsft_hf import LossResampler, RejectionSamplingTrainer
 from rsft_hf.weighted import LabelReport
 from rsft_hf.weighted.criterion import Choices
 from rsft_hf.weighted.label_margins import LabelMargins
-from rsft_hf.weighted.label_report import error_probabilities
+from rsft_hf.weighted.label_report import error_probabilities, evidence
 
 CPU = Accelerator(cpu=True)
 
@@ -73,18 +73,37 @@ def test_margins_by_hand():
         [2, 0], choices([3, 4, 7, 0], [1, 1, 2, 0], [1.0, 2.0, -1.0, 9.0]), everything & (torch.arange(4) < 3)
     )
     margins.record([2, 2], choices([3, 4, 3, 4], [5, 6, 7, 8], [2.0, -3.0, 0.5, math.inf]), everything)
-    margins.merge(CPU)
-    total = margins.total
-    assert total.sums.tolist() == [-1, 3.5, -1]
-    assert total.num_reads.tolist() == [1, 3, 2]
-    assert total.labels.tolist() == [7, 3, 4]
-    assert total.lowest.tolist() == [-1, 0.5, -3]
-    assert total.rivals.tolist() == [2, 7, 6]
+    margins.end_epoch(CPU)
+    ((means, rivals),) = margins.epochs
+    assert means.tolist() == pytest.approx([-1, 3.5 / 3, -1 / 2])
+    assert margins.labels.tolist() == [7, 3, 4]
+    assert rivals.tolist() == [2, 7, 6]
+    margins.record([0], choices([7], [5], [4.0]), everything[:1])
+    margins.end_epoch(CPU)
+    assert [str(mean) for mean in margins.epochs[1][0].tolist()] == ["4.0", "nan", "nan"]
+    assert margins.labels.tolist() == [7, 3, 4]
+
+
+def test_epochs_before_the_task_is_learnt_are_left_out():
+    """The model agrees with 0.2, 0.7 and 0.8 of ten labels: the first epoch is below four fifths of the best."""
+    margins, ten = LabelMargins(lambda: torch.ones(10, dtype=torch.int64)), list(range(10))
+    for epoch, num_agreed in enumerate([2, 7, 8]):
+        sizes = [1.0 if label < num_agreed else -1.0 - epoch for label in ten]
+        margins.record(ten, choices([0] * 10, [1 + epoch] * 10, sizes), torch.ones(10, dtype=torch.bool))
+        margins.end_epoch(CPU)
+    means, rivals = evidence(margins)
+    assert means.tolist() == [1.0] * 7 + [-0.5] + [-2.5] * 2  # (-2 + 1) / 2, (-2 - 3) / 2
+    assert rivals[7:].tolist() == [2, 3, 3]
+    margins.epochs = margins.epochs[:1]
+    with pytest.raises(RuntimeError, match=r"agrees with 20% of the labels in its best epoch: it has not learnt"):
+        LabelReport(margins, "class")
 
 
 @pytest.mark.parametrize("at", [1, 2])
-def test_margins_go_on_from_their_state(at):
-    batches = [([0, 1], choices([0, 1], [1, 2], [0.5, -1.0])), ([1, 1], choices([1, 1], [0, 3], [-2.0, -3.0]))]
+@pytest.mark.parametrize("ends", [[0, 1, 2], [2], [0]])
+def test_margins_go_on_from_their_state(at, ends):
+    batches = [([0, 1], choices([0, 1], [1, 2], [0.5, -1.0])), ([1, 1], choices([1, 1], [0, 3], [-2.0, -3.0])),
+               ([0, 1], choices([0, 1], [2, 0], [1.5, -1.0]))]  # fmt: skip
     whole, cut = (LabelMargins(lambda: torch.ones(2, dtype=torch.int64)) for _ in range(2))
     for number, batch in enumerate(batches):
         if number == at:
@@ -93,14 +112,13 @@ def test_margins_go_on_from_their_state(at):
             cut = resumed
         for one in (whole, cut):
             one.record(*batch, torch.ones(2, dtype=torch.bool))
-    for one in (whole, cut):
-        one.merge(CPU)
-    assert {name: values.tolist() for name, values in vars(whole.total).items()} == {
-        name: values.tolist() for name, values in vars(cut.total).items()
-    }
+            if number in ends:
+                one.end_epoch(CPU)
+    assert str(whole.state(CPU)) == str(cut.state(CPU))
+    assert len(whole.epochs) == len(cut.epochs) == len(ends)
     fresh = LabelMargins(lambda: torch.ones(2, dtype=torch.int64))
     fresh.load({}, is_main_process=True)
-    assert fresh.total is None
+    assert fresh.epochs == []
 
 
 @pytest.mark.parametrize(
@@ -114,7 +132,7 @@ def test_margins_that_are_not_those_of_the_labels_are_refused(rows, num_elements
     margins = LabelMargins(lambda: torch.ones(2, dtype=torch.int64))
     zeros = [0] * num_elements
     margins.record(rows, choices(zeros, zeros, [1.0] * num_elements), torch.ones(num_elements, dtype=torch.bool))
-    margins.merge(CPU)
+    margins.end_epoch(CPU)
     with pytest.raises(RuntimeError, match=message):
         LabelReport(margins, "class")
 
@@ -129,7 +147,7 @@ def report_of(kind: str, num_per_row: list[int], labels: list[int], wrong: list[
         rivals = [1 - label if kind == "multi_label" else label + 1 for label in own]
         margins.record([row], choices(own, rivals, sizes), torch.ones(count, dtype=torch.bool))
         first += count
-    margins.merge(CPU)
+    margins.end_epoch(CPU)
     return LabelReport(margins, kind)
 
 
