@@ -9,14 +9,16 @@
 
 The third line needs no download and no GPU: about a minute on one CPU core. Files are CSV or JSONL with the columns
 `text` and `label`. The output folder holds the model and its tokenizer, where `pipeline("text-classification", folder)`
-finds them, and suspects.csv: the rows whose loss stays high, which often have a wrong label.
+finds them, and suspects.csv: the rows whose label is most probably wrong, with the label that the model prefers.
 """
 
+import dataclasses
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import ClassLabel, DatasetDict, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import (
     AutoConfig,
@@ -50,6 +52,7 @@ class ScriptArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Number of training rows, chosen at random."})
     alpha: float = field(default=0.5, metadata={"help": "Weight of a row = loss ** alpha; 0 is uniform, 1 the loss."})
     warmup_epochs: int = field(default=1, metadata={"help": "Epochs at the start that read every row once."})
+    clean_labels: bool = field(default=False, metadata={"help": "Train twice: without the rows found mislabelled."})
     num_suspects: int = field(default=100, metadata={"help": "Rows in suspects.csv."})
 
 
@@ -86,7 +89,6 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     script, args = parser.parse_args_into_dataclasses(argv)
     if (script.train_file is None) != (script.validation_file is None):
         raise ValueError("`--train_file` and `--validation_file` go together: give both, or none for `--dataset_name`.")
-    set_seed(args.seed)
 
     # 1. Data set
     splits = load_splits(script)
@@ -108,37 +110,39 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         id2label=dict(enumerate(names)),
         label2id={name: number for number, name in enumerate(names)},
     )
-    if script.config_name is None:
-        model = AutoModelForSequenceClassification.from_pretrained(script.model_name_or_path, config=config)
-    else:
-        model = AutoModelForSequenceClassification.from_config(config)
 
-    # 3. Train: the weights of an epoch's rows are their losses to the power of alpha
-    trainer = RejectionSamplingTrainer(
-        model=model,
-        args=args,
-        train_dataset=encoded["train"],
-        eval_dataset=encoded["test"],
-        processing_class=tokenizer,
-        compute_metrics=compute_metrics,
-        resampler=LossResampler(Tempered(script.alpha), warmup_epochs=script.warmup_epochs),
-    )
+    def build_trainer(args: TrainingArguments, rows: Dataset, resampler: LossResampler) -> RejectionSamplingTrainer:
+        set_seed(args.seed)
+        load, path = AutoModelForSequenceClassification, script.model_name_or_path
+        model = load.from_config(config) if script.config_name else load.from_pretrained(path, config=config)
+        data = {"train_dataset": rows, "eval_dataset": encoded["test"], "processing_class": tokenizer}
+        return RejectionSamplingTrainer(model, args, compute_metrics=compute_metrics, resampler=resampler, **data)
+
+    # 3. Clean: a plain run is observed, and the rows whose label it finds wrong are left out
+    rows, report = encoded["train"], None
+    if script.clean_labels:
+        observer = LossResampler(losses="training", warmup_epochs=math.ceil(args.num_train_epochs))
+        first_args = dataclasses.replace(args, output_dir=f"{args.output_dir}/observed", save_strategy="no")
+        build_trainer(first_args, rows, observer).train()
+        report = observer.label_report()
+        rows = report.drop(rows)
+
+    # 4. Train: the weights of an epoch's rows are their losses to the power of alpha
+    resampler = LossResampler(Tempered(script.alpha), losses="training", warmup_epochs=script.warmup_epochs)
+    trainer = build_trainer(args, rows, resampler)
     before = trainer.evaluate(metric_key_prefix="before")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
-    # 4. Evaluate and save
+    # 5. Evaluate and save
     after = trainer.evaluate(metric_key_prefix="after")
     trainer.save_model()
     if trainer.is_world_process_zero():
-        suspects = trainer.resampler.suspects(script.num_suspects).select_columns(["row", "excess_loss"])
-        rows = splits["train"].select(suspects["row"])
-        suspects = suspects.add_column("text", rows["text"][:])
-        suspects = suspects.add_column("label", [names[label] for label in rows["labels"]])
-        suspects.to_csv(str(Path(args.output_dir) / "suspects.csv"))
+        report = report or resampler.label_report()
+        report.table(splits["train"], script.num_suspects).to_csv(str(Path(args.output_dir) / "suspects.csv"))
         print(f"\n{'':10}{'before':>8}{'after':>8}")
         for name in ("accuracy", "macro_f1"):
             print(f"{name:10}{before[f'before_{name}']:8.3f}{after[f'after_{name}']:8.3f}")
-        print(f"The model and suspects.csv are in {Path(args.output_dir).resolve()}")
+        print(f"{report}; the model and suspects.csv are in {Path(args.output_dir).resolve()}")
     return {"before": before, "after": after}
 
 

@@ -8,10 +8,13 @@ from typing import Any
 
 import datasets
 import torch
+from transformers.utils import logging
 
 from rsft_hf.checks import check_interval
 from rsft_hf.weighted.label_margins import LabelMargins
 from rsft_hf.weighted.labels import IGNORED, LABEL_COLUMNS, stored_labels
+
+logger = logging.get_logger(__name__)
 
 _MIN_GROUP = 10  # labels in a group for a scale of its own
 _MIN_AGREEMENT = 0.5  # share of the labels that a model agrees with after learning them
@@ -81,29 +84,23 @@ def _scales(sizes: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     return medians.clamp(min=1e-12)[groups]
 
 
-def evidence(margins: LabelMargins) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the mean margin of each label, and the class that the model preferred at its lowest margin.
+def evidence(margins: LabelMargins) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Returns mean margins, the classes that the model preferred at the lowest ones, and its agreement with the labels.
 
     Epochs in which the model agreed with fewer than four fifths of the labels it agreed with in its best one are left
     out: it had not learnt the task yet.
 
     Returns:
-        Shape (L,), float64, NaN for a label that was not read in the others; shape (L,), int64.
-
-    Raises:
-        RuntimeError: If the model contradicts most labels even in its best epoch.
+        Shape (L,), float64, NaN for a label that was not read in the others; shape (L,), int64; the share of the labels
+        that it agreed with in its best epoch, in [0, 1].
     """
     history, rivals = map(torch.stack, zip(*margins.epochs, strict=True))
     agreements = (history > 0).sum(1) / history.isfinite().sum(1)
-    if (best := float(agreements.max())) < _MIN_AGREEMENT:
-        raise RuntimeError(
-            f"The model agrees with {best:.0%} of the labels in its best epoch: it has not learnt the task, so it says "
-            "nothing about the labels. Train for more epochs, or at another learning rate."
-        )
+    best = float(agreements.max())
     is_used = agreements >= _MIN_OF_BEST * best
     history, rivals = history[is_used], rivals[is_used]
     lowest = history.nan_to_num(float("inf")).argmin(0, keepdim=True)
-    return history.double().nanmean(0), rivals.gather(0, lowest).squeeze(0).long()
+    return history.double().nanmean(0), rivals.gather(0, lowest).squeeze(0).long(), best
 
 
 class LabelReport:
@@ -125,10 +122,10 @@ class LabelReport:
         suggestions: The labels that the model prefers, shape (L,), int64; the given one where it agrees.
         margins: Mean margin of each label, shape (L,), float64, NaN for a label that was not read.
         probabilities: Probability that a label is wrong, shape (L,), float64, NaN for a label that was not read.
+        agreement: Share of the labels that the model agreed with in its best epoch, in [0, 1].
 
     Raises:
-        RuntimeError: If no label has been read, the margins cannot be assigned to the labels, or the model agrees
-            with fewer than half of them in its best epoch.
+        RuntimeError: If no label has been read, or the margins cannot be assigned to the labels.
 
     Example:
         >>> from accelerate import Accelerator
@@ -164,7 +161,9 @@ class LabelReport:
         self.rows = torch.arange(len(self._num_per_row)).repeat_interleave(self._num_per_row)
         first = self._num_per_row.cumsum(0) - self._num_per_row
         self.positions = torch.arange(len(self.rows)) - first[self.rows]
-        self.margins, rivals = evidence(margins)
+        self.margins, rivals, self.agreement = evidence(margins)
+        if self.agreement < _MIN_AGREEMENT:
+            logger.warning(f"{self._not_learnt()} Do not trust the label report.")
         is_read = self.margins.isfinite()
         self.suggestions = torch.where(self.margins < 0, rivals, self.labels)
         # Of a multi-label task each class is a problem of its own.
@@ -231,6 +230,7 @@ class LabelReport:
             threshold: In [0, 1].
 
         Raises:
+            RuntimeError: If the model has not learnt the task: its `agreement` is below one half.
             ValueError: If `dataset` has other rows or labels.
         """
         is_wrong = self._is_wrong(threshold)
@@ -248,12 +248,21 @@ class LabelReport:
             threshold: In [0, 1].
 
         Raises:
+            RuntimeError: If the model has not learnt the task: its `agreement` is below one half.
             ValueError: If `dataset` has other rows or labels.
         """
         return self._with_labels(dataset, self._is_wrong(threshold), self.suggestions)
 
+    def _not_learnt(self) -> str:
+        return (
+            f"The model agrees with {self.agreement:.0%} of the labels in its best epoch: it has not learnt the task, "
+            "so it cannot tell which labels are wrong. Train for more epochs, or at another learning rate."
+        )
+
     def _is_wrong(self, threshold: float) -> torch.Tensor:
         check_interval("threshold", threshold, "[0, 1]")
+        if self.agreement < _MIN_AGREEMENT:
+            raise RuntimeError(self._not_learnt())
         return self.probabilities > threshold
 
     def _with_labels(

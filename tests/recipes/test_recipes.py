@@ -105,9 +105,27 @@ def test_imdb_sentiment(tmp_path: Path) -> None:
     assert len(suspects) == 7
     for suspect in suspects:
         row = rows[int(suspect["row"])]
-        assert (suspect["text"], suspect["label"]) == (row["text"], row["label"])
-    excess = [float(suspect["excess_loss"]) for suspect in suspects]
-    assert excess == sorted(excess, reverse=True)
+        assert suspect["text"] == row["text"]
+        assert suspect["given_label"] == row["label"]
+    probabilities = [float(suspect["error_probability"]) for suspect in suspects]
+    assert probabilities == sorted(probabilities, reverse=True)
+
+
+def test_imdb_sentiment_leaves_out_rows_found_mislabelled(tmp_path: Path) -> None:
+    words = [("good", "positive"), ("bad", "negative")]
+    rows = ["text,label", *(f"The plot is {words[number % 2][0]}.,{words[number % 2][1]}" for number in range(160))]
+    (tmp_path / "test.csv").write_text("\n".join(rows[:41]) + "\n")
+    for number in (10, 50, 90, 130):  # lines of rows 9, 49, 89 and 129
+        rows[number] = rows[number].replace("negative", "positive")
+    (tmp_path / "train.csv").write_text("\n".join(rows) + "\n")
+    result = run("imdb_sentiment", tmp_path / "out", config_name=DATA / "reviews" / "model", num_train_epochs=6,
+                 learning_rate=1e-3, per_device_train_batch_size=8, num_suspects=4, clean_labels=True,
+                 train_file=tmp_path / "train.csv", validation_file=tmp_path / "test.csv")  # fmt: skip
+    assert result["after"]["after_accuracy"] == 1
+    with (tmp_path / "out" / "suspects.csv").open(encoding="utf-8") as file:
+        suspects = list(csv.DictReader(file))
+    assert sorted(int(suspect["row"]) for suspect in suspects) == [9, 49, 89, 129]
+    assert {suspect["suggested_label"] for suspect in suspects} == {"negative"}
 
 
 def test_labels_that_are_integers_keep_their_names(tmp_path: Path) -> None:

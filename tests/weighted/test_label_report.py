@@ -84,19 +84,23 @@ def test_margins_by_hand():
     assert margins.labels.tolist() == [7, 3, 4]
 
 
-def test_epochs_before_the_task_is_learnt_are_left_out():
+def test_epochs_before_the_task_is_learnt_are_left_out(caplog):
     """The model agrees with 0.2, 0.7 and 0.8 of ten labels: the first epoch is below four fifths of the best."""
     margins, ten = LabelMargins(lambda: torch.ones(10, dtype=torch.int64)), list(range(10))
     for epoch, num_agreed in enumerate([2, 7, 8]):
         sizes = [1.0 if label < num_agreed else -1.0 - epoch for label in ten]
         margins.record(ten, choices([0] * 10, [1 + epoch] * 10, sizes), torch.ones(10, dtype=torch.bool))
         margins.end_epoch(CPU)
-    means, rivals = evidence(margins)
+    means, rivals, agreement = evidence(margins)
+    assert agreement == pytest.approx(0.8)
     assert means.tolist() == [1.0] * 7 + [-0.5] + [-2.5] * 2  # (-2 + 1) / 2, (-2 - 3) / 2
     assert rivals[7:].tolist() == [2, 3, 3]
     margins.epochs = margins.epochs[:1]
+    report = LabelReport(margins, "class")
+    assert "Do not trust the label report" in caplog.records[-1].message
+    assert len(report.table()) == 10
     with pytest.raises(RuntimeError, match=r"agrees with 20% of the labels in its best epoch: it has not learnt"):
-        LabelReport(margins, "class")
+        report.drop(datasets.Dataset.from_dict({"labels": [0] * 10}))
 
 
 @pytest.mark.parametrize("at", [1, 2])
