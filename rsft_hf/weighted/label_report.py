@@ -84,6 +84,37 @@ def _scales(sizes: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     return medians.clamp(min=1e-12)[groups]
 
 
+def learnt_epochs(history: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Returns which epochs count, shape (epochs,), bool, and the model's agreement with the labels in the best one.
+
+    Args:
+        history: Margins, shape (epochs, L), NaN for a label that was not read.
+    """
+    agreements = (history > 0).sum(1) / history.isfinite().sum(1).clamp(min=1)
+    best = float(agreements.max())
+    return agreements >= _MIN_OF_BEST * best, best
+
+
+def row_error_probabilities(history: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | None:
+    """Returns the probability that the label of each row is wrong, without the classes that the model prefers.
+
+    Args:
+        history: Margins, shape (epochs, N), NaN for a row that was not read.
+        labels: Class of each row, shape (N,), which stands for the predicted one; None for one rate of errors.
+
+    Returns:
+        Shape (N,), float64, NaN for a row never read; None if the model has not learnt the task.
+    """
+    is_used, agreement = learnt_epochs(history)
+    margins = history[is_used].double().nanmean(0)
+    is_read = margins.isfinite()
+    if agreement < _MIN_AGREEMENT or not bool(is_read.any()):
+        return None
+    groups = torch.zeros(len(margins), dtype=torch.int64) if labels is None else labels
+    margins[is_read] = error_probabilities(margins[is_read], groups[is_read])
+    return margins
+
+
 def evidence(margins: LabelMargins) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Returns mean margins, the classes that the model preferred at the lowest ones, and its agreement with the labels.
 
@@ -95,9 +126,7 @@ def evidence(margins: LabelMargins) -> tuple[torch.Tensor, torch.Tensor, float]:
         that it agreed with in its best epoch, in [0, 1].
     """
     history, rivals = map(torch.stack, zip(*margins.epochs, strict=True))
-    agreements = (history > 0).sum(1) / history.isfinite().sum(1)
-    best = float(agreements.max())
-    is_used = agreements >= _MIN_OF_BEST * best
+    is_used, best = learnt_epochs(history)
     history, rivals = history[is_used], rivals[is_used]
     lowest = history.nan_to_num(float("inf")).argmin(0, keepdim=True)
     return history.double().nanmean(0), rivals.gather(0, lowest).squeeze(0).long(), best

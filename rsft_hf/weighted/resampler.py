@@ -21,7 +21,7 @@ from rsft_hf.isolation import forked_rng
 from rsft_hf.rejection import MAX_DRAWS, rejection_sample
 from rsft_hf.resampler import Resampler
 from rsft_hf.weighted.history import HISTORIES, EpochHistory
-from rsft_hf.weighted.label_report import LabelReport
+from rsft_hf.weighted.label_report import LabelReport, row_error_probabilities
 from rsft_hf.weighted.labels import class_labels, describe_labels, stored_classes
 from rsft_hf.weighted.loss_source import LossSource
 from rsft_hf.weighted.losses import PerExampleLoss
@@ -292,12 +292,16 @@ class LossResampler(Resampler):
         )
 
     def _warn_of_collapse(self, epoch: int, weights: torch.Tensor, indices: torch.Tensor) -> None:
-        if self._has_collapsed or (how := collapse(weights, indices, self._labels)) is None:
+        if self._has_collapsed or bool((weights == weights[0]).all()):
+            return
+        measured = self.history.measured()
+        errors = row_error_probabilities(measured["margin_history"], self._labels) if measured else None
+        if (how := collapse(weights, indices, self._labels, errors)) is None:
             return
         self._has_collapsed = True
         logger.warning(
             f"The draws of epoch {epoch} have collapsed: {how}. Training on them can ruin the model. Take a softer "
-            "rule (`LossResampler()`, Tempered, Floored) or warm-up epochs; wrong labels show up in `suspects()`."
+            "rule (`LossResampler()`, Tempered, Floored) or warm-up epochs; wrong labels show up in `label_report()`."
         )
 
     def _histories(self) -> dict[str, torch.Tensor]:

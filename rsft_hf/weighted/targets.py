@@ -14,6 +14,7 @@ from rsft_hf.weighted.weightings import ExampleStatistics, Weighting
 logger = logging.get_logger(__name__)
 
 COLLAPSED_SHARE = 0.1  # of the rows in the effective sample size, or of the other classes' rows among the draws
+WRONG_SHARE = 0.25  # of the draws, expected to have a wrong label
 MIN_COUNTED = 10  # draws of other classes that must be expected, or their absence says nothing
 
 
@@ -79,13 +80,19 @@ def draw_metrics(weights: torch.Tensor, indices: torch.Tensor) -> dict[str, floa
     }
 
 
-def collapse(weights: torch.Tensor, indices: torch.Tensor, labels: torch.Tensor | None) -> str | None:
+def collapse(
+    weights: torch.Tensor,
+    indices: torch.Tensor,
+    labels: torch.Tensor | None,
+    error_probabilities: torch.Tensor | None = None,
+) -> str | None:
     """Returns how the draws of an epoch have collapsed, or None.
 
     Args:
         weights: Shape (N,), >= 0.
         indices: Drawn rows, shape (num_draws,).
         labels: Class of each row, shape (N,), -100 for none, if known.
+        error_probabilities: Probability that a row's label is wrong, shape (N,), NaN if unknown.
 
     Example:
         >>> collapse(torch.tensor([1.0] * 99 + [1000.0]), torch.tensor([99, 99, 3]), None)
@@ -105,6 +112,10 @@ def collapse(weights: torch.Tensor, indices: torch.Tensor, labels: torch.Tensor 
         is_counted = (1 - present) * float(of_draws.sum()) >= MIN_COUNTED
         if is_counted and 1 - drawn < COLLAPSED_SHARE * (1 - present):
             return f"{drawn:.0%} of the draws are of class {largest}, which has {present:.0%} of the rows"
+    if error_probabilities is not None:
+        wrong, drawn_wrong = (float(each.nanmean()) for each in (error_probabilities, error_probabilities[indices]))
+        if drawn_wrong > WRONG_SHARE and drawn_wrong > 2 * wrong:
+            return f"{drawn_wrong:.0%} of the draws have a label that is probably wrong, and {wrong:.0%} of the rows"
     return None
 
 

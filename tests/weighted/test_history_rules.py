@@ -100,3 +100,14 @@ def test_few_draws_of_a_rare_class_are_no_collapse():
         == "100% of the draws are of class 0, which has 99% of the rows"
     )
     assert collapse(torch.ones(1000), rows, torch.full((1000,), -100)) is None
+
+
+def test_draws_of_labels_that_are_probably_wrong_are_a_collapse():
+    rows, errors = torch.arange(100), torch.where(torch.arange(100) < 10, 0.9, 0.02)
+    errors[99] = float("nan")
+    drawn = torch.cat([torch.arange(10).repeat(3), torch.arange(10, 80)])  # 30 of 100: .3 * .9 + .7 * .02 = .28
+    assert collapse(torch.ones(100), drawn, None, errors) == (
+        "28% of the draws have a label that is probably wrong, and 11% of the rows"
+    )
+    assert collapse(torch.ones(100), rows, None, errors) is None
+    assert collapse(torch.ones(100), drawn, None, errors / 2) is None

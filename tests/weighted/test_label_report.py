@@ -11,7 +11,7 @@ import transformers as hf
 from accelerate import Accelerator
 
 import runs
-from rsft_hf import LossResampler, RejectionSamplingTrainer
+from rsft_hf import LossResampler, Proportional, RejectionSamplingTrainer, Tempered
 from rsft_hf.weighted import LabelReport
 from rsft_hf.weighted.criterion import Choices
 from rsft_hf.weighted.label_margins import LabelMargins
@@ -336,3 +336,14 @@ def test_a_language_model_has_no_label_report(tmp_path):
     trainer.train()
     with pytest.raises(RuntimeError, match=r"cannot be assigned to the labels: row \d+ has 1 labels"):
         resampler.label_report()
+
+
+def test_draws_that_gather_wrong_labels_are_warned_of(tmp_path, caplog):
+    for weighting in (Tempered(0.0), Proportional()):
+        args = {"num_train_epochs": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
+        resampler = LossResampler(weighting, losses="training", warmup_epochs=2)
+        runs.trained(RejectionSamplingTrainer, tmp_path, train_dataset=flipped(learnable()), args=args,
+                     model=runs.bert(dropout=0.0), resampler=resampler)  # fmt: skip
+        found = [record.message for record in caplog.records if "probably wrong" in record.message]
+        assert len(found) == (weighting == Proportional())
+    assert "wrong labels show up in `label_report()`" in found[0]
