@@ -2,7 +2,15 @@
 
 from rsft_hf.acceptance import RSO, DensityRatio, Threshold, TopKOverall, TopKPerPrompt
 from rsft_hf.callbacks import CandidateTableCallback
-from rsft_hf.generative import CandidateResampler, Deduplicate, export_dpo, export_kto, export_sft, load_candidates
+from rsft_hf.generative import (
+    CandidateResampler,
+    Deduplicate,
+    export_dpo,
+    export_kto,
+    export_sft,
+    import_candidates,
+    load_candidates,
+)
 from rsft_hf.rejection import (
     accept_once,
     acceptance_probabilities,
@@ -54,6 +62,7 @@ __all__ = [
     "export_dpo",
     "export_kto",
     "export_sft",
+    "import_candidates",
     "load_candidates",
     "measure_losses",
     "rejection_sample",

@@ -252,6 +252,7 @@ def observed(run: Run) -> hf.Trainer:
 CAPPED = Chain(Clipped(0.9), Floored(0.5))
 SOFT = Chain(Tempered(0.5), Floored(0.5))
 SOFTER = Chain(Tempered(0.5), Floored(0.8))
+GENTLE = Chain(Tempered(0.5), Clipped(0.9), Floored(0.9))
 
 ARMS: dict[str, Callable[[Run], hf.Trainer]] = {
     "plain": lambda run: run.train(),
@@ -270,6 +271,7 @@ ARMS: dict[str, Callable[[Run], hf.Trainer]] = {
     "corrected_training": resampled(SOFT, losses="training", importance_correction=1.0),
     "corrected_final": resampled(SOFT, losses="training", importance_correction=1.0, uniform_final_epochs=1),
     "corrected_softer": resampled(SOFTER, losses="training", importance_correction=1.0),
+    "corrected_gentle": resampled(GENTLE, losses="training", importance_correction=1.0),
     "control": resampled(Control(CAPPED), losses="training"),
     # rules from history and robust ones
     "leave_out_10": resampled(Chain(Tempered(0.0), LeaveOutSuspects(0.1)), losses="training"),
@@ -312,7 +314,7 @@ ARMS: dict[str, Callable[[Run], hf.Trainer]] = {
 EVERYWHERE = (
     "plain", "proportional", "proportional_warm", "proportional_training", "tempered_warm", "soft", "capped", "hump",
     "within_class", "within_class_hump", "corrected", "corrected_training", "corrected_final", "corrected_softer",
-    "control", "variance", "progress",
+    "corrected_gentle", "control", "variance", "progress",
 )  # fmt: skip
 NOISE = ("leave_out_10", "soft_leave_out_10", "drop_top", "margin", "observed", "suspects_out", "suspects_out_10",
          "report_dropped", "report_relabelled", "cleanlab_out", "oracle_out")  # fmt: skip

@@ -11,6 +11,7 @@ from rsft_hf.generative.filters import (
     RejectTruncated,
     Satisfies,
 )
+from rsft_hf.generative.imports import import_candidates, stored_prompts
 from rsft_hf.generative.resampler import CandidateResampler
 from rsft_hf.generative.rescoring import accept_again, score_again
 
@@ -28,6 +29,8 @@ __all__ = [
     "export_dpo",
     "export_kto",
     "export_sft",
+    "import_candidates",
     "load_candidates",
     "score_again",
+    "stored_prompts",
 ]

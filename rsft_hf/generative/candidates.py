@@ -151,7 +151,7 @@ class CandidateStore:
             stage: One of `STAGES`.
             logged: Means of what reward functions logged of the shard; None keeps those that it has.
         """
-        rows = [_to_row(candidate, self.reward_names) for candidate in candidates]
+        rows = [to_row(candidate, self.reward_names) for candidate in candidates]
         kept = json.dumps(self._logged(path) if logged is None else dict(logged))
         schema = self._schema.with_metadata({_STAGE_KEY: stage.encode(), _LOGGED_KEY: kept.encode()})
         self._write_table(path, pa.Table.from_pylist(rows, schema=schema))
@@ -271,7 +271,8 @@ def _replaced(path: Path) -> Iterator[Path]:
 _NOT_ATTRIBUTES = ("candidate", "extras", "template_input")
 
 
-def _to_row(candidate: Candidate, reward_names: Sequence[str]) -> dict[str, Any]:
+def to_row(candidate: Candidate, reward_names: Sequence[str]) -> dict[str, Any]:
+    """Returns a candidate as a row of the store."""
     row = {name: getattr(candidate, name) for name in _PLAIN_COLUMNS if name not in _NOT_ATTRIBUTES}
     row |= {"candidate": candidate.index, "prompt": _role_and_text(candidate.prompt)}
     row["extras"] = json.dumps(candidate.extras, default=str) if candidate.extras else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers import GenerationConfig
@@ -10,6 +11,7 @@ from rsft_hf.acceptance import Acceptance, TopKPerPrompt, check_acceptance
 from rsft_hf.checks import check_fraction, check_integer
 from rsft_hf.engines.base import Engine
 from rsft_hf.engines.generation_config import check_generation_config
+from rsft_hf.generative.exports import round_folders
 from rsft_hf.generative.filters import Deduplicate, Filter, RejectEmpty, RejectTruncated
 from rsft_hf.rewards.functions import RewardFunctions
 
@@ -39,6 +41,8 @@ class CandidateConfig:
         generation_config: How to sample: `GenerationConfig(do_sample=True, max_new_tokens=..., temperature=...)`. It
             overrides the model's own; what neither says is plain sampling.
         engine: "auto", "generate", or an `Engine`.
+        candidates: Folder that `import_candidates` wrote, whose completions are scored and accepted in the first round
+            instead of generating; several rounds where it holds folders named `round-*`.
         proposal_model: Generates instead of the trained model (a teacher); shares its tokenizer.
         reference_model: Gives log p of `DensityRatio` instead of the generating model; "base" is a PEFT model with its
             adapter off.
@@ -80,6 +84,7 @@ class CandidateConfig:
     num_candidates: int = 8
     generation_config: GenerationConfig | None = None
     engine: str | Engine = "auto"
+    candidates: Path | str | None = None
     proposal_model: Any = None
     reference_model: Any = None
     merge_adapter: bool = False
@@ -146,6 +151,13 @@ class CandidateConfig:
                 "merged. Leave one of them out."
             )
         check_acceptance(self.acceptance, "`acceptance`")
+        if self.candidates is not None:
+            round_folders(self.candidates)
+            if self.with_log_probs:
+                raise ValueError(
+                    f"`candidates` come without log p, which {self.acceptance!r} and `keep_log_probs` need. Take a "
+                    "rule on rewards."
+                )
         for rule in self.filters:
             if isinstance(rule, type) or not callable(rule):
                 raise TypeError(

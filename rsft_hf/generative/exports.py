@@ -14,9 +14,10 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rsft_hf.generative.candidates import template_input
+from rsft_hf.generative.candidates import template_input, to_row
 from rsft_hf.generative.prompts import message_text
 
+_BATCH_SIZE = 4096
 _COLUMNS = ["prompt_id", "prompt", "text", "reward", "is_accepted", "verdict", "template_input"]
 
 
@@ -24,7 +25,7 @@ def load_candidates(directory: Path | str) -> datasets.Dataset:
     """Returns every candidate of a round or of all rounds, with rewards and verdicts, memory-mapped.
 
     Args:
-        directory: `<output_dir>/candidates`, or one round of it.
+        directory: `<output_dir>`, its folder `candidates`, or one round of it.
 
     Raises:
         FileNotFoundError: If there are no candidates.
@@ -32,11 +33,11 @@ def load_candidates(directory: Path | str) -> datasets.Dataset:
     return datasets.load_dataset("parquet", data_files=[str(path) for path in _shards(directory)], split="train")
 
 
-def export_sft(directory: Path | str, as_messages: bool = False) -> datasets.Dataset:
+def export_sft(candidates: Any, as_messages: bool = False) -> datasets.Dataset:
     """Returns the accepted candidates for TRL's SFTTrainer: `prompt` and `completion`, or `messages`.
 
     Args:
-        directory: As in `load_candidates`.
+        candidates: Folder as in `load_candidates`, a data set of its columns, or a list of candidates.
         as_messages: Whether to join prompt and answer to one conversation; prompts that are text become a user's turn.
 
     Raises:
@@ -54,17 +55,17 @@ def export_sft(directory: Path | str, as_messages: bool = False) -> datasets.Dat
             prompt, completion = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": completion}]
         return {"messages": prompt + completion, **columns}
 
-    return _dataset(exported, _shard_rows(directory), directory, "accepted")
+    return _dataset(exported, _shard_rows(candidates), candidates, "accepted")
 
 
-def export_dpo(directory: Path | str, min_margin: float = 0.0) -> datasets.Dataset:
+def export_dpo(candidates: Any, min_margin: float = 0.0) -> datasets.Dataset:
     """Returns one preference pair per prompt for TRL's DPOTrainer: `prompt`, `chosen`, `rejected`.
 
     The pair is the best-rewarded and the worst-rewarded of the prompt's judged candidates, and is left out where their
     texts are equal or their rewards lie no more than `min_margin` apart. Also `chosen_reward` and `rejected_reward`.
 
     Args:
-        directory: As in `load_candidates`.
+        candidates: As in `export_sft`.
         min_margin: Difference of rewards that a pair must exceed, at least 0.
 
     Raises:
@@ -74,7 +75,7 @@ def export_dpo(directory: Path | str, min_margin: float = 0.0) -> datasets.Datas
     if min_margin < 0:
         raise ValueError(f"`min_margin`={min_margin} must be at least 0.")
     extremes: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for rows in _shard_rows(directory):
+    for rows in _shard_rows(candidates):
         for row in rows:
             if row["reward"] is not None:
                 pair = extremes.setdefault((row["round"], row["prompt_id"]), [row, row])
@@ -89,16 +90,16 @@ def export_dpo(directory: Path | str, min_margin: float = 0.0) -> datasets.Datas
         rewards = {"chosen_reward": best["reward"], "rejected_reward": worst["reward"]}
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **rewards, **columns}
 
-    return _dataset(exported, [extremes.values()], directory, f"rewarded more than {min_margin} apart")
+    return _dataset(exported, [extremes.values()], candidates, f"rewarded more than {min_margin} apart")
 
 
-def export_kto(directory: Path | str) -> datasets.Dataset:
+def export_kto(candidates: Any) -> datasets.Dataset:
     """Returns accepted and rejected candidates for TRL's KTOTrainer: `prompt`, `completion`, `label`.
 
     Candidates that were filtered out, duplicates, and those that nobody could judge, are left out.
 
     Args:
-        directory: As in `load_candidates`.
+        candidates: As in `export_sft`.
 
     Raises:
         FileNotFoundError: If there are no candidates.
@@ -111,23 +112,42 @@ def export_kto(directory: Path | str) -> datasets.Dataset:
         prompt, columns, (completion,) = _parts(row, row["text"])
         return {"prompt": prompt, "completion": completion, "label": row["is_accepted"], **columns}
 
-    return _dataset(exported, _shard_rows(directory), directory, "judged")
+    return _dataset(exported, _shard_rows(candidates), candidates, "judged")
+
+
+def round_folders(directory: Path | str) -> list[Path]:
+    """Returns the folders of the rounds in a folder as in `load_candidates`, in order.
+
+    Raises:
+        FileNotFoundError: If there are no candidates.
+    """
+    folder = Path(directory)
+    folder = folder / "candidates" if (folder / "candidates").is_dir() else folder
+    rounds = [each for each in sorted(folder.glob("round-*")) or [folder] if any(each.glob("*.parquet"))]
+    if not rounds:
+        raise FileNotFoundError(
+            f"{folder} holds no candidates. Give <output_dir>, or a folder such as <output_dir>/candidates/round-000."
+        )
+    return rounds
 
 
 def _shards(directory: Path | str) -> list[Path]:
-    folder = Path(directory)
-    rounds = sorted(folder.glob("round-*")) or [folder]
-    shards = [path for each in rounds for path in sorted(each.glob("*.parquet"))]
-    if not shards:
-        raise FileNotFoundError(
-            f"{folder} holds no candidates. Give <output_dir>/candidates, or a folder such as round-000 in it."
-        )
-    return shards
+    return [path for each in round_folders(directory) for path in sorted(each.glob("*.parquet"))]
 
 
-def _shard_rows(directory: Path | str) -> Iterator[list[dict[str, Any]]]:
+def _shard_rows(candidates: Any) -> Iterator[list[dict[str, Any]]]:
     """The rows of each shard."""
-    for path in _shards(directory):
+    if isinstance(candidates, datasets.Dataset):
+        if missing := [name for name in _COLUMNS if name not in candidates.column_names]:
+            raise ValueError(f"The data set lacks the columns {missing} of load_candidates(...).")
+        columns = candidates.with_format(None).select_columns(_COLUMNS)
+        for batch in columns.iter(_BATCH_SIZE):
+            yield [{**dict(zip(batch, row, strict=True)), "round": ""} for row in zip(*batch.values(), strict=True)]
+        return
+    if not isinstance(candidates, (str, Path)):
+        yield [{"template_input": None, **to_row(one, ()), "round": ""} for one in candidates]
+        return
+    for path in _shards(candidates):
         yield [{**row, "round": path.parent.name} for row in pq.read_table(path, columns=_COLUMNS).to_pylist()]
 
 
@@ -147,16 +167,22 @@ def _parts(row: dict[str, Any], *texts: str) -> tuple[Any, dict[str, Any], list[
 
 
 def _dataset(
-    exported: Callable[[Any], dict[str, Any] | None], shards: Iterable[Iterable[Any]], directory: Path | str, what: str
+    exported: Callable[[Any], dict[str, Any] | None], shards: Iterable[Iterable[Any]], candidates: Any, what: str
 ) -> datasets.Dataset:
     tables = []
     for rows in shards:
         if kept := [one for one in map(exported, rows) if one is not None]:
             tables.append(pa.Table.from_pylist(kept))
+    is_folder = isinstance(candidates, (str, Path))
     if not tables:
-        raise ValueError(f"{directory} holds no candidates that were {what}. See `verdict` in load_candidates(...).")
+        raise ValueError(
+            f"{candidates if is_folder else type(candidates).__name__} holds no candidates that were {what}. See their "
+            "`verdict`, in load_candidates(...)."
+        )
     table = pa.concat_tables(tables, promote_options="permissive")
-    return datasets.Dataset(table, fingerprint=_fingerprint(directory, f"{what} {table.schema}"))
+    return datasets.Dataset(
+        table, fingerprint=_fingerprint(candidates, f"{what} {table.schema}") if is_folder else None
+    )
 
 
 def _fingerprint(directory: Path | str, what: str) -> str:

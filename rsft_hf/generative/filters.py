@@ -65,9 +65,8 @@ class LengthRange:
 
     def __call__(self, candidate: Candidate) -> bool:
         """Returns whether the number of tokens is in the range."""
-        return self.min_tokens <= candidate.num_tokens and (
-            self.max_tokens is None or candidate.num_tokens <= self.max_tokens
-        )
+        length = len(_token_ids(candidate))
+        return self.min_tokens <= length and (self.max_tokens is None or length <= self.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class RejectRepetition:
 
     def __call__(self, candidate: Candidate) -> bool:
         """Returns whether neither limit is passed."""
-        ids = candidate.token_ids
+        ids = _token_ids(candidate)
         if self.max_run is not None and _longest_run(ids) > self.max_run:
             return False
         num_grams = len(ids) - self.ngram + 1
@@ -219,6 +218,15 @@ class Deduplicate:
                 f"The `key` of Deduplicate returned {found!r}, which cannot be hashed. Return a string or a tuple."
             ) from error
         return found
+
+
+def _token_ids(candidate: Candidate) -> list[int]:
+    if not candidate.token_ids and candidate.text:
+        raise ValueError(
+            f"The completion {candidate.text[:60]!r} has a text but no tokens, which this filter reads. Import with "
+            "them: import_candidates(..., tokenizer=...)."
+        )
+    return candidate.token_ids
 
 
 def _longest_run(items: list[int]) -> int:

@@ -62,6 +62,8 @@ class CandidateResampler(Resampler):
         generation_config: How to sample: `GenerationConfig(do_sample=True, max_new_tokens=..., temperature=...)`. It
             overrides the model's own; what neither says is plain sampling.
         engine: "auto", "generate", or an `Engine`.
+        candidates: Folder that `import_candidates` wrote, whose completions are scored and accepted in the first round
+            instead of generating; several rounds where it holds folders named `round-*`.
         proposal_model: Generates instead of the trained model (a teacher); shares its tokenizer.
         reference_model: Gives log p of `DensityRatio` instead of the generating model; "base" is a PEFT model with its
             adapter off.
@@ -104,6 +106,7 @@ class CandidateResampler(Resampler):
         num_candidates: int = 8,
         generation_config: GenerationConfig | None = None,
         engine: str | Engine = "auto",
+        candidates: Path | str | None = None,
         proposal_model: Any = None,
         reference_model: Any = None,
         merge_adapter: bool = False,

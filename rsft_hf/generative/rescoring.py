@@ -3,6 +3,7 @@
 The candidates are written to a new folder; the old one stays unchanged.
 """
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 from rsft_hf.acceptance import Acceptance, check_acceptance
 from rsft_hf.generative.candidates import REFERENCES, VERDICTS, CandidateStore
 from rsft_hf.generative.filters import Deduplicate, Filter
+from rsft_hf.generative.imports import PROMPTS, stored_prompts
 from rsft_hf.generative.prompts import PromptSet, column_names
 from rsft_hf.generative.selection import (
     COLUMNS,
@@ -29,7 +31,7 @@ def score_again(
     directory: Path | str,
     destination: Path | str,
     reward_funcs: Any,
-    prompts: Any,
+    prompts: Any = None,
     *,
     reward_weights: Sequence[float] | None = None,
     filters: Sequence[Filter] = (),
@@ -42,7 +44,8 @@ def score_again(
         directory: Folder of a round.
         destination: Folder to write, absent or empty.
         reward_funcs: As in `CandidateResampler`.
-        prompts: The data set they were generated for, for the columns that rewards read.
+        prompts: The data set they were generated for, for the columns that rewards read; those of an imported round by
+            default.
         reward_weights: As in `CandidateResampler`.
         filters: As in `CandidateResampler`; none by default.
         dedup: As in `CandidateResampler`.
@@ -51,8 +54,10 @@ def score_again(
     Raises:
         FileNotFoundError: If the folder holds no candidates.
         FileExistsError: If the destination is not empty.
-        ValueError: If a function needs a column that is absent.
+        ValueError: If a function needs a column that is absent, or `prompts` are not given and not stored.
     """
+    if prompts is None and (prompts := stored_prompts(directory)) is None:
+        raise ValueError(f"{directory} was not imported, so it holds no `prompts`. Give the data set they come from.")
     functions, source = RewardFunctions(reward_funcs, reward_weights), _opened(directory)
     functions.check([name for name in column_names(prompts) if name != prompt_column])
     store = _created(destination, functions.names, source)
@@ -113,6 +118,8 @@ def _created(destination: Path | str, reward_names: Sequence[str], source: Candi
         raise FileExistsError(f"{folder} is not empty. Give a folder that does not exist yet.")
     folder.mkdir(parents=True, exist_ok=True)
     store = CandidateStore(folder, reward_names, source.is_conversational)
+    if (source.directory / PROMPTS).is_file():
+        shutil.copytree((source.directory / PROMPTS).parent, (folder / PROMPTS).parent)
     store.write_manifest(
         source.manifest() | {"reward_names": list(reward_names), "derived_from": str(source.directory)}
     )

@@ -48,7 +48,11 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 
 
 def round_facts(
-    config: CandidateConfig, generator: Generator, prompts: PromptSet, sampling: Sampling, digests: Mapping[str, str]
+    config: CandidateConfig,
+    generator: Generator,
+    prompts: PromptSet,
+    sampling: Sampling,
+    digests: Mapping[str, str | None],
 ) -> dict[str, Any]:
     """Returns the facts of a round.
 
@@ -57,7 +61,8 @@ def round_facts(
         generator: Engine, and how prompts become tokens.
         prompts: The prompts.
         sampling: How candidates are drawn.
-        digests: Digests of the model that generates, "model", and of the prompts, "prompts".
+        digests: Digests of the model that generates, "model", of the prompts, "prompts", and of the round's imported
+            candidates, "candidates", None where they are generated.
     """
     reference = config.reference_model
     is_model = isinstance(reference, torch.nn.Module)
@@ -67,6 +72,7 @@ def round_facts(
         "merge_adapter": config.merge_adapter,
         "engine": generator.engine.facts(),
         "prompts": digests["prompts"],
+        "candidates": digests.get("candidates"),
         "encoding": _encoding_digest(generator.encoder, prompts),
         "seed": sampling.run_seed,
         "num_candidates": sampling.num_candidates,

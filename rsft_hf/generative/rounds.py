@@ -8,20 +8,22 @@ prompts alone, so that a run can resume with another number of processes. Shards
 expected tokens.
 """
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer
 from transformers.utils import logging
 
 from rsft_hf.distributed import FailTogether, object_from_main
 from rsft_hf.engines.auto import choose_engine
-from rsft_hf.engines.generation_config import active_settings, sampling_config
+from rsft_hf.engines.generation_config import active_settings, context_length, sampling_config
 from rsft_hf.engines.model_access import check_mergeable, unwrapped
 from rsft_hf.generative.candidates import REFERENCES, CandidateStore
 from rsft_hf.generative.config import CandidateConfig
@@ -36,6 +38,7 @@ from rsft_hf.generative.generation import (
     sync_weights,
 )
 from rsft_hf.generative.metrics import Throughput, explain_empty_round, round_metrics
+from rsft_hf.generative.offline import OfflineCandidates
 from rsft_hf.generative.prompts import PromptSet
 from rsft_hf.generative.round_cache import (
     RoundPlan,
@@ -81,6 +84,7 @@ class RoundRunner:
         generator: Generator of the candidates, with the proposal model where there is one.
         sampling: How candidates are drawn, but for round and attempt.
         digests: Digest of the prompts, by which a stored round is recognised.
+        offline: Imported completions of the first rounds, if there are any.
     """
 
     config: CandidateConfig
@@ -90,6 +94,7 @@ class RoundRunner:
     generator: Generator
     sampling: Sampling
     digests: Mapping[str, str]
+    offline: OfflineCandidates | None = None
 
     @classmethod
     def from_trainer(cls, config: CandidateConfig, trainer: Trainer, run_seed: int) -> "RoundRunner":
@@ -112,7 +117,10 @@ class RoundRunner:
             validate_vocabulary(proposal, model)
         if config.on_nothing_accepted == "reference":
             reference_candidate(prompts, 0, config.reference_column, encoder)  # a template it does not fit fails here
-        generation_config = sampling_config(config.generation_config, proposal, tokenizer)
+        offline, given = open_offline(config, encoder, model), config.generation_config
+        if given is None and offline is not None and not generates_later(config, offline, trainer):
+            given = GenerationConfig(max_new_tokens=1)  # nothing is generated in this run
+        generation_config = sampling_config(given, proposal, tokenizer)
         logger.info(f"Candidates are sampled with {active_settings(generation_config)}.")
         validate_prompt_lengths(prompts, encoder, proposal, generation_config.max_new_tokens)
         engine, surroundings = choose_engine(config.engine, model), trainer.accelerator.autocast
@@ -128,7 +136,7 @@ class RoundRunner:
         generator = Generator(proposal, encoder, engine, surroundings, reference)
         sampling = Sampling(generation_config, config.num_candidates, run_seed, with_log_probs=config.with_log_probs)
         digests = {"prompts": dataset_fingerprint(trainer.train_dataset, len(trainer.train_dataset))}
-        return cls(config, trainer, prompts, policy, generator, sampling, digests)
+        return cls(config, trainer, prompts, policy, generator, sampling, digests, offline)
 
     @property
     def accelerator(self) -> Accelerator:
@@ -163,7 +171,7 @@ class RoundRunner:
             self.config, self.accelerator, self.generator, self.policy.model, syncs_weights=False
         ) as generator:
             plan = self._plan(round_number, generator)
-            if plan.generates:
+            if plan.generates and not self._is_imported(round_number, self.config.max_attempts - 1):
                 sync_weights(self.accelerator, generator.engine, generator.model)
             return replace(self, generator=generator)._run_stages(round_number, plan, may_be_empty)
 
@@ -208,7 +216,9 @@ class RoundRunner:
     def _plan(self, round_number: int, generator: Generator) -> RoundPlan:
         """The work that is left of a round, as the main process finds it on disk. Collective."""
         digest = object_from_main(self.accelerator, model_fingerprint(generator.model))
-        facts = round_facts(self.config, generator, self.prompts, self.sampling, {**self.digests, "model": digest})
+        imported = None if self.offline is None else self.offline.digest(round_number)
+        digests = {**self.digests, "model": digest, "candidates": imported}
+        facts = round_facts(self.config, generator, self.prompts, self.sampling, digests)
         found: RoundPlan | None = None
         with FailTogether(self.accelerator, f"looking for the candidates of round {round_number}"):
             if self.accelerator.is_main_process:
@@ -251,7 +261,10 @@ class RoundRunner:
             return
         if work == "generate":
             began = time.perf_counter()
-            candidates = self.generator(self.prompts, prompt_ids, sampling)
+            generate: Any = self.generator
+            if self._is_imported(sampling.round_number, sampling.attempt):
+                generate = self.offline
+            candidates = generate(self.prompts, prompt_ids, sampling)
             effort.generate_seconds += time.perf_counter() - began
             effort.generate_tokens += sum(candidate.num_tokens for candidate in candidates)
             store.write(path, candidates, "generated")
@@ -259,10 +272,15 @@ class RoundRunner:
             candidates = store.read_generated(path, self.prompts)
         began = time.perf_counter()
         filter_candidates(candidates, self.config.filters, self.config.dedup)
-        scores = score_candidates(candidates, self.config.functions, self.trainer.state, candidates[0].seed % 2**32)
+        seed = candidates[0].seed % 2**32 if candidates else 0
+        scores = score_candidates(candidates, self.config.functions, self.trainer.state, seed)
         effort.score_seconds += time.perf_counter() - began
         effort.score_tokens += sum(candidate.num_tokens for candidate in candidates if candidate.verdict != "filtered")
         store.write(path, candidates, "scored", scores.metrics)
+
+    def _is_imported(self, round_number: int, attempt: int) -> bool:
+        """Whether the completions of an attempt were imported."""
+        return self.offline is not None and attempt == 0 and round_number < self.offline.num_rounds
 
     def _judged(self, store: CandidateStore, rules: SelectionRules, attempt: int) -> tuple[list[str], list[int]]:
         """The verdict on every candidate so far, and the prompts below the minimum, decided on the main process."""
@@ -322,6 +340,23 @@ class RoundRunner:
             if number % self.accelerator.num_processes == self.accelerator.process_index:
                 store.write_verdicts(path, verdicts[start : start + size], reasons)
             start += size
+
+
+def open_offline(config: CandidateConfig, encoder: Encoder, model: Any) -> OfflineCandidates | None:
+    """Returns the imported completions of a run, None without any."""
+    if config.candidates is None:
+        return None
+    return OfflineCandidates(config.candidates, encoder, context_length(model))
+
+
+def generates_later(config: CandidateConfig, offline: OfflineCandidates, trainer: Trainer) -> bool:
+    """Returns whether a run with imported completions generates anything."""
+    epochs = math.inf if trainer.args.max_steps > 0 else math.ceil(trainer.args.num_train_epochs)
+    return (
+        trainer.eval_dataset is not None
+        or config.max_attempts > 1
+        or epochs > offline.num_rounds * config.every_n_epochs
+    )
 
 
 def _tokenizer(trainer: Trainer) -> PreTrainedTokenizerBase:

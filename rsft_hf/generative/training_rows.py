@@ -149,7 +149,10 @@ def encode_candidates(candidates: Iterable[Candidate], encoder: Encoder) -> Iter
         if candidate.is_accepted:
             if candidate.prompt_id != prompt_id:  # the candidates of a prompt follow each other
                 prompt_id, prompt_ids = candidate.prompt_id, encoder.prompt_ids(candidate.prompt, candidate.row)
-            yield encoder.training_row(prompt_ids, candidate.token_ids)
+            token_ids = candidate.token_ids
+            if not token_ids and candidate.text:  # imported, as text alone
+                token_ids = encoder.completion_ids(candidate.prompt, candidate.text, candidate.row)
+            yield encoder.training_row(prompt_ids, token_ids)
 
 
 def reference_candidate(prompts: PromptSet, prompt_id: int, column: str, encoder: Encoder) -> Candidate:

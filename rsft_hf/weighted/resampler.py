@@ -34,12 +34,13 @@ from rsft_hf.weighted.targets import (
     try_weighting,
     with_factored_labels,
 )
-from rsft_hf.weighted.weightings import Chain, Floored, Tempered, Weighting, as_weighting
+from rsft_hf.weighted.weightings import Chain, Clipped, Floored, Tempered, Weighting, as_weighting
 
 logger = logging.get_logger(__name__)
 
-# Chosen by docs/weighted_study.md: a row keeps 4/5 of its uniform share, so no corrected loss counts more than 1.25.
-SAFE_WEIGHTING = Chain(Tempered(0.5), Floored(0.8))
+# Chosen by docs/weighted_study.md. The cap bounds M, and so the share of the rows that an epoch does not read; a row
+# keeps 9/10 of its uniform share, so that no corrected loss counts more than 10/9.
+SAFE_WEIGHTING = Chain(Tempered(0.5), Clipped(0.9), Floored(0.9))
 
 
 class LossResampler(Resampler):
@@ -47,10 +48,10 @@ class LossResampler(Resampler):
 
     Args:
         weighting: Rule from losses to weights, or a plain function: losses, shape (N,), float64, of the labelled rows
-            in data-set order, to weights, shape (N,), >= 0. By default the safe rule, `SAFE_WEIGHTING`: four
-            fifths uniform, one fifth by the square root of the loss, from training losses and corrected in the loss;
-            where the model's loss allows no correction, uncorrected. `Proportional()` is w = L, which can harm: see
-            the card `rsft_hf/weighted/README.md`.
+            in data-set order, to weights, shape (N,), >= 0. By default the safe rule, `SAFE_WEIGHTING`: nine
+            tenths uniform, one tenth by the capped square root of the loss, from training losses and corrected in the
+            loss; where the model's loss allows no correction, uncorrected. `Proportional()` is w = L, which can harm:
+            see the card `rsft_hf/weighted/README.md`.
         losses: "forward" measures every row in a scoring pass before the epoch; "training" uses the losses of the
             training steps, so that a row's loss is as old as its last draw and the first epoch is uniform. By default
             "forward" with a weighting or `per_example_loss`, "training" without.
@@ -72,8 +73,8 @@ class LossResampler(Resampler):
         ValueError: If an argument is out of range, or the rule needs statistics that are not measured.
 
     Example:
-        >>> LossResampler()
-        LossResampler(Chain(Tempered(alpha=0.5), Floored(fraction=0.8)), losses='training', importance_correction=1)
+        >>> LossResampler().weighting
+        Chain(Tempered(alpha=0.5), Clipped(quantile=0.9), Floored(fraction=0.9))
         >>> from rsft_hf import Tempered
         >>> LossResampler(Tempered(0.5), losses="training", warmup_epochs=1).weighting
         Tempered(alpha=0.5)

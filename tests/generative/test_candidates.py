@@ -81,8 +81,9 @@ def test_load_candidates_reads_one_round_or_all(tmp_path: Path) -> None:
     trained(tmp_path, args={"num_train_epochs": 2})
     assert len(load_candidates(tmp_path / "candidates")) == 2 * 4 * NUM_PROMPTS
     assert load_candidates(round_dir(tmp_path, 1)).to_list() == stored(tmp_path, 1)
+    assert load_candidates(tmp_path).to_list() == load_candidates(tmp_path / "candidates").to_list()
     with pytest.raises(FileNotFoundError, match="holds no candidates"):
-        load_candidates(tmp_path)
+        load_candidates(tmp_path / "checkpoint-1")
 
 
 def test_no_draft_is_left_and_a_half_written_one_is_no_shard(tmp_path: Path) -> None:

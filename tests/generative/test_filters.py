@@ -28,7 +28,7 @@ def candidate(text: str = "some text", token_ids: list[int] | None = None, finis
 
 
 def tokens(*ids: int) -> Candidate:
-    return candidate(token_ids=list(ids))
+    return candidate("some text" if ids else "", list(ids))
 
 
 CASES = [
