@@ -1,4 +1,5 @@
-"""Seconds and memory of what is done to the candidates of a large round: judging, describing, exporting, encoding.
+"""Seconds and memory of what is done to the candidates of a large round: judging, describing, exporting, encoding,
+and of importing as many completions from a JSONL file, scoring and accepting them.
 
     make bench-store                        # or: make bench-store ARGS="--num_candidates 100000 --json -"
 
@@ -23,7 +24,15 @@ from measures import build_parser, peak_mib, run_child, seconds_of, write_json
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rsft_hf import TopKPerPrompt
-from rsft_hf.generative import export_dpo, export_kto, export_sft, load_candidates
+from rsft_hf.generative import (
+    accept_again,
+    export_dpo,
+    export_kto,
+    export_sft,
+    import_candidates,
+    load_candidates,
+    score_again,
+)
 from rsft_hf.generative.candidates import Candidate, CandidateStore
 from rsft_hf.generative.encoding import Encoder
 from rsft_hf.generative.metrics import round_metrics
@@ -80,6 +89,19 @@ def encoded(folder: Path) -> None:
     pool.state()
 
 
+def write_file(folder: Path) -> None:
+    """Writes the completions as JSONL, one a line, as an engine elsewhere would."""
+    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
+        for path in opened(folder).shards():
+            for row in pq.read_table(path, columns=["prompt_id", "prompt", "text"]).to_pylist():
+                prompt = f"{row['prompt_id']} {row['prompt']}"
+                file.write(json.dumps({"prompt": prompt, "completion": row["text"], "answer": "a"}) + "\n")
+
+
+def length_of(completions: list[str], **columns: Any) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
 STAGES: dict[str, Callable[[Path], Any]] = {
     "judge, write verdicts, describe": judged,
     "encode the accepted": encoded,
@@ -87,6 +109,11 @@ STAGES: dict[str, Callable[[Path], Any]] = {
     "export_sft": lambda folder: export_sft(folder / "candidates"),
     "export_dpo": lambda folder: export_dpo(folder / "candidates"),
     "export_kto": lambda folder: export_kto(folder / "candidates"),
+    "write a JSONL file": write_file,
+    "import_candidates": lambda folder: import_candidates(folder / "samples.jsonl", folder / "imported"),
+    "score_again": lambda folder: score_again(folder / "imported", folder / "scored", length_of),
+    "accept_again": lambda folder: accept_again(folder / "scored", folder / "accepted", TopKPerPrompt(2)),
+    "export_sft of the imported": lambda folder: export_sft(folder / "accepted"),
 }
 
 

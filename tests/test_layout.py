@@ -35,6 +35,8 @@ LAYERS = (
     HALVES,
     ("trainer.py", "callbacks.py"),
     ("__init__.py",),
+    ("cli.py",),
+    ("__main__.py",),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 layer_of = lambda file: LAYER_OF[file.split("/")[0]]  # noqa: E731 - the layer of a file is that of its folder

@@ -19,6 +19,7 @@ from rsft_hf import (
     export_dpo,
     export_kto,
     export_sft,
+    import_candidates,
     load_candidates,
 )
 from rsft_hf.generative import RejectTruncated, accept_again, score_again
@@ -96,6 +97,14 @@ def test_kto_reads_what_is_exported(folder: Path, tmp_path: Path) -> None:
     assert exported["label"] == [row["is_accepted"] for row in rows]
     assert set(exported["label"]) == {True, False}
     assert 0 < one_step("KTO", exported, tmp_path) < 30
+
+
+def test_trainers_read_the_exports_of_imported_candidates(tmp_path: Path) -> None:
+    rows = [{"prompt": prompt, "completions": ["c a", "d b"], "scores": [1, 0]} for prompt in ("a b", "b", "c d", "d")]
+    imported = import_candidates(rows, tmp_path / "imported")
+    accepted = accept_again(imported, tmp_path / "accepted", Threshold(minimum=0.5))
+    for name, export in (("SFT", export_sft), ("DPO", export_dpo), ("KTO", export_kto)):
+        assert 0 < one_step(name, export(accepted), tmp_path / name) < 30
 
 
 def test_nothing_to_export(tmp_path: Path) -> None:
