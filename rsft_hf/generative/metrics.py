@@ -201,6 +201,17 @@ class Throughput:
     generate_tokens: int = 0
     score_seconds: float = 0.0
     score_tokens: int = 0
+    num_candidates: int = 0
+
+    def described(self) -> str:
+        """Returns candidates and tokens per second of generation, for a progress bar.
+
+        Example:
+            >>> Throughput(generate_seconds=2.0, generate_tokens=3000, num_candidates=50).described()
+            '25.0 candidates/s, 1500 tokens/s'
+        """
+        seconds = max(self.generate_seconds, 1e-9)
+        return f"{self.num_candidates / seconds:.1f} candidates/s, {self.generate_tokens / seconds:.0f} tokens/s"
 
     def metrics(self, accelerator: Accelerator) -> dict[str, float]:
         """Returns tokens of all processes per second of the slowest's time, of what this run made itself."""

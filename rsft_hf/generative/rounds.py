@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from accelerate import Accelerator
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer
 from transformers.utils import logging
 
@@ -25,7 +26,7 @@ from rsft_hf.distributed import FailTogether, object_from_main
 from rsft_hf.engines.auto import choose_engine
 from rsft_hf.engines.generation_config import active_settings, context_length, sampling_config
 from rsft_hf.engines.model_access import check_mergeable, unwrapped
-from rsft_hf.generative.candidates import REFERENCES, CandidateStore
+from rsft_hf.generative.candidates import ACCEPTED, REFERENCES, CandidateStore
 from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import Encoder
 from rsft_hf.generative.evaluation import predict_prompts, validate_best_metric, validate_evaluation
@@ -192,19 +193,7 @@ class RoundRunner:
                     f"{store.directory} is not visible here: the processes must share `output_dir`. Put it on a file "
                     "system that all machines mount."
                 )
-        unfilled: Sequence[int] = range(len(self.prompts))
-        verdicts: list[str] = []
-        for attempt in range(self.config.max_attempts):
-            lengths = self._lengths(round_number, attempt)
-            sampling = replace(self.sampling, round_number=round_number, attempt=attempt, expected_lengths=lengths)
-            with FailTogether(self.accelerator, f"generating and scoring round {round_number}"):
-                for path, prompt_ids in self._own_shards(store, unfilled, sampling):
-                    self._make_shard(store, path, prompt_ids, sampling, effort)
-            is_last = attempt == self.config.max_attempts - 1
-            takes_best = is_last and self.config.on_nothing_accepted == "best"
-            verdicts, unfilled = self._judged(store, replace(rules, takes_best=takes_best), attempt)
-            if not unfilled:
-                break
+        verdicts, unfilled = self._run_attempts(store, rules, effort)
         metrics = self._finish(store, rules, verdicts, unfilled)
         with FailTogether(self.accelerator, f"looking at round {round_number}"):
             if self.accelerator.is_main_process and not may_be_empty and next(store.accepted(), None) is None:
@@ -212,6 +201,34 @@ class RoundRunner:
                 raise RuntimeError(explain_empty_round(store, table, verdicts, rules.acceptance))
         self.accelerator.wait_for_everyone()
         return metrics | effort.metrics(self.accelerator) | {"round/seconds": time.perf_counter() - began}
+
+    def _run_attempts(
+        self, store: CandidateStore, rules: SelectionRules, effort: Throughput
+    ) -> tuple[list[str], Sequence[int]]:
+        """The verdicts of a round after as many attempts as it needs, and the prompts below the minimum."""
+        number, unfilled, verdicts = rules.round_number, list(range(len(self.prompts))), list[str]()
+        is_hidden = self.trainer.args.disable_tqdm or not self.trainer.is_local_process_zero()
+        # Without a terminal there is no bar: `disable=None` is tqdm's word for it.
+        progress = tqdm(desc=f"Round {number}", unit=" prompts", leave=False, disable=True if is_hidden else None)
+        with progress:
+            for attempt in range(self.config.max_attempts):
+                lengths = self._lengths(number, attempt)
+                sampling = replace(self.sampling, round_number=number, attempt=attempt, expected_lengths=lengths)
+                shards = list(self._own_shards(store, unfilled, sampling))
+                progress.total = (progress.total or 0) + sum(len(prompt_ids) for _, prompt_ids in shards)
+                with FailTogether(self.accelerator, f"generating and scoring round {number}"):
+                    for path, prompt_ids in shards:
+                        self._make_shard(store, path, prompt_ids, sampling, effort)
+                        progress.set_postfix_str(effort.described(), refresh=False)
+                        progress.update(len(prompt_ids))
+                is_last = attempt == self.config.max_attempts - 1
+                takes_best = is_last and self.config.on_nothing_accepted == "best"
+                verdicts, unfilled = self._judged(store, replace(rules, takes_best=takes_best), attempt)
+                num_accepted = sum(verdict in ACCEPTED for verdict in verdicts)
+                progress.set_postfix_str(f"{effort.described()}, {num_accepted} of {len(verdicts)} accepted")
+                if not unfilled:
+                    break
+        return verdicts, unfilled
 
     def _plan(self, round_number: int, generator: Generator) -> RoundPlan:
         """The work that is left of a round, as the main process finds it on disk. Collective."""
@@ -267,6 +284,7 @@ class RoundRunner:
             candidates = generate(self.prompts, prompt_ids, sampling)
             effort.generate_seconds += time.perf_counter() - began
             effort.generate_tokens += sum(candidate.num_tokens for candidate in candidates)
+            effort.num_candidates += len(candidates)
             store.write(path, candidates, "generated")
         else:
             candidates = store.read_generated(path, self.prompts)

@@ -1,11 +1,15 @@
 """Attempts of a round, and what becomes of prompts for which nothing was accepted."""
 
 import copy
+import functools
+import io
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import tqdm.std
 import transformers as hf
 
 import generative_runs
@@ -433,3 +437,26 @@ def test_a_pool_that_replay_leaves_empty_is_explained(tmp_path: Path) -> None:
     made = resampler(acceptance=Threshold(schedule=(0.0, 9.0)), on_nothing_accepted="skip", replay_rounds=1)
     with pytest.raises(RuntimeError, match="No candidate was accepted in round-002"):
         trained(tmp_path, made, args={"num_train_epochs": 3})
+
+
+def test_a_round_shows_its_progress_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = {}
+    for name, stream, args in (
+        ("terminal", Terminal(), {"disable_tqdm": False}),
+        ("file", io.StringIO(), {"disable_tqdm": False}),
+        ("off", Terminal(), {}),
+    ):
+        monkeypatch.setattr(
+            "rsft_hf.generative.rounds.tqdm", functools.partial(tqdm.std.tqdm, mininterval=0, file=stream)
+        )
+        trained(tmp_path / name, resampler(), args=args)
+        shown[name] = stream.getvalue()
+    assert "Round 0" in shown["terminal"]
+    assert re.search(r"\d candidates/s, \d+ tokens/s, \d+ of \d+ accepted", shown["terminal"])
+    assert f"{NUM_PROMPTS}/{NUM_PROMPTS}" in shown["terminal"]
+    assert "Round 0" not in shown["file"]
+    assert "Round 0" not in shown["off"]
