@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -240,10 +241,10 @@ def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         for batch in pq.ParquetFile(path).iter_batches(1024):
             yield from batch.to_pylist()
     elif path.suffix == ".csv":
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte order mark
             yield from csv.DictReader(file)
     elif path.suffix in (".jsonl", ".ndjson"):
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield _parsed(line, f"Line {number} of {path}")
@@ -337,6 +338,7 @@ class _Importer:
     prompts: list[dict[str, Any]] = field(default_factory=list)
     counts: Counter[int] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
+    differing: set[str] = field(default_factory=set)
     pending: list[Candidate] = field(default_factory=list)
     store: CandidateStore | None = None
     num_shards: int = 0
@@ -357,6 +359,7 @@ class _Importer:
         """Adds the completions of a row."""
         try:
             prompt, answers, columns = self.row_format.read(row)
+            json.dumps([prompt, [answer.text for answer in answers]], ensure_ascii=False).encode()  # a lone surrogate
         except (KeyError, ValueError, TypeError) as error:
             reason = f"it has no column {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"Row {self.num_rows} cannot be imported: {reason}") from error
@@ -378,6 +381,8 @@ class _Importer:
         if key not in self.prompt_ids:
             self.prompt_ids[key] = len(self.prompts)
             self.prompts.append({"prompt": prompt, **columns})
+        stored = self.prompts[self.prompt_ids[key]]
+        self.differing |= {name for name, value in columns.items() if value != stored.get(name)}
         return self.prompt_ids[key]
 
     def _add_answer(self, prompt_id: int, prompt: Prompt, answer: Answer) -> None:
@@ -413,11 +418,24 @@ class _Importer:
         if self.store is None or not self.num_shards:
             raise ValueError(f"None of {self.num_rows} rows has a completion to import ({dict(self.left_out)}).")
         (self.folder / PROMPTS).parent.mkdir()
-        datasets.Dataset.from_list(self.prompts).to_parquet(str(self.folder / PROMPTS))
+        self._prompt_dataset().to_parquet(str(self.folder / PROMPTS))
         facts = {"imported_from": source, "prompts": len(self.prompts), "candidates": sum(self.counts.values())}
         self.store.write_manifest({**facts, "reward_names": list(self.store.reward_names)})
         for reason, count in self.left_out.items():
             logger.warning(f"{count} completions {reason} were left out.")
+        if self.differing:
+            logger.warning(
+                f"The columns {sorted(self.differing)} differ between rows of one prompt: each prompt keeps those of "
+                "its first row, which rewards will read."
+            )
+
+    def _prompt_dataset(self) -> datasets.Dataset:
+        names = dict.fromkeys(name for row in self.prompts for name in row)
+        columns = {name: [row.get(name) for row in self.prompts] for name in names}
+        try:
+            return datasets.Dataset.from_dict(columns)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"A column of the prompts has values of several types: {error}.") from error
 
 
 def imported_token_ids(

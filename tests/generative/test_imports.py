@@ -179,6 +179,19 @@ def test_what_is_left_out_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert any("1 requests of the batch failed" in record.getMessage() for record in caplog.records)
 
 
+def test_columns_of_later_rows_are_kept_and_differences_are_warned_of(tmp_path: Path, caplog) -> None:
+    rows = [{"prompt": "a", "completion": "x", "id": 1}, {"prompt": "a", "completion": "y", "id": 2},
+            {"prompt": "b", "completion": "z", "answer": "4"}]  # fmt: skip
+    prompts = stored_prompts(import_candidates(rows, tmp_path / "round"))
+    assert prompts.to_list() == [{"prompt": "a", "id": 1, "answer": None}, {"prompt": "b", "id": None, "answer": "4"}]
+    assert "The columns ['id'] differ between rows of one prompt" in caplog.records[-1].getMessage()
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("\ufeffprompt,completion\r\na,x\r\n", encoding="utf-8")
+    assert load_candidates(import_candidates(tmp_path / "a.csv", tmp_path / "round"))["text"][:] == ["x"]
+
+
 GOOD = {"prompt": "a", "completion": "x"}
 
 
@@ -223,6 +236,8 @@ GOOD = {"prompt": "a", "completion": "x"}
         ([response(0, ("4", "stop"))], {}, ValueError, r"answers of an OpenAI batch. Give the file of its requests"),
         ([response(0, ("4", "stop"))], {"requests": [request(1, OTHER)]}, ValueError, r"'r0' has no request"),
         (["a"], {}, ValueError, r"A row is str. Give mappings"),
+        ([GOOD, {"prompt": "b", "completion": "\ud800"}], {}, ValueError, r"Row 1 cannot be imported: .*surrogates"),
+        ([{**GOOD, "n": 1}, {"prompt": "b", "completion": "x", "n": [2]}], {}, ValueError, r"values of several types"),
         ("no_such.jsonl", {}, FileNotFoundError, r"no_such.jsonl is no file"),
     ],
 )
