@@ -4,7 +4,7 @@ margins of the training steps (LabelMargins) -> error_probabilities -> LabelRepo
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -17,7 +17,7 @@ from rsft_hf.weighted.labels import IGNORED, LABEL_COLUMNS, stored_labels
 logger = logging.get_logger(__name__)
 
 _MIN_GROUP = 10  # labels in a group for a scale of its own
-_MIN_AGREEMENT = 0.5  # share of the labels that a model agrees with after learning them
+_MIN_AGREEMENT = 0.5  # share of the labels of a class that a model agrees with after learning it
 _MIN_OF_BEST = 0.8  # of the best epoch's agreement, for an epoch to count
 
 # Weak normal priors, mean and deviation: log k, so that the model errs on 2 % at its median margin; log-odds of 2 r, so
@@ -84,15 +84,48 @@ def _scales(sizes: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     return medians.clamp(min=1e-12)[groups]
 
 
-def learnt_epochs(history: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Returns which epochs count, shape (epochs,), bool, and the model's agreement with the labels in the best one.
+class Learning(NamedTuple):
+    """What a model has learnt of the labels.
+
+    Attributes:
+        is_used: Epochs whose agreement is at least four fifths of the best one's, shape (epochs,), bool: before, the
+            model had not learnt the task.
+        is_learnt: Labels of a class that the model agreed with at least half of the time in one of them, shape (L,).
+        agreement: Mean over the classes of the share of their labels that the model agreed with, in the best epoch.
+        is_trusted: Whether that is well above chance: half, and 5 of 8 for two classes.
+    """
+
+    is_used: torch.Tensor
+    is_learnt: torch.Tensor
+    agreement: float
+    is_trusted: bool
+
+
+def learning(history: torch.Tensor, classes: torch.Tensor) -> Learning:
+    """Returns what the model has learnt of the labels; a class counts as much as any other, however rare.
 
     Args:
         history: Margins, shape (epochs, L), NaN for a label that was not read.
+        classes: Class of each label, shape (L,).
+
+    Example:
+        >>> history = torch.tensor([[1.0, 1.0, 1.0, -1.0], [1.0, 1.0, -1.0, -1.0]])  # class 1 is never learnt
+        >>> learning(history, torch.tensor([0, 0, 0, 1])).is_learnt.tolist()
+        [True, True, True, False]
     """
-    agreements = (history > 0).sum(1) / history.isfinite().sum(1).clamp(min=1)
+    _, classes = classes.unique(return_inverse=True)
+    num_classes = int(classes.max()) + 1
+    read, agreed = (
+        torch.stack([torch.bincount(classes[one], minlength=num_classes) for one in chosen])
+        for chosen in (history.isfinite(), history > 0)
+    )
+    rates = agreed / read  # NaN for a class that was not read
+    agreements = rates.nanmean(1).nan_to_num(0.0)
     best = float(agreements.max())
-    return agreements >= _MIN_OF_BEST * best, best
+    is_used = agreements >= _MIN_OF_BEST * best
+    is_learnt = rates[is_used].nan_to_num(0.0).amax(0) >= _MIN_AGREEMENT
+    chance = 1 / num_classes if num_classes > 1 else 0.0
+    return Learning(is_used, is_learnt[classes], best, best >= max(_MIN_AGREEMENT, chance + (1 - chance) / 4))
 
 
 def row_error_probabilities(history: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | None:
@@ -103,33 +136,31 @@ def row_error_probabilities(history: torch.Tensor, labels: torch.Tensor | None) 
         labels: Class of each row, shape (N,), which stands for the predicted one; None for one rate of errors.
 
     Returns:
-        Shape (N,), float64, NaN for a row never read; None if the model has not learnt the task.
+        Shape (N,), float64, NaN for a row never read or of a class not learnt; None if the task is not learnt.
     """
-    is_used, agreement = learnt_epochs(history)
-    margins = history[is_used].double().nanmean(0)
-    is_read = margins.isfinite()
-    if agreement < _MIN_AGREEMENT or not bool(is_read.any()):
+    groups = torch.zeros(history.shape[1], dtype=torch.int64) if labels is None else labels
+    learnt = learning(history, groups)
+    margins = history[learnt.is_used].double().nanmean(0).masked_fill(~learnt.is_learnt, float("nan"))
+    is_judged = margins.isfinite()
+    if not learnt.is_trusted or not bool(is_judged.any()):
         return None
-    groups = torch.zeros(len(margins), dtype=torch.int64) if labels is None else labels
-    margins[is_read] = error_probabilities(margins[is_read], groups[is_read])
+    margins[is_judged] = error_probabilities(margins[is_judged], groups[is_judged])
     return margins
 
 
-def evidence(margins: LabelMargins) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Returns mean margins, the classes that the model preferred at the lowest ones, and its agreement with the labels.
+def evidence(margins: LabelMargins, is_used: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns mean margins, and the classes that the model preferred at the lowest ones, of some of the epochs.
 
-    Epochs in which the model agreed with fewer than four fifths of the labels it agreed with in its best one are left
-    out: it had not learnt the task yet.
+    Args:
+        margins: Margins of all epochs.
+        is_used: Shape (epochs,), bool.
 
     Returns:
-        Shape (L,), float64, NaN for a label that was not read in the others; shape (L,), int64; the share of the labels
-        that it agreed with in its best epoch, in [0, 1].
+        Shape (L,), float64, NaN for a label that was not read in them; shape (L,), int64.
     """
-    history, rivals = map(torch.stack, zip(*margins.epochs, strict=True))
-    is_used, best = learnt_epochs(history)
-    history, rivals = history[is_used], rivals[is_used]
+    history, rivals = (torch.stack(values)[is_used] for values in zip(*margins.epochs, strict=True))
     lowest = history.nan_to_num(float("inf")).argmin(0, keepdim=True)
-    return history.double().nanmean(0), rivals.gather(0, lowest).squeeze(0).long(), best
+    return history.double().nanmean(0), rivals.gather(0, lowest).squeeze(0).long()
 
 
 class LabelReport:
@@ -150,8 +181,9 @@ class LabelReport:
         labels: The given labels, shape (L,), int64, -1 for a label that was not read.
         suggestions: The labels that the model prefers, shape (L,), int64; the given one where it agrees.
         margins: Mean margin of each label, shape (L,), float64, NaN for a label that was not read.
-        probabilities: Probability that a label is wrong, shape (L,), float64, NaN for a label that was not read.
-        agreement: Share of the labels that the model agreed with in its best epoch, in [0, 1].
+        probabilities: Probability that a label is wrong, shape (L,), float64, NaN for a label that was not read, or
+            whose class the model has not learnt.
+        agreement: Share of the labels of a class that the model agreed with in its best epoch, mean over the classes.
 
     Raises:
         RuntimeError: If no label has been read, or the margins cannot be assigned to the labels.
@@ -190,15 +222,29 @@ class LabelReport:
         self.rows = torch.arange(len(self._num_per_row)).repeat_interleave(self._num_per_row)
         first = self._num_per_row.cumsum(0) - self._num_per_row
         self.positions = torch.arange(len(self.rows)) - first[self.rows]
-        self.margins, rivals, self.agreement = evidence(margins)
-        if self.agreement < _MIN_AGREEMENT:
-            logger.warning(f"{self._not_learnt()} Do not trust the label report.")
+        classes = 2 * self.positions + self.labels if kind == "multi_label" else self.labels
+        learnt = learning(torch.stack([means for means, _ in margins.epochs]), classes)
+        self.agreement, self._is_trusted = learnt.agreement, learnt.is_trusted
+        self.margins, rivals = evidence(margins, learnt.is_used)
         is_read = self.margins.isfinite()
+        self._warn(is_read & ~learnt.is_learnt)
         self.suggestions = torch.where(self.margins < 0, rivals, self.labels)
         # Of a multi-label task each class is a problem of its own.
         groups = 2 * self.positions + self.suggestions if kind == "multi_label" else self.suggestions
+        is_judged = is_read & learnt.is_learnt
         self.probabilities = torch.full_like(self.margins, float("nan"))
-        self.probabilities[is_read] = error_probabilities(self.margins[is_read], groups[is_read])
+        if bool(is_judged.any()):
+            self.probabilities[is_judged] = error_probabilities(self.margins[is_judged], groups[is_judged])
+
+    def _warn(self, is_unlearnt: torch.Tensor) -> None:
+        if not self._is_trusted:
+            logger.warning(f"{self._not_learnt()} Do not trust the label report.")
+        elif bool(is_unlearnt.any()):
+            classes = self.labels[is_unlearnt].unique().tolist()
+            logger.warning(
+                f"{int(is_unlearnt.sum())} labels of the classes {classes[:10]} are not judged: the model never agreed "
+                "with half of a class, so it has not learnt it."
+            )
 
     @property
     def num_errors(self) -> float:
@@ -259,7 +305,7 @@ class LabelReport:
             threshold: In [0, 1].
 
         Raises:
-            RuntimeError: If the model has not learnt the task: its `agreement` is below one half.
+            RuntimeError: If the model has not learnt the task: its `agreement` is not well above chance.
             ValueError: If `dataset` has other rows or labels.
         """
         is_wrong = self._is_wrong(threshold)
@@ -277,20 +323,21 @@ class LabelReport:
             threshold: In [0, 1].
 
         Raises:
-            RuntimeError: If the model has not learnt the task: its `agreement` is below one half.
+            RuntimeError: If the model has not learnt the task: its `agreement` is not well above chance.
             ValueError: If `dataset` has other rows or labels.
         """
         return self._with_labels(dataset, self._is_wrong(threshold), self.suggestions)
 
     def _not_learnt(self) -> str:
         return (
-            f"The model agrees with {self.agreement:.0%} of the labels in its best epoch: it has not learnt the task, "
-            "so it cannot tell which labels are wrong. Train for more epochs, or at another learning rate."
+            f"The model agrees with {self.agreement:.0%} of the labels of a class, in its best epoch and on average: it "
+            "has not learnt the task, so it cannot tell which labels are wrong. Train for more epochs, or at another "
+            "learning rate."
         )
 
     def _is_wrong(self, threshold: float) -> torch.Tensor:
         check_interval("threshold", threshold, "[0, 1]")
-        if self.agreement < _MIN_AGREEMENT:
+        if not self._is_trusted:
             raise RuntimeError(self._not_learnt())
         return self.probabilities > threshold
 

@@ -15,7 +15,7 @@ from rsft_hf import LossResampler, Proportional, RejectionSamplingTrainer, Tempe
 from rsft_hf.weighted import LabelReport
 from rsft_hf.weighted.criterion import Choices
 from rsft_hf.weighted.label_margins import LabelMargins
-from rsft_hf.weighted.label_report import error_probabilities, evidence
+from rsft_hf.weighted.label_report import error_probabilities, evidence, learning
 
 CPU = Accelerator(cpu=True)
 
@@ -84,23 +84,49 @@ def test_margins_by_hand():
     assert margins.labels.tolist() == [7, 3, 4]
 
 
-def test_epochs_before_the_task_is_learnt_are_left_out(caplog):
-    """The model agrees with 0.2, 0.7 and 0.8 of ten labels: the first epoch is below four fifths of the best."""
-    margins, ten = LabelMargins(lambda: torch.ones(10, dtype=torch.int64)), list(range(10))
-    for epoch, num_agreed in enumerate([2, 7, 8]):
-        sizes = [1.0 if label < num_agreed else -1.0 - epoch for label in ten]
-        margins.record(ten, choices([0] * 10, [1 + epoch] * 10, sizes), torch.ones(10, dtype=torch.bool))
+def margins_of(epochs: list[list[float]], labels: list[int]) -> LabelMargins:
+    """Margins of one label per row; the rival in epoch e is class 10 + e."""
+    margins, rows = LabelMargins(lambda: torch.ones(len(labels), dtype=torch.int64)), list(range(len(labels)))
+    for number, sizes in enumerate(epochs):
+        rivals = [10 + number] * len(labels)
+        margins.record(rows, choices(labels, rivals, sizes), torch.ones(len(labels), dtype=torch.bool))
         margins.end_epoch(CPU)
-    means, rivals, agreement = evidence(margins)
-    assert agreement == pytest.approx(0.8)
+    return margins
+
+
+def test_epochs_before_the_task_is_learnt_are_left_out():
+    """The model agrees with 0.2, 0.7 and 0.8 of ten labels: the first epoch is below four fifths of the best."""
+    epochs = [[1.0] * agreed + [-1.0 - number] * (10 - agreed) for number, agreed in enumerate([2, 7, 8])]
+    margins = margins_of(epochs, [0] * 10)
+    learnt = learning(torch.tensor(epochs), torch.zeros(10))
+    assert learnt.is_used.tolist() == [False, True, True]
+    assert learnt.agreement == pytest.approx(0.8)
+    means, rivals = evidence(margins, learnt.is_used)
     assert means.tolist() == [1.0] * 7 + [-0.5] + [-2.5] * 2  # (-2 + 1) / 2, (-2 - 3) / 2
-    assert rivals[7:].tolist() == [2, 3, 3]
-    margins.epochs = margins.epochs[:1]
-    report = LabelReport(margins, "class")
-    assert "Do not trust the label report" in caplog.records[-1].message
-    assert len(report.table()) == 10
-    with pytest.raises(RuntimeError, match=r"agrees with 20% of the labels in its best epoch: it has not learnt"):
-        report.drop(datasets.Dataset.from_dict({"labels": [0] * 10}))
+    assert rivals[7:].tolist() == [11, 12, 12]
+
+
+def test_a_rare_class_that_is_not_learnt_is_not_judged(caplog):
+    """Nine rows in ten are learnt; those of the last class always contradict, which is no reason to drop them all."""
+    labels = [0, 1, 2] * 30 + [3] * 10
+    sizes = [2.0 + row / 90 for row in range(90)] + [-3.0] * 10
+    sizes[7] = -4.0
+    report = LabelReport(margins_of([sizes] * 2, labels), "class")
+    assert report.probabilities[90:].isnan().all()
+    assert "10 labels of the classes [3] are not judged" in caplog.records[-1].getMessage()
+    kept = report.drop(datasets.Dataset.from_dict({"label": labels}))
+    assert len(kept) == 99
+    assert kept["label"][:].count(3) == 10
+    assert len(report.table()) == 90
+
+
+@pytest.mark.parametrize("num_minority", [10, 45])
+def test_a_model_that_predicts_one_of_two_classes_is_not_trusted(caplog, num_minority):
+    labels = [0] * (90 - num_minority) + [1] * num_minority
+    report = LabelReport(margins_of([[2.0] * (90 - num_minority) + [-2.0] * num_minority], labels), "class")
+    assert "Do not trust the label report" in caplog.records[-1].getMessage()
+    with pytest.raises(RuntimeError, match=r"agrees with 50% of the labels of a class, .* it has not learnt the task"):
+        report.relabel(datasets.Dataset.from_dict({"label": labels}))
 
 
 @pytest.mark.parametrize("at", [1, 2])
