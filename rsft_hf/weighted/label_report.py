@@ -330,7 +330,7 @@ class LabelReport:
 
     def _not_learnt(self) -> str:
         return (
-            f"The model agrees with {self.agreement:.0%} of the labels of a class, in its best epoch and on average: it "
+            f"The model agrees with {self.agreement:.0%} of the labels of a class, in its best epoch, on average: it "
             "has not learnt the task, so it cannot tell which labels are wrong. Train for more epochs, or at another "
             "learning rate."
         )
