@@ -52,8 +52,10 @@ def test_both_processes_fill_the_ledger(ranks) -> None:
 def test_the_label_report_reads_the_labels_of_both_processes(ranks) -> None:
     first, second = (rank["weighted_training"]["report"] for rank in ranks[0])
     assert first == second
-    assert sorted(first["row"]) == list(range(runs.NUM_ROWS))
     labels = [row["labels"] for row in runs.rows()]
+    judged = set(first["given_label"])  # classes that the model never half learnt are left out, whole
+    assert judged
+    assert sorted(first["row"]) == [row for row, label in enumerate(labels) if label in judged]
     assert [labels[row] for row in first["row"]] == first["given_label"]
     if runs.RESUMES_PROCESSES:
         assert ranks[0][0]["resumed_training"]["report"]["margin"] == pytest.approx(first["margin"], rel=1e-6)

@@ -129,7 +129,13 @@ def test_fewer_draws_shorten_the_epoch_and_the_schedule(tmp_path: Path) -> None:
 def test_higher_losses_are_read_more_often(tmp_path: Path) -> None:
     """20 epochs at learning rate 0: counts follow the losses, which never change."""
     args = {"num_train_epochs": 20, "learning_rate": 0.0, "logging_steps": 100}
-    trainer = runs.trained(RejectionSamplingTrainer, tmp_path, args=args, model=runs.bert(0.0, initializer_range=0.5))
+    trainer = runs.trained(
+        RejectionSamplingTrainer,
+        tmp_path,
+        args=args,
+        model=runs.bert(0.0, initializer_range=0.5),
+        resampler=LossResampler(Proportional()),
+    )
     table = trainer.resampler.table().to_pandas()
     counts, weights = table.groupby("row")["count"].sum(), table.groupby("row")["weight"].mean()
     expected = weights * 20 * runs.NUM_ROWS
