@@ -29,6 +29,15 @@ class EpochHistory:
         self.epochs: list[int] = []
         self._columns: dict[str, list[torch.Tensor]] = {name: [] for name in (*_TABLE_COLUMNS, "is_fresh")}
 
+    @property
+    def num_rows(self) -> int | None:
+        """Number of rows; None before the first epoch."""
+        return len(self._columns["loss"][0]) if self.epochs else None
+
+    def epochs_of(self, column: str) -> torch.Tensor:
+        """Returns `loss`, `margin`, `weight` or `count` of all epochs, shape (epochs, N)."""
+        return torch.stack(self._columns[column])
+
     def append(
         self,
         epoch: int,
@@ -72,7 +81,7 @@ class EpochHistory:
         lines = [line for line in lines if bool((line[2] & line[0].isfinite()).any())]
         if not lines:
             return {}
-        read = [(torch.where(fresh, values, float("nan")).float() for values in pair) for *pair, fresh in lines]
+        read = [[torch.where(fresh, values, float("nan")).float() for values in pair] for *pair, fresh in lines]
         return {name: torch.stack(values) for name, values in zip(HISTORIES, zip(*read, strict=True), strict=True)}
 
     def table(self) -> datasets.Dataset:

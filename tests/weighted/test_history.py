@@ -46,6 +46,19 @@ def test_suspects_by_hand():
     assert len(history.suspects(100)) == 3
 
 
+def test_each_epoch_keeps_the_rows_that_it_measured_itself():
+    history = EpochHistory()
+    losses = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    for epoch, is_fresh in enumerate(([True, True, False], [False, True, True])):
+        values = losses[epoch]
+        history.append(epoch, values, -values, values, torch.tensor([0]), torch.tensor(is_fresh))
+    current = torch.tensor([7.0, 8.0, 9.0])
+    measured = history.measured(current, -current, torch.tensor([True, False, False]))
+    expected = torch.tensor([[1.0, 2.0, NAN], [NAN, 5.0, 6.0], [7.0, NAN, NAN]])
+    torch.testing.assert_close(measured["loss_history"], expected, equal_nan=True)
+    torch.testing.assert_close(measured["margin_history"], -expected, equal_nan=True)
+
+
 def test_suspects_finds_the_planted_rows_worst_first():
     generator = torch.Generator().manual_seed(0)
     falling = [(4 - epoch) * torch.rand(200, generator=generator) for epoch in range(4)]
