@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rsft_hf.acceptance import RSO, DensityRatio, Threshold, TopKOverall, TopKPerPrompt
-    from rsft_hf.callbacks import CandidateTableCallback
+    from rsft_hf.callbacks import CandidateTableCallback, ReportCallback
     from rsft_hf.generative import (
         CandidateResampler,
         Deduplicate,
@@ -43,7 +43,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "acceptance": ("RSO", "DensityRatio", "Threshold", "TopKOverall", "TopKPerPrompt"),
-    "callbacks": ("CandidateTableCallback",),
+    "callbacks": ("CandidateTableCallback", "ReportCallback"),
     "generative": (
         "CandidateResampler", "Deduplicate", "export_dpo", "export_kto", "export_sft", "import_candidates",
         "load_candidates",
@@ -76,6 +76,7 @@ __all__ = [
     "RejectionSamplingMixin",
     "RejectionSamplingSeq2SeqTrainer",
     "RejectionSamplingTrainer",
+    "ReportCallback",
     "Resampler",
     "Tempered",
     "Threshold",

@@ -25,6 +25,8 @@ from rsft_hf.training_set import dataset_fingerprint
 
 logger = logging.get_logger(__name__)
 
+STATE_DIRECTORY = "resampler"
+
 
 @dataclass
 class EpochProgress:
@@ -139,7 +141,17 @@ def load_progress(directory: Path, settings: Mapping[str, Any], max_steps: int =
     return progress
 
 
-def last_complete_checkpoint(output_dir: str, state_directory: str) -> str:
+def state_directory(directory: Path | str) -> Path:
+    """Returns the folder of the resampler's state in a checkpoint, or in the last complete one of an output folder.
+
+    Raises:
+        ValueError: If there is no complete checkpoint.
+    """
+    state = Path(directory) / STATE_DIRECTORY
+    return state if state.is_dir() else Path(last_complete_checkpoint(str(directory))) / STATE_DIRECTORY
+
+
+def last_complete_checkpoint(output_dir: str) -> str:
     """Returns the newest checkpoint in `output_dir` that was saved completely.
 
     A run can be killed while it saves. The trainer's state is the last file of a checkpoint, so one without it, or
@@ -154,7 +166,7 @@ def last_complete_checkpoint(output_dir: str, state_directory: str) -> str:
         if folder.is_dir() and folder.name.rpartition("-")[2].isdigit()
     ]
     for folder in sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
-        if _is_json(folder / TRAINER_STATE_NAME) and _is_json(folder / state_directory / "progress.json"):
+        if _is_json(folder / TRAINER_STATE_NAME) and _is_json(folder / STATE_DIRECTORY / "progress.json"):
             return str(folder)
         logger.warning(f"Skipping {folder}, which was not saved completely (perhaps the run was killed while saving).")
     raise ValueError(
@@ -162,6 +174,12 @@ def last_complete_checkpoint(output_dir: str, state_directory: str) -> str:
         "saved completely. Call train() without `resume_from_checkpoint` to start from the beginning, with "
         "`save_only_model` off so that later runs can resume."
     )
+
+
+def logged_lines(directory: Path) -> list[dict[str, Any]]:
+    """Returns the lines that the trainer had logged when it saved its state in a folder; none without a state."""
+    path = directory / TRAINER_STATE_NAME
+    return json.loads(path.read_text())["log_history"] if path.is_file() else []
 
 
 def _is_json(path: Path) -> bool:

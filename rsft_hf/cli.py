@@ -1,4 +1,4 @@
-"""Command line `rsft-hf`: import, score, accept and export candidates, without a model.
+"""Command line `rsft-hf`: candidates without a model (import, score, accept, export), and what a run left (report).
 
 Everything heavy is imported by the command that needs it, so that `--help` answers at once.
 """
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of all commands."""
-    parser = argparse.ArgumentParser(prog="rsft-hf", description="Rejection-sampling fine-tuning: offline candidates.")
+    parser = argparse.ArgumentParser(prog="rsft-hf", description="Rejection-sampling fine-tuning.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_import(commands)
     _add_score(commands)
@@ -46,6 +46,16 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("output", type=Path, help="file to write: .jsonl, .csv or .parquet")
     export.add_argument("--as_messages", action="store_true", help="sft: one conversation per row")
     export.add_argument("--min_margin", type=float, default=0.0, help="dpo: difference of rewards that a pair exceeds")
+    report = _command(commands, "report", _report, "write the report of a run, one HTML file")
+    report.add_argument("output_dir", type=Path, help="output folder of a run, a checkpoint, or a folder of candidates")
+    report.add_argument("--output", type=Path, help="file to write (default: report.html in the output folder)")
+    report.add_argument("--data", type=Path, help="training set, for texts in tables: JSONL, JSON, CSV or Parquet")
+    report.add_argument("--max_candidates", type=int, default=50_000, help="candidates in the browser (default: 50000)")
+    suspects = _command(commands, "suspects", _suspects, "write the labels of a run, most probably wrong first")
+    suspects.add_argument("output_dir", type=Path, help="output folder of a run, or a checkpoint")
+    suspects.add_argument("output", type=Path, help="file to write: .jsonl, .csv or .parquet")
+    suspects.add_argument("--data", type=Path, help="training set, whose columns are added")
+    suspects.add_argument("--num_labels", type=int, help="number of labels; all by default")
     _command(commands, "env", _env, "print the versions that a bug report needs")
     return parser
 
@@ -142,12 +152,45 @@ def _export(options: argparse.Namespace) -> str:
         rows = export_dpo(options.directory, options.min_margin)
     else:
         rows = export_kto(options.directory)
-    writers = {".jsonl": rows.to_json, ".csv": rows.to_csv, ".parquet": rows.to_parquet}
-    if options.output.suffix not in writers:
-        raise ValueError(f"`output`={str(options.output)!r} is none of {', '.join(writers)}.")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    writers[options.output.suffix](str(options.output))
+    _write(rows, options.output)
     return f"{len(rows)} rows with {', '.join(rows.column_names)} are in {options.output}"
+
+
+def _write(rows: Any, path: Path) -> None:
+    """Writes a data set in the format that the name of the file ends with."""
+    writers = {".jsonl": rows.to_json, ".csv": rows.to_csv, ".parquet": rows.to_parquet}
+    if path.suffix not in writers:
+        raise ValueError(f"`output`={str(path)!r} is none of {', '.join(writers)}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writers[path.suffix](str(path))
+
+
+def _report(options: argparse.Namespace) -> str:
+    from rsft_hf.report import write_report
+
+    dataset, limit = _dataset(options.data), options.max_candidates
+    path = write_report(options.output_dir, options.output, dataset=dataset, max_candidates=limit)
+    return f"The report is in {path}"
+
+
+def _suspects(options: argparse.Namespace) -> str:
+    from rsft_hf.weighted import LabelReport
+
+    report = LabelReport.from_checkpoint(options.output_dir)
+    table = report.table(_dataset(options.data), options.num_labels)
+    _write(table, options.output)
+    return f"{len(report.labels)} labels, about {report.num_errors:.0f} wrong; {len(table)} are in {options.output}"
+
+
+def _dataset(path: Path | None) -> Any:
+    """The data set of a file; None without one."""
+    if path is None:
+        return None
+    import datasets
+
+    from rsft_hf.generative.imports import read_rows
+
+    return datasets.Dataset.from_list(list(read_rows(path)))
 
 
 def _env(options: argparse.Namespace) -> str:

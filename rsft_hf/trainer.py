@@ -22,7 +22,9 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerContro
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
+from rsft_hf.callbacks import ResamplerCallback
 from rsft_hf.checkpointing import (
+    STATE_DIRECTORY,
     EpochProgress,
     last_complete_checkpoint,
     load_progress,
@@ -38,8 +40,6 @@ from rsft_hf.training_set import order_rows, validate_dataset
 from rsft_hf.weighted.resampler import LossResampler
 
 logger = logging.get_logger(__name__)
-
-STATE_DIRECTORY = "resampler"
 
 BASE_WEIGHTS = "base.safetensors"
 
@@ -97,7 +97,7 @@ class RejectionSamplingMixin(_Base):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains as `Trainer.train` does; `resume_from_checkpoint=True` skips checkpoints not saved completely."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, STATE_DIRECTORY)
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def begin_epoch(self, loader: DataLoader[Any]) -> None:
@@ -285,6 +285,9 @@ class RejectionSamplingMixin(_Base):
         # Here the checkpoint path is resolved; `auto_find_batch_size` calls it again with a smaller batch size.
         validate_dataset(self.train_dataset)
         self._progress, self._sampler, self._is_loader_validated = EpochProgress(), None, False
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ResamplerCallback):
+                callback.trainer = self
         self._bound_dataset = self.resampler.bind(self)
         self._settings = run_settings(self, self.resampler.draws_per_epoch(), batch_size)
         if resume_from_checkpoint is not None:

@@ -74,7 +74,7 @@ INPUTS: dict[str, list[str]] = {
         "EndpointEngine('localhost:8000', 'm')",
         "EndpointEngine('http://localhost:8000/v1', 'm', timeout_seconds=0)",
         "InFlightEngine(max_sequences=0)",
-        "CandidateTableCallback(CandidateResampler(reward), 0)",
+        "CandidateTableCallback(0)",
         "export_sft('no_such_folder')",
         "load_candidates('no_such_folder')",
         "accept_again('no_such_folder', 'other', TopKPerPrompt(1))",

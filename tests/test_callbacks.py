@@ -5,10 +5,13 @@ import types
 from pathlib import Path
 
 import pytest
+import transformers as hf
+from transformers.integrations import TensorBoardCallback
 
 import generators
+import runs
 from generative_runs import resampler, stored, trainer
-from rsft_hf import CandidateTableCallback
+from rsft_hf import CandidateTableCallback, RejectionSamplingTrainer
 from rsft_hf.generative import RejectTruncated
 
 
@@ -30,7 +33,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
 def shown(tmp_path: Path, report_to: list[str], num_candidates: int = 6, **keywords):
     made = keywords.pop("made", None) or resampler()
-    ours = trainer(tmp_path, made, callbacks=[CandidateTableCallback(made, num_candidates)], **keywords)
+    ours = trainer(tmp_path, made, callbacks=[CandidateTableCallback(num_candidates)], **keywords)
     ours.args.report_to = report_to
     ours.train()
     return ours
@@ -106,4 +109,33 @@ def test_control_characters_are_shown_and_not_obeyed(capsys) -> None:
 
 def test_no_candidate_to_show_is_refused() -> None:
     with pytest.raises(ValueError, match="`num_candidates`=0 must be an integer of at least 1"):
-        CandidateTableCallback(resampler(), 0)
+        CandidateTableCallback(0)
+
+
+def test_other_trackers_get_the_table_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple] = []
+    module = types.ModuleType("mlflow")
+    module.log_table = lambda frame, name: logged.append((name, list(frame["candidate"])))
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    writer = types.SimpleNamespace(add_text=lambda *told: logged.append(told))
+    made = trainer(tmp_path, resampler(), callbacks=[CandidateTableCallback(2)])
+    made.args.report_to = ["mlflow"]
+    board = TensorBoardCallback.__new__(TensorBoardCallback)  # its package is not needed for what reads the writer
+    board.tb_writer = writer
+    made.callback_handler.callbacks.append(board)
+    for event in ("on_train_begin", "on_log", "on_train_end"):
+        monkeypatch.setattr(TensorBoardCallback, event, lambda *args, **kwargs: None)
+    made.train()
+    texts = [row["text"] for row in stored(tmp_path)[:2]]
+    assert logged[0] == ("candidates/round_0.json", texts)
+    name, table, step = logged[1]
+    assert (name, step) == ("candidates/round_0", 0)
+    assert table.splitlines()[:2] == ["| prompt | candidate | reward | verdict |", "| --- | --- | --- | --- |"]
+    assert len(table.splitlines()) == 4
+
+
+def test_a_trainer_without_candidates_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="CandidateTableCallback shows candidates, and LossResampler generates none"):
+        runs.trained(RejectionSamplingTrainer, tmp_path, callbacks=[CandidateTableCallback()])
+    with pytest.raises(RuntimeError, match="CandidateTableCallback needs a trainer with a resampler"):
+        runs.trained(hf.Trainer, tmp_path, callbacks=[CandidateTableCallback()])

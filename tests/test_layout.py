@@ -23,7 +23,10 @@ RULES = tuple(f"weighted/{name}.py" for name in ("weightings", "history_rules", 
 PURE_FILES = ("checks.py", "rejection.py", "acceptance/", *RULES, "engines/random_streams.py")
 KNOWS_TRAINER = ("trainer.py", "callbacks.py", "checkpointing.py", "training_set.py")
 HALVES = ("weighted", "generative")
-PUBLIC = ("rsft_hf", *(f"rsft_hf.{name}" for name in ("acceptance", "engines", "generative", "rewards", "weighted")))
+PUBLIC = (
+    "rsft_hf",
+    *(f"rsft_hf.{name}" for name in ("acceptance", "engines", "generative", "report", "rewards", "weighted")),
+)
 
 # Files and folders of the package from the lowest layer to the highest: imports go to the same line or to one above.
 LAYERS = (
@@ -33,7 +36,9 @@ LAYERS = (
     ("resampler.py",),
     ("acceptance", "rewards", "engines"),
     HALVES,
-    ("trainer.py", "callbacks.py"),
+    ("report",),
+    ("callbacks.py",),
+    ("trainer.py",),
     ("__init__.py",),
     ("cli.py",),
     ("__main__.py",),
@@ -227,7 +232,7 @@ def test_every_public_name_says_what_it_is(module):
 
 
 def test_the_top_level_offers_what_most_scripts_need():
-    assert len(rsft_hf.__all__) == 31, "about 30 names; the others are imported from their packages"
+    assert len(rsft_hf.__all__) == 32, "about 30 names; the others are imported from their packages"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

@@ -125,11 +125,22 @@ class LabelMargins:
     def end_epoch(self, accelerator: Accelerator) -> None:
         """Appends what all processes have recorded to `epochs`, or sets `problem`. Collective."""
         total = self._over_processes(accelerator)
-        if total is None:
-            return
+        if total is not None:
+            self._append(total)
+
+    def _append(self, total: MarginSums) -> None:
         self.labels = torch.maximum(self.labels, total.labels)
         self.epochs.append(((total.sums / total.num_reads).float(), total.rivals.int()))
         self._own = MarginSums.empty(len(self.labels))
+
+    @classmethod
+    def from_state(cls, state: dict[str, torch.Tensor]) -> "LabelMargins":
+        """Returns the margins of a saved state; an epoch that it interrupted counts as ended."""
+        margins = cls(lambda: state.get("label_num_per_row", torch.empty(0, dtype=torch.int64)))
+        margins.load(state, is_main_process=True)
+        if bool(margins._sums().num_reads.any()):
+            margins._append(margins._sums())
+        return margins
 
     def state(self, accelerator: Accelerator) -> dict[str, torch.Tensor]:
         """Returns the epochs and the sums of the current one, for `load`; nothing without margins. Collective."""
@@ -137,7 +148,7 @@ class LabelMargins:
         if total is None:
             return {}
         state = {f"label_{name}": values for name, values in vars(total).items()}
-        state["label_classes"] = self.labels
+        state |= {"label_classes": self.labels, "label_num_per_row": self.num_per_row}
         if self.epochs:
             state["label_epoch_margins"], state["label_epoch_rivals"] = map(torch.stack, zip(*self.epochs, strict=True))
         return state

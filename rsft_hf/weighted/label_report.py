@@ -4,12 +4,14 @@ margins of the training steps (LabelMargins) -> error_probabilities -> LabelRepo
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import torch
 from transformers.utils import logging
 
+from rsft_hf.checkpointing import load_state, state_directory
 from rsft_hf.checks import check_interval
 from rsft_hf.weighted.label_margins import LabelMargins
 from rsft_hf.weighted.labels import IGNORED, LABEL_COLUMNS, stored_labels
@@ -235,6 +237,20 @@ class LabelReport:
         self.probabilities = torch.full_like(self.margins, float("nan"))
         if bool(is_judged.any()):
             self.probabilities[is_judged] = error_probabilities(self.margins[is_judged], groups[is_judged])
+
+    @classmethod
+    def from_checkpoint(cls, directory: Path | str) -> "LabelReport":
+        """Returns the report of a finished or interrupted run, from one of its checkpoints.
+
+        Args:
+            directory: Output folder, of which the last complete checkpoint is read, or a checkpoint.
+
+        Raises:
+            RuntimeError: If the checkpoint holds no margins of labels: see the class.
+            ValueError: If there is no complete checkpoint, or it is not of a `LossResampler`.
+        """
+        numbers, tensors = load_state(state_directory(directory), "weighted")
+        return cls(LabelMargins.from_state(tensors), **numbers["labels"])
 
     def _warn(self, is_unlearnt: torch.Tensor) -> None:
         if not self._is_trusted:

@@ -78,14 +78,14 @@ def labels_per_row(trainer: Trainer, dataset: Any) -> torch.Tensor:
     return torch.ones(len(dataset), dtype=torch.int64) if labels is None else labels.num_per_row
 
 
-def describe_labels(trainer: Trainer, dataset: Any) -> tuple[str, str, list[str] | None]:
-    """Returns kind and column of the labels, and the names of their classes if the column stores them."""
+def describe_labels(trainer: Trainer, dataset: Any) -> dict[str, Any]:
+    """Returns `kind` and `column` of the labels, and `class_names` if the column stores them: of a `LabelReport`."""
     if not isinstance(dataset, datasets.Dataset) or not (column := stored_column(trainer, dataset.column_names)):
-        return "class", LABEL_COLUMNS[0], None
+        return {"kind": "class", "column": LABEL_COLUMNS[0], "class_names": None}
     labels, feature = stored_labels(dataset, column), dataset.features[column]
     element = feature if isinstance(feature, datasets.ClassLabel) else getattr(feature, "feature", None)
     names = element.names if isinstance(element, datasets.ClassLabel) else None
-    return "class" if labels is None else labels.kind, column, names
+    return {"kind": "class" if labels is None else labels.kind, "column": column, "class_names": names}
 
 
 def stored_classes(trainer: Trainer, dataset: Any) -> torch.Tensor | None:

@@ -194,6 +194,13 @@ class LossResampler(Resampler):
         """Returns one line per epoch and row: `epoch`, `row`, `loss`, `margin`, `weight` (sums to 1), `count`."""
         return self.history.table()
 
+    def measured(self) -> dict[str, torch.Tensor]:
+        """Returns `loss_history` and `margin_history` of the measured epochs: see `EpochHistory.measured`.
+
+        With losses of training steps the last epoch counts as soon as it has ended.
+        """
+        return self.history.measured(*self._last_epoch)
+
     def suspects(self, num_suspects: int = 100) -> datasets.Dataset:
         """Returns the rows whose loss stays high while the others fall, largest first: see `EpochHistory.suspects`.
 
@@ -209,6 +216,12 @@ class LossResampler(Resampler):
             source.label_margins.end_epoch(source.trainer.accelerator)
         return {}
 
+    @property
+    def has_label_report(self) -> bool:
+        """Whether training steps have been observed whose loss compares classes."""
+        margins = self._bound().label_margins
+        return margins.problem is None and bool(margins.epochs)
+
     def label_report(self) -> LabelReport:
         """Returns the probability that each label is wrong and the label the model prefers: see `LabelReport`.
 
@@ -218,7 +231,7 @@ class LossResampler(Resampler):
             RuntimeError: If no training step has been observed (`losses="training"`), or its loss compares no classes.
         """
         source = self._bound()
-        return LabelReport(source.label_margins, *describe_labels(source.trainer, source.trainer.train_dataset))
+        return LabelReport(source.label_margins, **describe_labels(source.trainer, source.trainer.train_dataset))
 
     @property
     def observes_rows(self) -> bool:
@@ -256,6 +269,7 @@ class LossResampler(Resampler):
             "losses": self.losses,
             "history_epochs": self.history.epochs,
             "metrics": self._metrics,
+            "labels": describe_labels(self._bound().trainer, self._bound().trainer.train_dataset),
         }
         if is_writer:
             save_state(directory, "weighted", numbers, tensors)

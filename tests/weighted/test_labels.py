@@ -47,10 +47,14 @@ def test_other_columns_hold_no_classes(values):
 
 def test_class_names_come_from_the_feature():
     trainer = SimpleNamespace(label_names=None)
-    assert describe_labels(trainer, column([0, 2], TAGS)) == ("class", "labels", ["O", "B", "I"])
-    assert describe_labels(trainer, column([[0], [2]], datasets.List(TAGS))) == ("token", "labels", ["O", "B", "I"])
-    assert describe_labels(trainer, column([[0], [2]])) == ("token", "labels", None)
-    assert describe_labels(trainer, [{"labels": 1}]) == ("class", "labels", None)
+    assert tuple(describe_labels(trainer, column([0, 2], TAGS)).values()) == ("class", "labels", ["O", "B", "I"])
+    assert tuple(describe_labels(trainer, column([[0], [2]], datasets.List(TAGS))).values()) == (
+        "token",
+        "labels",
+        ["O", "B", "I"],
+    )
+    assert tuple(describe_labels(trainer, column([[0], [2]])).values()) == ("token", "labels", None)
+    assert tuple(describe_labels(trainer, [{"labels": 1}]).values()) == ("class", "labels", None)
 
 
 CLASSES = [3, 1, None, -100, 3]
