@@ -29,12 +29,14 @@ demo-sentiment: $(STAMP) ## the weighted half: a small sentiment classifier
 		--config_name $(DATA)/reviews/model --train_file $(DATA)/reviews/train.csv \
 		--validation_file $(DATA)/reviews/test.csv --num_train_epochs 10 --warmup_epochs 3 --learning_rate 5e-4 \
 		--per_device_train_batch_size 32 $(ARGS)
+	$(BIN)/rsft-hf report outputs/demo/sentiment --data $(DATA)/reviews/train.csv
 
 demo-translation: $(STAMP) ## the generative half: a small translator of number words into German
 	HF_HUB_OFFLINE=1 $(BIN)/python recipes/translation.py --output_dir outputs/demo/translation \
 		--model_name_or_path $(DATA)/numbers/model --train_file $(DATA)/numbers/train.csv \
 		--validation_file $(DATA)/numbers/test.csv --num_train_epochs 4 --learning_rate 2e-3 \
 		--max_new_tokens 24 --temperature 1.0 $(ARGS)
+	$(BIN)/rsft-hf report outputs/demo/translation
 
 recipes: demo $(STAMP) ## every recipe, offline: the demos, a reward model, and a chatbot rewarded by it
 	HF_HUB_OFFLINE=1 $(BIN)/python recipes/reward_model.py --output_dir outputs/demo/reward_model \

@@ -1,5 +1,5 @@
 """Seconds and memory of what is done to the candidates of a large round: judging, describing, exporting, encoding,
-and of importing as many completions from a JSONL file, scoring and accepting them.
+of the report with 50,000 of them, and of importing as many completions from a JSONL file, scoring and accepting them.
 
     make bench-store                        # or: make bench-store ARGS="--num_candidates 100000 --json -"
 
@@ -10,6 +10,9 @@ imports take. Texts are made up: words of random letters.
 
 import json
 import random
+import re
+import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -38,9 +41,11 @@ from rsft_hf.generative.encoding import Encoder
 from rsft_hf.generative.metrics import round_metrics
 from rsft_hf.generative.selection import COLUMNS, RoundTable, SelectionRules, judge
 from rsft_hf.generative.training_rows import CandidatePool, encode_candidates
+from rsft_hf.report import write_report
 
 NUM_PER_PROMPT, PROMPTS_PER_SHARD, MEAN_LENGTH = 8, 64, 100
 SEED = 3
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 torch.set_num_threads(1)
 
 
@@ -98,6 +103,22 @@ def write_file(folder: Path) -> None:
                 file.write(json.dumps({"prompt": prompt, "completion": row["text"], "answer": "a"}) + "\n")
 
 
+def shown(folder: Path) -> None:
+    """Opens the report in a headless Chromium, until its browser of candidates has drawn them."""
+    command = [
+        str(CHROMIUM),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=20000",
+        "--dump-dom",
+    ]
+    page = f"file://{(folder / 'report.html').resolve()}#candidates"
+    found = subprocess.run([*command, page], capture_output=True, check=True).stdout
+    if not re.search(rb"of [\d,]+ candidates", found):
+        raise RuntimeError("The page shows no candidates.")
+
+
 def length_of(completions: list[str], **columns: Any) -> list[float]:
     return [float(len(text)) for text in completions]
 
@@ -109,6 +130,8 @@ STAGES: dict[str, Callable[[Path], Any]] = {
     "export_sft": lambda folder: export_sft(folder / "candidates"),
     "export_dpo": lambda folder: export_dpo(folder / "candidates"),
     "export_kto": lambda folder: export_kto(folder / "candidates"),
+    "write_report": lambda folder: write_report(folder / "candidates", folder / "report.html"),
+    "open the report in Chromium": shown,
     "write a JSONL file": write_file,
     "import_candidates": lambda folder: import_candidates(folder / "samples.jsonl", folder / "imported"),
     "score_again": lambda folder: score_again(folder / "imported", folder / "scored", length_of),
@@ -134,13 +157,16 @@ def main() -> None:
         words = ["--output_dir", folder, "--num_candidates", options.num_candidates]
         results = {}
         for stage in ("write", *STAGES):
+            if STAGES.get(stage) is shown and CHROMIUM is None:
+                continue
             results[stage] = run_child(__file__, "--stage", stage, *words)
             if options.json != "-":
                 print(f"{stage:34} {results[stage]['seconds']:8.1f} s {results[stage]['mib']:8.0f} MiB", flush=True)
         size = sum(path.stat().st_size for path in folder.rglob("*.parquet")) / 2**20
-    results = {"num_candidates": options.num_candidates, "disk_mib": size, "stages": results}
+        page = (folder / "report.html").stat().st_size / 2**20
+    results = {"num_candidates": options.num_candidates, "disk_mib": size, "report_mib": page, "stages": results}
     if options.json != "-":
-        print(f"{options.num_candidates} candidates, {size:.0f} MiB on disk")
+        print(f"{options.num_candidates} candidates, {size:.0f} MiB on disk, report of {page:.1f} MiB")
     write_json(results, options.json)
 
 

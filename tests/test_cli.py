@@ -9,6 +9,8 @@ import datasets
 import pytest
 
 import rsft_hf
+import runs
+from rsft_hf import LossResampler, RejectionSamplingTrainer
 from rsft_hf.cli import build_parser, main
 
 ROWS = [
@@ -66,9 +68,34 @@ def test_rewards_of_several_kinds_are_combined(samples: Path, capsys: pytest.Cap
     assert run(capsys, "accept", folder / "scored", folder / "a", "--rule", "TopKPerPrompt").startswith("2 of 4")
 
 
+def test_a_run_is_reported_and_its_labels_ranked(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = [{**row, "text": f"text {number}"} for number, row in enumerate(runs.rows())]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    observer = LossResampler(losses="training", warmup_epochs=2)
+    output_dir = tmp_path / "out"
+    runs.trained(RejectionSamplingTrainer, output_dir, resampler=observer, args={"save_strategy": "epoch"})
+    capsys.readouterr()
+    found = run(capsys, "report", output_dir, "--data", tmp_path / "rows.jsonl")
+    assert found == f"The report is in {output_dir / 'report.html'}\n"
+    assert "text 0" in (output_dir / "report.html").read_text()
+    report = observer.label_report()
+    found = run(
+        capsys, "suspects", output_dir, tmp_path / "s.csv", "--data", tmp_path / "rows.jsonl", "--num_labels", 5
+    )
+    assert f"{runs.NUM_ROWS} labels, about {report.num_errors:.0f} wrong; 5 are in" in found
+    table = datasets.load_dataset("csv", data_files=str(tmp_path / "s.csv"), split="train")
+    expected = report.table(num_labels=5)
+    assert table["row"][:] == expected["row"][:]
+    assert table["text"][:] == [f"text {row}" for row in expected["row"]]
+    assert table["error_probability"][:] == pytest.approx(expected["error_probability"][:])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["report", "{folder}"], "holds neither candidates nor a complete checkpoint"),
+        (["report", "{folder}/done", "--max_candidates", "0"], "`max_candidates`=0 must be an integer"),
+        (["suspects", "{folder}", "{folder}/x.csv"], "of 0 checkpoint folders none was saved completely"),
         (["import", "{folder}/none.jsonl", "{folder}/x"], "none.jsonl is no file"),
         (["import", "{folder}/samples.jsonl", "{folder}/x", "--prompt", "q"], "`prompt`='q' is no column of the data"),
         (["score", "{folder}/done", "{folder}/x", "--reward", "none.py:f"], "none.py is no file"),
@@ -130,7 +157,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_every_command_and_option_is_described() -> None:
     actions = build_parser()._subparsers._group_actions[0]
-    assert set(actions.choices) == {"import", "score", "accept", "export", "env"}
+    assert set(actions.choices) == {"import", "score", "accept", "export", "report", "suspects", "env"}
     for parser in actions.choices.values():
         assert parser.description
         assert all(action.help for action in parser._actions)

@@ -343,6 +343,20 @@ def test_the_report_of_a_resumed_run_is_that_of_the_whole_run(tmp_path):
     assert torch.equal(first.suggestions, second.suggestions)
 
 
+@pytest.mark.parametrize("last_step", [15, 20, 30])
+def test_a_checkpoint_has_the_report_of_the_run_that_stopped_there(tmp_path, last_step):
+    class Stop(hf.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = control.should_training_stop = state.global_step == last_step
+
+    report = observed(tmp_path, flipped(learnable()), callbacks=[Stop()]).resampler.label_report()
+    stored = LabelReport.from_checkpoint(tmp_path)
+    torch.testing.assert_close(stored.probabilities, report.probabilities, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(stored.margins, report.margins, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(stored.suggestions, report.suggestions)
+    assert (stored.kind, stored.agreement) == (report.kind, report.agreement)
+
+
 @pytest.mark.parametrize("resampler", [LossResampler(lambda losses: losses), None], ids=["forward", "untrained"])
 def test_a_run_without_margins_says_so(tmp_path, resampler):
     trainer = runs.trained(RejectionSamplingTrainer, tmp_path, resampler=resampler, args={"max_steps": 1})
