@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rsft_hf.acceptance import RSO, DensityRatio, Threshold, TopKOverall, TopKPerPrompt
     from rsft_hf.callbacks import CandidateTableCallback, ReportCallback
+    from rsft_hf.cards import export_repository
     from rsft_hf.generative import (
         CandidateResampler,
         Deduplicate,
@@ -44,6 +45,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "acceptance": ("RSO", "DensityRatio", "Threshold", "TopKOverall", "TopKPerPrompt"),
     "callbacks": ("CandidateTableCallback", "ReportCallback"),
+    "cards": ("export_repository",),
     "generative": (
         "CandidateResampler", "Deduplicate", "export_dpo", "export_kto", "export_sft", "import_candidates",
         "load_candidates",
@@ -88,6 +90,7 @@ __all__ = [
     "envelope_constant",
     "export_dpo",
     "export_kto",
+    "export_repository",
     "export_sft",
     "import_candidates",
     "load_candidates",

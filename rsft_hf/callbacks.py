@@ -1,6 +1,5 @@
 """CandidateTableCallback and ReportCallback: candidates on the terminal and in trackers, and the report of a run."""
 
-import html
 import importlib
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from rsft_hf.checks import check_integer
 from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.prompts import message_text
 from rsft_hf.generative.resampler import CandidateResampler
+from rsft_hf.markdown import markdown_table, printable
 from rsft_hf.report.page import REPORT, write_report
 from rsft_hf.report.run import Run
 
@@ -126,21 +126,6 @@ class ReportCallback(ResamplerCallback):
             logger.info(f"The report of the run is in {path}.")
 
 
-def markdown_table(frame: pandas.DataFrame) -> str:
-    r"""Returns a table in Markdown, in which no cell is markup.
-
-    Example:
-        >>> print(markdown_table(pandas.DataFrame({"candidate": ["a|b *c* <i>"]})))
-        | candidate |
-        | --- |
-        | a\|b \*c\* &lt;i&gt; |
-    """
-    escape = str.maketrans({one: f"\\{one}" for one in "\\`*_{}[]()#+-.!|~"} | {"\n": "<br>"})
-    inert = lambda cell: html.escape(printable(str(cell)), quote=False).translate(escape)  # noqa: E731 - used once
-    lines = [list(frame.columns), ["---"] * len(frame.columns), *(map(inert, row) for row in frame.values)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def show_table(candidates: list[Candidate], title: str) -> None:
     """Prints candidates as a table on the terminal."""
     from rich.console import Console
@@ -151,16 +136,6 @@ def show_table(candidates: list[Candidate], title: str) -> None:
     for row in _table_rows(candidates):
         table.add_row(*(escape(printable(value)) for value in row))
     Console().print(table)
-
-
-def printable(text: str) -> str:
-    r"""Returns text that a terminal shows and does not obey: control characters and the like are written as escapes.
-
-    Example:
-        >>> print(printable("\x1b[2Jgone"))
-        \x1b[2Jgone
-    """
-    return "".join(one if one.isprintable() or one in "\n\t" else repr(one)[1:-1] for one in text)
 
 
 def _table_rows(candidates: list[Candidate]) -> list[tuple[str, str, str, str]]:

@@ -41,9 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
     accept.add_argument("--rule", required=True, help='such as "TopKPerPrompt(1)" or "Threshold(minimum=0.5)"')
     accept.add_argument("--seed", type=int, default=0, help="of rules that draw or break ties (default: 0)")
     export = _command(commands, "export", _export, "write accepted candidates for TRL's trainers")
-    export.add_argument("format", choices=("sft", "dpo", "kto"), help="trainer that reads the file")
+    export.add_argument(
+        "format", choices=("sft", "dpo", "kto", "all"), help="trainer that reads the file; all: a data-set repository"
+    )
     export.add_argument("directory", type=Path, help="folder of a judged round, or of a run")
-    export.add_argument("output", type=Path, help="file to write: .jsonl, .csv or .parquet")
+    export.add_argument(
+        "output", type=Path, help="file to write: .jsonl, .csv or .parquet; all: folder to write, absent or empty"
+    )
     export.add_argument("--as_messages", action="store_true", help="sft: one conversation per row")
     export.add_argument("--min_margin", type=float, default=0.0, help="dpo: difference of rewards that a pair exceeds")
     report = _command(commands, "report", _report, "write the report of a run, one HTML file")
@@ -146,6 +150,11 @@ def _accept(options: argparse.Namespace) -> str:
 def _export(options: argparse.Namespace) -> str:
     from rsft_hf.generative import export_dpo, export_kto, export_sft
 
+    if options.format == "all":
+        from rsft_hf.cards import export_repository
+
+        folder = export_repository(options.directory, options.output)
+        return f"{', '.join(path.name for path in sorted(folder.iterdir()))} are in {folder}"
     if options.format == "sft":
         rows = export_sft(options.directory, options.as_messages)
     elif options.format == "dpo":

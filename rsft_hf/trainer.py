@@ -14,15 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
 from rsft_hf.callbacks import ResamplerCallback
+from rsft_hf.cards import extend_model_card
 from rsft_hf.checkpointing import (
     STATE_DIRECTORY,
     EpochProgress,
@@ -37,13 +36,13 @@ from rsft_hf.checkpointing import (
 from rsft_hf.engines.model_access import unwrapped
 from rsft_hf.resampler import EpochSampler, Predictions, Resampler
 from rsft_hf.training_set import order_rows, validate_dataset
+from rsft_hf.validation import validate_arguments, validate_loader, validate_trainer_class
 from rsft_hf.weighted.resampler import LossResampler
 
 logger = logging.get_logger(__name__)
 
 BASE_WEIGHTS = "base.safetensors"
 
-_LOADER_HOOKS = ("get_train_dataloader", "_get_train_sampler", "get_batch_sampler")
 
 _Base: Any = object  # the Trainer class is chosen by the subclass
 
@@ -78,7 +77,7 @@ class RejectionSamplingMixin(_Base):
                 "inside: LossResampler(weighting=...)."
             )
         self.resampler = LossResampler() if resampler is None else resampler
-        validate_trainer_class(type(self))
+        validate_trainer_class(type(self), RejectionSamplingMixin)
         validate_dataset(kwargs.get("train_dataset"))  # before Trainer's own error about max_steps
         super().__init__(*args, **kwargs)
         validate_arguments(self.args, self.accelerator)
@@ -273,6 +272,12 @@ class RejectionSamplingMixin(_Base):
             if metrics and self.args.logging_strategy != "no":
                 self._log_apart(metrics)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the trainer's own model card, as `push_to_hub` does, with a section about the resampling."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            extend_model_card(Path(self.args.output_dir) / "README.md", self)
+
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Returns the number of rows of an epoch; for the training loader that is the number of draws."""
         if dataloader is self._train_loader:
@@ -371,91 +376,6 @@ class RejectionSamplingSeq2SeqTrainer(RejectionSamplingMixin, Seq2SeqTrainer):
 
     Used as `RejectionSamplingTrainer`, with `Seq2SeqTrainingArguments`.
     """
-
-
-def validate_arguments(args: TrainingArguments, accelerator: Accelerator) -> None:
-    """Validate TrainingArguments: the sampler must control the order of the rows, and each process its own rows.
-
-    Raises:
-        ValueError: For `dispatch_batches`, torch.nn.DataParallel, `train_sampling_strategy="batch_rebalance"`, and
-            tensor, context or sequence parallelism.
-    """
-    parallel = accelerator.parallelism_config
-    if parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled):
-        raise ValueError(
-            "Tensor, context and sequence parallelism split one row over several processes, but here each process "
-            "scores and counts its own rows. Use data parallelism (DDP, FSDP, ZeRO)."
-        )
-    if args.accelerator_config.dispatch_batches:
-        raise ValueError(
-            "`dispatch_batches=True` lets the main process read every batch, so the processes do not know which rows "
-            "they train on. Leave it at None in `accelerator_config`."
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"One process drives {args.n_gpu} GPUs (torch.nn.DataParallel), whose replicas hide the losses of single "
-            "rows. Start one process per GPU with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES."
-        )
-    if str(args.train_sampling_strategy) == "batch_rebalance":
-        raise ValueError(
-            '`train_sampling_strategy="batch_rebalance"` fixes the batches for the whole run. Use "random", '
-            '"group_by_length" or "sequential", which order the accepted rows.'
-        )
-
-
-def validate_trainer_class(trainer_class: type) -> None:
-    """Validate that the Trainer class reads the rows it trains on, as it does not if it generates them in its steps.
-
-    Raises:
-        ValueError: If a class below the mixin orders its rows for inputs of its own, as TRL's GRPOTrainer does.
-    """
-    below = trainer_class.__mro__[trainer_class.__mro__.index(RejectionSamplingMixin) + 1 :]
-    for owner in below:
-        is_own = not owner.__module__.startswith("transformers.")
-        if is_own and {"_get_train_sampler", "_prepare_inputs"} <= vars(owner).keys():
-            raise ValueError(
-                f"{owner.__qualname__} generates inside its training steps, from rows in an order of its own "
-                "(_get_train_sampler, _prepare_inputs), so no rows are left to choose. Put the mixin over SFTTrainer, "
-                "whose completions CandidateResampler generates and accepts."
-            )
-
-
-def validate_loader(trainer: Any, loader: Any, sampler: EpochSampler, dataset: Any) -> None:
-    """Validate that the loader which is iterated reads the drawn rows of the resampler's data set.
-
-    A trainer class may build its own loader or sampler, above the mixin or below it; without this check it would train
-    on other rows than the ones that are logged.
-
-    Args:
-        trainer: Trainer with the mixin.
-        loader: Training loader, prepared or not.
-        sampler: Sampler with the rows of the epoch.
-        dataset: Data set that the resampler is bound to.
-
-    Raises:
-        ValueError: If it does not; the override is named.
-    """
-    # A pool of candidates must be read itself; a training set may be wrapped, or have lost unused columns.
-    may_be_wrapped = dataset is trainer.train_dataset or isinstance(dataset, datasets.Dataset)
-    is_own_dataset = loader.dataset is dataset or (may_be_wrapped and len(loader.dataset) == len(dataset))
-    if is_own_dataset and sampler.is_read_by(loader):
-        return
-    owners = [
-        owner
-        for owner in type(trainer).__mro__
-        if owner is not RejectionSamplingMixin and not owner.__module__.startswith("transformers.")
-    ]
-    overrides = [
-        f"{owner.__module__.split('.')[0]}.{owner.__qualname__}.{name}"
-        for owner in owners
-        for name in _LOADER_HOOKS
-        if name in vars(owner)
-    ]
-    raise ValueError(
-        "The training loader does not read the rows that the resampler draws, so training would ignore the resampler; "
-        f"see {' and '.join(overrides) or type(trainer).__qualname__}. Remove the override, or build the loader over "
-        "`self.train_dataset` with `sampler=self._get_train_sampler()`, in a class below RejectionSamplingMixin."
-    )
 
 
 class ResampleCallback(TrainerCallback):

@@ -68,6 +68,17 @@ def test_rewards_of_several_kinds_are_combined(samples: Path, capsys: pytest.Cap
     assert run(capsys, "accept", folder / "scored", folder / "a", "--rule", "TopKPerPrompt").startswith("2 of 4")
 
 
+def test_all_exports_are_a_repository(samples: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = samples.parent
+    run(capsys, "import", samples, folder / "imported")
+    run(capsys, "score", folder / "imported", folder / "scored", "--reward", f"{folder / 'rewards.py'}:is_right")
+    run(capsys, "accept", folder / "scored", folder / "accepted", "--rule", "TopKPerPrompt")
+    found = run(capsys, "export", "all", folder / "accepted", folder / "shared")
+    assert found.startswith("README.md, candidates, ")
+    accepted = datasets.load_dataset(str(folder / "shared"), "sft", split="train")
+    assert accepted[:] == rsft_hf.export_sft(folder / "accepted")[:]
+
+
 def test_a_run_is_reported_and_its_labels_ranked(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     rows = [{**row, "text": f"text {number}"} for number, row in enumerate(runs.rows())]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")

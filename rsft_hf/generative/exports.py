@@ -21,6 +21,10 @@ _BATCH_SIZE = 4096
 _COLUMNS = ["prompt_id", "prompt", "text", "reward", "is_accepted", "verdict", "template_input"]
 
 
+class NoRowsError(ValueError):
+    """No candidate is of the kind that was asked for."""
+
+
 def load_candidates(directory: Path | str) -> datasets.Dataset:
     """Returns every candidate of a round or of all rounds, with rewards and verdicts, memory-mapped.
 
@@ -175,7 +179,7 @@ def _dataset(
             tables.append(pa.Table.from_pylist(kept))
     is_folder = isinstance(candidates, (str, Path))
     if not tables:
-        raise ValueError(
+        raise NoRowsError(
             f"{candidates if is_folder else type(candidates).__name__} holds no candidates that were {what}. See their "
             "`verdict`, in load_candidates(...)."
         )

@@ -15,6 +15,7 @@ import generative_distributed_runs
 import generators as g
 from generative_runs import SHARDS, CountingEngine, resampler, shards, stored, trained
 from rsft_hf.acceptance import Threshold
+from rsft_hf.cards import SECTION
 from rsft_hf.engines.generate import GenerateEngine
 from rsft_hf.generative.rounds import mean_lengths, own_shards
 
@@ -70,6 +71,12 @@ def test_both_processes_draw_the_rows_of_one_process(two, one, name: str) -> Non
     assert first["pool"] == second["pool"] == one[0][name]["pool"]
     assert first["parameters"] == second["parameters"]
     assert first["metrics"] == second["metrics"] == pytest.approx(one[0][name]["metrics"])
+
+
+def test_one_process_writes_the_model_card(two, one) -> None:
+    section = lambda folder: (folder / "plain" / "README.md").read_text().split(SECTION)[1].split("Logged by")[0]  # noqa: E731
+    assert "TopKPerPrompt" in section(two[1])
+    assert section(two[1]) == section(one[1])
 
 
 def test_the_held_out_figures_are_those_of_one_process(two, one) -> None:

@@ -58,6 +58,7 @@ def run(name: str, output_dir: Path) -> dict[str, Any]:
     )
     before = ours.evaluate()
     ours.train()
+    ours.create_model_card()
     return {
         "evaluation": {figure: before[f"eval_{figure}"] for figure in FIGURES},
         "indices": ours._progress.indices.tolist(),

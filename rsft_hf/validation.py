@@ -1,0 +1,94 @@
+"""Whether a Trainer class, its arguments and its training loader leave the choice of the rows to the resampler."""
+
+from typing import Any
+
+import datasets
+from accelerate import Accelerator
+from transformers import TrainingArguments
+
+from rsft_hf.resampler import EpochSampler
+
+_LOADER_HOOKS = ("get_train_dataloader", "_get_train_sampler", "get_batch_sampler")
+
+
+def validate_arguments(args: TrainingArguments, accelerator: Accelerator) -> None:
+    """Validate TrainingArguments: the sampler must control the order of the rows, and each process its own rows.
+
+    Raises:
+        ValueError: For `dispatch_batches`, torch.nn.DataParallel, `train_sampling_strategy="batch_rebalance"`, and
+            tensor, context or sequence parallelism.
+    """
+    parallel = accelerator.parallelism_config
+    if parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled):
+        raise ValueError(
+            "Tensor, context and sequence parallelism split one row over several processes, but here each process "
+            "scores and counts its own rows. Use data parallelism (DDP, FSDP, ZeRO)."
+        )
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "`dispatch_batches=True` lets the main process read every batch, so the processes do not know which rows "
+            "they train on. Leave it at None in `accelerator_config`."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process drives {args.n_gpu} GPUs (torch.nn.DataParallel), whose replicas hide the losses of single "
+            "rows. Start one process per GPU with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES."
+        )
+    if str(args.train_sampling_strategy) == "batch_rebalance":
+        raise ValueError(
+            '`train_sampling_strategy="batch_rebalance"` fixes the batches for the whole run. Use "random", '
+            '"group_by_length" or "sequential", which order the accepted rows.'
+        )
+
+
+def validate_trainer_class(trainer_class: type, mixin: type) -> None:
+    """Validate that the Trainer class reads the rows it trains on, as it does not if it generates them in its steps.
+
+    Raises:
+        ValueError: If a class below the mixin orders its rows for inputs of its own, as TRL's GRPOTrainer does.
+    """
+    below = trainer_class.__mro__[trainer_class.__mro__.index(mixin) + 1 :]
+    for owner in below:
+        is_own = not owner.__module__.startswith("transformers.")
+        if is_own and {"_get_train_sampler", "_prepare_inputs"} <= vars(owner).keys():
+            raise ValueError(
+                f"{owner.__qualname__} generates inside its training steps, from rows in an order of its own "
+                "(_get_train_sampler, _prepare_inputs), so no rows are left to choose. Put the mixin over SFTTrainer, "
+                "whose completions CandidateResampler generates and accepts."
+            )
+
+
+def validate_loader(trainer: Any, loader: Any, sampler: EpochSampler, dataset: Any) -> None:
+    """Validate that the loader which is iterated reads the drawn rows of the resampler's data set.
+
+    A trainer class may build its own loader or sampler, above the mixin or below it; without this check it would train
+    on other rows than the ones that are logged.
+
+    Args:
+        trainer: Trainer with the mixin.
+        loader: Training loader, prepared or not.
+        sampler: Sampler with the rows of the epoch.
+        dataset: Data set that the resampler is bound to.
+
+    Raises:
+        ValueError: If it does not; the override is named.
+    """
+    # A pool of candidates must be read itself; a training set may be wrapped, or have lost unused columns.
+    may_be_wrapped = dataset is trainer.train_dataset or isinstance(dataset, datasets.Dataset)
+    is_own_dataset = loader.dataset is dataset or (may_be_wrapped and len(loader.dataset) == len(dataset))
+    if is_own_dataset and sampler.is_read_by(loader):
+        return
+    owners = [
+        owner for owner in type(trainer).__mro__ if not owner.__module__.startswith(("transformers.", "rsft_hf."))
+    ]
+    overrides = [
+        f"{owner.__module__.split('.')[0]}.{owner.__qualname__}.{name}"
+        for owner in owners
+        for name in _LOADER_HOOKS
+        if name in vars(owner)
+    ]
+    raise ValueError(
+        "The training loader does not read the rows that the resampler draws, so training would ignore the resampler; "
+        f"see {' and '.join(overrides) or type(trainer).__qualname__}. Remove the override, or build the loader over "
+        "`self.train_dataset` with `sampler=self._get_train_sampler()`, in a class below RejectionSamplingMixin."
+    )
