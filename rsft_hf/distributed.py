@@ -12,6 +12,12 @@ from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from transformers import Trainer
 
 
+def launched_processes() -> Accelerator:
+    """Returns an accelerator for the processes that `accelerate launch` or `torchrun` started, without a trainer."""
+    # Without `cpu=True` accelerate takes each process of torchrun for the only one where there is no GPU.
+    return Accelerator(cpu=not torch.accelerator.is_available())
+
+
 def sum_over_processes(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     """Returns the element-wise sum over all processes, on the CPU, equal on every process. Collective.
 

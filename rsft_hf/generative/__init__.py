@@ -14,6 +14,8 @@ from rsft_hf.generative.filters import (
 from rsft_hf.generative.imports import import_candidates, stored_prompts
 from rsft_hf.generative.resampler import CandidateResampler
 from rsft_hf.generative.rescoring import accept_again, score_again
+from rsft_hf.generative.stored_generation import generate_candidates
+from rsft_hf.generative.validation import drop_long_prompts
 
 __all__ = [
     "Candidate",
@@ -26,9 +28,11 @@ __all__ = [
     "RejectTruncated",
     "Satisfies",
     "accept_again",
+    "drop_long_prompts",
     "export_dpo",
     "export_kto",
     "export_sft",
+    "generate_candidates",
     "import_candidates",
     "load_candidates",
     "score_again",

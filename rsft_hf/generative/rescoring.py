@@ -11,10 +11,12 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from rsft_hf.acceptance import Acceptance, check_acceptance
+from rsft_hf.distributed import FailTogether, launched_processes
 from rsft_hf.generative.candidates import REFERENCES, VERDICTS, CandidateStore
 from rsft_hf.generative.filters import Deduplicate, Filter
 from rsft_hf.generative.imports import PROMPTS, stored_prompts
 from rsft_hf.generative.prompts import PromptSet, column_names
+from rsft_hf.generative.round_cache import source_digest
 from rsft_hf.generative.selection import (
     COLUMNS,
     RoundTable,
@@ -40,9 +42,11 @@ def score_again(
 ) -> Path:
     """Returns the folder with the candidates of a round, filtered and scored by these functions, not yet judged.
 
+    Collective: the processes of `accelerate launch` share the work. A call that was killed goes on with what is left.
+
     Args:
         directory: Folder of a round.
-        destination: Folder to write, absent or empty.
+        destination: Folder to write, absent or empty, or of a call with the same arguments.
         reward_funcs: As in `CandidateResampler`.
         prompts: The data set they were generated for, for the columns that rewards read; those of an imported round by
             default.
@@ -53,20 +57,28 @@ def score_again(
 
     Raises:
         FileNotFoundError: If the folder holds no candidates.
-        FileExistsError: If the destination is not empty.
+        FileExistsError: If the destination holds something else.
         ValueError: If a function needs a column that is absent, or `prompts` are not given and not stored.
     """
     if prompts is None and (prompts := stored_prompts(directory)) is None:
         raise ValueError(f"{directory} was not imported, so it holds no `prompts`. Give the data set they come from.")
     functions, source = RewardFunctions(reward_funcs, reward_weights), _opened(directory)
     functions.check([name for name in column_names(prompts) if name != prompt_column])
-    store = _created(destination, functions.names, source)
-    rows = PromptSet(prompts, prompt_column)
-    for path in source.shards():
-        candidates = source.read_generated(path, rows)
-        filter_candidates(candidates, filters, dedup)
-        scores = score_candidates(candidates, functions)
-        store.write(store.directory / path.name, candidates, "scored", scores.metrics)
+    facts = _scoring_facts(functions, filters, dedup)
+    accelerator, store = (
+        launched_processes(),
+        CandidateStore(Path(destination), functions.names, source.is_conversational),
+    )
+    with FailTogether(accelerator, f"opening {destination}"):
+        if accelerator.is_main_process:
+            _create(store, source, {"scored_by": facts})
+    with FailTogether(accelerator, "scoring"):
+        for path in source.shards()[accelerator.process_index :: accelerator.num_processes]:
+            if store.stage(store.directory / path.name) is None:
+                candidates = source.read_generated(path, PromptSet(prompts, prompt_column))
+                filter_candidates(candidates, filters, dedup)
+                scores = score_candidates(candidates, functions)
+                store.write(store.directory / path.name, candidates, "scored", scores.metrics)
     return store.directory
 
 
@@ -94,7 +106,8 @@ def accept_again(
     table = RoundTable.of(source.columns(COLUMNS))
     verdicts = judge(table, SelectionRules(rule, 1, False, seed, round_number))
     rules = {verdict: stable_repr(rule) for verdict in VERDICTS if verdict != "filtered"}
-    store, start = _created(destination, source.reward_names, source), 0
+    store, start = CandidateStore(Path(destination), source.reward_names, source.is_conversational), 0
+    _create(store, source)
     for path in source.shards():
         if path.name != REFERENCES:
             size = pq.read_metadata(path).num_rows
@@ -112,15 +125,25 @@ def _opened(directory: Path | str) -> CandidateStore:
     return CandidateStore(Path(directory), names, is_conversational=str(schema.field("prompt").type) != "string")
 
 
-def _created(destination: Path | str, reward_names: Sequence[str], source: CandidateStore) -> CandidateStore:
-    folder = Path(destination)
+def _scoring_facts(functions: RewardFunctions, filters: Sequence[Filter], dedup: Deduplicate | None) -> dict[str, Any]:
+    return {
+        "scoring": [source_digest(function) for function in functions.functions],
+        "reward_weights": [float(weight) for weight in functions.weights],
+        "filters": [stable_repr(rule) for rule in filters],
+        "dedup": stable_repr(dedup),
+    }
+
+
+def _create(store: CandidateStore, source: CandidateStore, facts: dict[str, Any] | None = None) -> None:
+    """Makes the folder of a store ready; one with the same facts goes on, any other is refused."""
+    folder = store.directory
+    manifest = source.manifest() | {"reward_names": list(store.reward_names), "derived_from": str(source.directory)}
+    manifest |= facts or {}
     if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty. Give a folder that does not exist yet.")
+        if facts is None or store.manifest() != manifest:
+            raise FileExistsError(f"{folder} is not empty. Give a folder that does not exist yet.")
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    store = CandidateStore(folder, reward_names, source.is_conversational)
     if (source.directory / PROMPTS).is_file():
         shutil.copytree((source.directory / PROMPTS).parent, (folder / PROMPTS).parent)
-    store.write_manifest(
-        source.manifest() | {"reward_names": list(reward_names), "derived_from": str(source.directory)}
-    )
-    return store
+    store.write_manifest(manifest)

@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 from transformers import DataCollatorForLanguageModeling, Trainer
 from transformers.utils import logging
 
+from rsft_hf.checks import check_integer
 from rsft_hf.engines.generation_config import context_length
 from rsft_hf.engines.model_access import is_sharded
 from rsft_hf.generative.config import CandidateConfig
@@ -239,6 +240,42 @@ def validate_prompt_lengths(prompts: PromptSet, encoder: Encoder, model: Any, ma
             raise ValueError(
                 f"The prompt in row {row} has {length} tokens"
                 + (f", which with `max_new_tokens`={reserved} is more" if reserved else ", more")
-                + f" than the model's {limit} positions. Shorten or drop such prompts"
+                + f" than the model's {limit} positions. Shorten such prompts, or drop_long_prompts(...)"
                 + (", or lower `max_new_tokens`." if reserved else ".")
             )
+
+
+def drop_long_prompts(
+    prompts: datasets.Dataset,
+    processing_class: Any,
+    max_prompt_length: int,
+    prompt_column: str = "prompt",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    is_encoder_decoder: bool = False,
+) -> datasets.Dataset:
+    """Returns the prompts that have at most so many tokens; the log tells how many were dropped, and which.
+
+    Args:
+        prompts: Rows with prompts, text or messages.
+        processing_class: The model's tokenizer.
+        max_prompt_length: Maximum number of tokens, those of the chat template included, at least 1.
+        prompt_column: Column of the prompts.
+        chat_template_kwargs: Handed to the chat template.
+        is_encoder_decoder: Whether the model is one, which reads the end token of a prompt.
+
+    Raises:
+        ValueError: If no prompt is left.
+    """
+    check_integer("max_prompt_length", max_prompt_length, 1)
+    encoder = Encoder(processing_class, is_encoder_decoder, dict(chat_template_kwargs or {}))
+    rows = PromptSet(prompts, prompt_column)
+    lengths = [len(encoder.prompt_ids(*rows.row(row))) for row in range(len(rows))]
+    dropped = [row for row, length in enumerate(lengths) if length > max_prompt_length]
+    if len(dropped) == len(lengths):
+        raise ValueError(f"`max_prompt_length`={max_prompt_length} leaves none of {len(lengths)} prompts. Raise it.")
+    if dropped:
+        logger.warning(
+            f"{len(dropped)} of {len(lengths)} prompts have more than {max_prompt_length} tokens and are dropped: rows "
+            f"{', '.join(map(str, dropped[:5]))}{', ...' if len(dropped) > 5 else ''}."
+        )
+    return prompts.select([row for row, length in enumerate(lengths) if length <= max_prompt_length])
