@@ -99,6 +99,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     # 2. Model, in single precision: half precision loses small updates
     tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
     model = AutoModelForSeq2SeqLM.from_pretrained(script.model_name_or_path, dtype=torch.float32)
+    for name, values in model.named_parameters():
+        if name.endswith("embed_positions.weight"):
+            values.requires_grad_(False)  # Marian's are fixed, but loaded as trainable, and saved in no checkpoint
 
     # 3. Train: an epoch is a round; of each prompt the best candidate, and of these the upper part
     resampler = CandidateResampler(

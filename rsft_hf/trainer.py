@@ -36,7 +36,12 @@ from rsft_hf.checkpointing import (
 from rsft_hf.engines.model_access import unwrapped
 from rsft_hf.resampler import EpochSampler, Predictions, Resampler
 from rsft_hf.training_set import order_rows, validate_dataset
-from rsft_hf.validation import validate_arguments, validate_loader, validate_trainer_class
+from rsft_hf.validation import (
+    validate_arguments,
+    validate_loader,
+    validate_trainer_class,
+    warn_of_unsaved_parameters,
+)
 from rsft_hf.weighted.resampler import LossResampler
 
 logger = logging.get_logger(__name__)
@@ -289,6 +294,7 @@ class RejectionSamplingMixin(_Base):
     ) -> Any:
         # Here the checkpoint path is resolved; `auto_find_batch_size` calls it again with a smaller batch size.
         validate_dataset(self.train_dataset)
+        warn_of_unsaved_parameters(unwrapped(self.model))
         self._progress, self._sampler, self._is_loader_validated = EpochProgress(), None, False
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ResamplerCallback):

@@ -23,6 +23,7 @@ PRIVATE = {
         "_train_batch_size",  # of an instance
     ),
     "transformers.GenerationMixin": ("_sample", "_prefill", "_update_model_kwargs_for_generation"),
+    "transformers.PreTrainedModel": ("_keys_to_ignore_on_save",),
     "transformers.PretrainedConfig": ("_attn_implementation",),
     "torch._dynamo.OptimizedModule": ("_orig_mod",),  # of an instance
     "trl.SFTTrainer": ("_prepare_dataset", "_metrics"),  # the second one of an instance

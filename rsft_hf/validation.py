@@ -1,12 +1,16 @@
-"""Whether a Trainer class, its arguments and its training loader leave the choice of the rows to the resampler."""
+"""Whether a Trainer class, its arguments and its loader leave the rows to the resampler, and checkpoints are whole."""
 
 from typing import Any
 
 import datasets
+import torch
 from accelerate import Accelerator
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.utils import logging
 
 from rsft_hf.resampler import EpochSampler
+
+logger = logging.get_logger(__name__)
 
 _LOADER_HOOKS = ("get_train_dataloader", "_get_train_sampler", "get_batch_sampler")
 
@@ -56,6 +60,21 @@ def validate_trainer_class(trainer_class: type, mixin: type) -> None:
                 "(_get_train_sampler, _prepare_inputs), so no rows are left to choose. Put the mixin over SFTTrainer, "
                 "whose completions CandidateResampler generates and accepts."
             )
+
+
+def warn_of_unsaved_parameters(model: torch.nn.Module) -> None:
+    """Warns of parameters that are trained and saved in no checkpoint.
+
+    transformers loads the fixed positions of Marian's translators as trainable (seen in 5.24), and never saves them: a
+    saved or resumed model is another one than the trained.
+    """
+    fixed = set(model._keys_to_ignore_on_save or ()) if isinstance(model, PreTrainedModel) else set()
+    if found := [name for name, values in model.named_parameters() if values.requires_grad and name in fixed]:
+        logger.warning(
+            f"{type(model).__name__} trains {' and '.join(found)}, which no checkpoint holds, so that a saved or "
+            "resumed model differs from the trained one. Freeze them before training: "
+            f'model.get_parameter("{found[0]}").requires_grad_(False).'
+        )
 
 
 def validate_loader(trainer: Any, loader: Any, sampler: EpochSampler, dataset: Any) -> None:

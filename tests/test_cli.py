@@ -121,6 +121,8 @@ def test_a_run_is_reported_and_its_labels_ranked(tmp_path: Path, capsys: pytest.
         (["accept", "{folder}/done", "{folder}/x", "--rule", "__import__('os').system('true')"],
          "is no acceptance rule with literal arguments"),
         (["accept", "{folder}/done", "{folder}/x", "--rule", "Threshold(minimum=open('x'))"],
+         "'open' is no acceptance rule."),
+        (["accept", "{folder}/done", "{folder}/x", "--rule", "Sequence(TopKPerPrompt(1), Threshold(minimum=a.b()))"],
          "is no acceptance rule with literal arguments"),
         (["export", "sft", "{folder}/done", "{folder}/x.txt"], "holds no candidates that were accepted"),
         (["export", "sft", "{folder}/nothing", "{folder}/x.jsonl"], "nothing holds no candidates"),
@@ -168,10 +170,21 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_every_command_and_option_is_described() -> None:
     actions = build_parser()._subparsers._group_actions[0]
-    assert set(actions.choices) == {"import", "score", "accept", "export", "report", "suspects", "env"}
+    assert set(actions.choices) == {
+        "import",
+        "generate",
+        "score",
+        "accept",
+        "export",
+        "train",
+        "report",
+        "suspects",
+        "env",
+    }
     for parser in actions.choices.values():
         assert parser.description
         assert all(action.help for action in parser._actions)
+        parser.format_help()  # a percent sign in a text would fail here
 
 
 def test_names_are_imported_at_their_first_use() -> None:

@@ -40,7 +40,7 @@ LAYERS = (
     ("callbacks.py", "cards.py", "validation.py"),
     ("trainer.py",),
     ("__init__.py",),
-    ("cli.py",),
+    ("cli",),
     ("__main__.py",),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, WeightedRandomSampler
 import generators
 import runs
 from generative_runs import CountingEngine, resampler
-from rsft_hf import LossResampler, Proportional, RejectionSamplingMixin, RejectionSamplingTrainer
+from rsft_hf import LossResampler, Proportional, RejectionSamplingMixin, RejectionSamplingTrainer, Tempered
 
 
 def trainer(output_dir: Path, resampler: Any = None, **arguments: Any) -> RejectionSamplingTrainer:
@@ -243,3 +243,22 @@ def test_an_overridden_log_sees_every_line(tmp_path, is_above):
     assert [sorted(line.keys() - {"epoch", "step"}) for line in seen[:-1]] == [
         sorted(line.keys() - {"epoch", "step"}) for line in expected
     ]
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_weights_that_no_checkpoint_holds_are_warned_of(tmp_path, caplog, is_frozen):
+    """Marian's fixed positions, loaded as trainable."""
+    folder = Path(__file__).parents[1] / "recipes" / "data" / "numbers" / "model"
+    model = hf.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32)
+    name = "model.encoder.embed_positions.weight"
+    for values in (model.get_parameter(name), model.get_parameter(name.replace("encoder", "decoder"))):
+        values.requires_grad_(not is_frozen)
+    rows = [{"input_ids": [5, 6, 0], "labels": [7, 8, 0]}] * 4
+    args = runs.arguments(tmp_path, use_cpu=True, learning_rate=0.1)
+    trainer = RejectionSamplingTrainer(model, args, train_dataset=rows, resampler=LossResampler(Tempered(0.0)))
+    trainer.train()
+    trainer.save_model()
+    saved = hf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float32)
+    is_whole = torch.equal(saved.get_parameter(name), trainer.model.get_parameter(name))
+    message = f"trains {name} and model.decoder.embed_positions.weight, which no checkpoint holds"
+    assert is_whole == is_frozen == (message not in caplog.text)

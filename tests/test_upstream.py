@@ -35,6 +35,8 @@ def instance_of(owner: str, folder: Path) -> object:
     model = generators.tiny_model()
     if owner == "torch._dynamo.OptimizedModule":
         return torch.compile(model)
+    if owner == "transformers.PreTrainedModel":
+        return model
     if owner == "transformers.PretrainedConfig":
         return model.config
     trl = pytest.importorskip("trl") if owner.startswith("trl.") else None

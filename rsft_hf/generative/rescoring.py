@@ -58,20 +58,19 @@ def score_again(
     Raises:
         FileNotFoundError: If the folder holds no candidates.
         FileExistsError: If the destination holds something else.
-        ValueError: If a function needs a column that is absent, or `prompts` are not given and not stored.
+        ValueError: If a function needs a column that is absent, or there are no `prompts`.
     """
     if prompts is None and (prompts := stored_prompts(directory)) is None:
         raise ValueError(f"{directory} was not imported, so it holds no `prompts`. Give the data set they come from.")
     functions, source = RewardFunctions(reward_funcs, reward_weights), _opened(directory)
     functions.check([name for name in column_names(prompts) if name != prompt_column])
-    facts = _scoring_facts(functions, filters, dedup)
     accelerator, store = (
         launched_processes(),
         CandidateStore(Path(destination), functions.names, source.is_conversational),
     )
     with FailTogether(accelerator, f"opening {destination}"):
         if accelerator.is_main_process:
-            _create(store, source, {"scored_by": facts})
+            _create(store, source, {"scored_by": _scoring_facts(functions, filters, dedup)})
     with FailTogether(accelerator, "scoring"):
         for path in source.shards()[accelerator.process_index :: accelerator.num_processes]:
             if store.stage(store.directory / path.name) is None:

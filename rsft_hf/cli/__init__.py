@@ -1,28 +1,33 @@
-"""Command line `rsft-hf`: candidates without a model (import, score, accept, export), and what a run left (report).
+"""Command line `rsft-hf`: stages over stored candidates, training from a YAML file, and what a run left.
 
 Everything heavy is imported by the command that needs it, so that `--help` answers at once.
 """
 
 import argparse
-import ast
-import difflib
-import importlib
 import importlib.metadata
-import importlib.util
+import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from rsft_hf.cli.construct import construct, members, reward
+from rsft_hf.cli.train import add_generate, add_train, generate, help_all, train
 
 _PACKAGES = ("rsft-hf", "torch", "transformers", "accelerate", "datasets", "evaluate", "trl", "peft", "vllm", "openai")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command, and returns its exit status: 0, or 2 after an error of the user's, which is printed."""
-    options = build_parser().parse_args(argv)
+    parser = build_parser()
+    options, rest = parser.parse_known_args(argv)
+    if rest and options.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        print(options.run(options))  # noqa: T201 - the answer of a command
+        answer = options.run(options, rest) if options.command == "train" else options.run(options)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(answer)  # noqa: T201 - the answer of a command
     except (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError, RuntimeError) as error:
         print(f"rsft-hf {options.command}: {error}", file=sys.stderr)  # noqa: T201 - its error
         return 2
@@ -34,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rsft-hf", description="Rejection-sampling fine-tuning.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_import(commands)
+    add_generate(_command(commands, "generate", generate, "generate candidates into a folder, without training"))
     _add_score(commands)
     accept = _command(commands, "accept", _accept, "judge a scored round by an acceptance rule")
     accept.add_argument("directory", type=Path, help="folder of a scored round")
@@ -50,6 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--as_messages", action="store_true", help="sft: one conversation per row")
     export.add_argument("--min_margin", type=float, default=0.0, help="dpo: difference of rewards that a pair exceeds")
+    trained = _command(commands, "train", _train, "train a model by a resampler, with options by name or from YAML")
+    add_train(trained)
     report = _command(commands, "report", _report, "write the report of a run, one HTML file")
     report.add_argument("output_dir", type=Path, help="output folder of a run, a checkpoint, or a folder of candidates")
     report.add_argument("--output", type=Path, help="file to write (default: report.html in the output folder)")
@@ -65,8 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: Any, name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
+    description = f"{help_text[0].upper()}{help_text[1:]}."
     parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=help_text, description=help_text.capitalize() + "."
+        name, help=help_text, description=description, allow_abbrev=False
     )
     parser.set_defaults(run=run)
     return parser
@@ -138,10 +147,9 @@ def _score(options: argparse.Namespace) -> str:
 
 
 def _accept(options: argparse.Namespace) -> str:
-    from rsft_hf import acceptance
     from rsft_hf.generative import accept_again, load_candidates
 
-    rule = construct(options.rule, {name: vars(acceptance)[name] for name in acceptance.__all__}, "acceptance rule")
+    rule = construct(options.rule, members("acceptance"), "acceptance rule")
     folder = accept_again(options.directory, options.destination, rule, seed=options.seed)
     accepted = load_candidates(folder)["is_accepted"][:]
     return f"{sum(accepted)} of {len(accepted)} candidates accepted by {rule!r}, in {folder}"
@@ -172,6 +180,12 @@ def _write(rows: Any, path: Path) -> None:
         raise ValueError(f"`output`={str(path)!r} is none of {', '.join(writers)}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     writers[path.suffix](str(path))
+
+
+def _train(options: argparse.Namespace, rest: Sequence[str]) -> str:
+    if options.help_all:
+        return help_all()
+    return train(options, list(rest))
 
 
 def _report(options: argparse.Namespace) -> str:
@@ -214,92 +228,3 @@ def _env(options: argparse.Namespace) -> str:
 
     devices = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return "\n".join([*lines, f"{'devices':14}{', '.join(devices) or 'CPU'}"])
-
-
-def reward(text: str) -> Any:
-    """Returns a reward function or model from the command line.
-
-    Args:
-        text: "file.py:name" or "module:name", a call of a class of `rsft_hf.rewards` with literals, or the name or
-            folder of a reward model.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If there is no such name, or a call is none of a ready-made reward.
-
-    Example:
-        >>> reward("math:sqrt")(9.0)
-        3.0
-    """
-    place, colon, name = text.rpartition(":")
-    if colon and name.isidentifier():
-        return _member(_module(place), name, text)
-    if "(" in text:
-        from rsft_hf import rewards
-
-        return construct(text, {name: vars(rewards)[name] for name in rewards.__all__}, "reward")
-    return text
-
-
-def _module(place: str) -> Any:
-    if not place.endswith(".py"):
-        return importlib.import_module(place)
-    path = Path(place)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} cannot be imported.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # the source text of its functions is looked up by the module's name
-    spec.loader.exec_module(module)
-    return module
-
-
-def _member(module: Any, name: str, text: str) -> Any:
-    if name not in vars(module):
-        raise ValueError(f"{text!r} names nothing.{nearest(name, vars(module))}")
-    return vars(module)[name]
-
-
-def construct(text: str, classes: Mapping[str, Any], what: str) -> Any:
-    """Returns an object from a call with literal arguments, such as "TopKPerPrompt(k=2)"; nothing else is evaluated.
-
-    Args:
-        text: The call; a name alone is a call without arguments.
-        classes: Classes by name.
-        what: What they are, for the message.
-
-    Raises:
-        TypeError: If the class does not take such arguments.
-        ValueError: If the text is no such call, or names no class.
-
-    Example:
-        >>> construct("Fraction(1, 2)", {"Fraction": __import__("fractions").Fraction}, "number")
-        Fraction(1, 2)
-    """
-    try:
-        call = ast.parse(text, mode="eval").body
-        if isinstance(call, ast.Name):
-            call = ast.Call(call, [], [])
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-            raise ValueError("not a call")
-        arguments = [ast.literal_eval(value) for value in call.args]
-        keywords = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{text!r} is no {what} with literal arguments, such as {min(classes)}(...).") from error
-    name = call.func.id
-    if name not in classes:
-        raise ValueError(f"{name!r} is no {what}.{nearest(name, classes)}")
-    return classes[name](*arguments, **keywords)
-
-
-def nearest(name: str, names: Mapping[str, Any]) -> str:
-    """Returns the name that resembles one most, as a sentence; empty without any.
-
-    Example:
-        >>> nearest("TopKPerPromt", {"TopKPerPrompt": 1, "RSO": 2})
-        ' Did you mean TopKPerPrompt?'
-    """
-    found = difflib.get_close_matches(name, names, n=1)
-    return f" Did you mean {found[0]}?" if found else ""
