@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sentiment demo-translation recipes test test-oldest test-latest lint format bench-overhead bench-drawing bench-generation \
+.PHONY: help docs demo demo-sentiment demo-translation recipes test test-oldest test-latest lint format bench-overhead bench-drawing bench-generation \
 	bench-rounds check-gpu bench-store bench-crash experiments clean
 
 help: ## list the targets
@@ -74,6 +74,12 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 format: $(STAMP) ## apply the formatter and the fixes of ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP) ## the site in build/site, from the documents and docstrings; runs the notebooks
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python .ci/docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The site is in build/site: $(BIN)/python -m http.server --directory build/site"
 
 bench-overhead: $(STAMP) ## cost of an epoch against plain Trainer
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
