@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help docs demo demo-sentiment demo-translation recipes test test-oldest test-latest lint format bench-overhead bench-drawing bench-generation \
+.PHONY: help docs package demo demo-sentiment demo-translation recipes test test-oldest test-latest lint format bench-overhead bench-drawing bench-generation \
 	bench-rounds check-gpu bench-store bench-crash experiments clean
 
 help: ## list the targets
@@ -80,6 +80,9 @@ docs: $(STAMP) ## the site in build/site, from the documents and docstrings; run
 	$(BIN)/python .ci/docs.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "The site is in build/site: $(BIN)/python -m http.server --directory build/site"
+
+package: ## wheel and sdist in dist/, checked, and installed without extras in an environment of its own
+	PYTHON=$(PYTHON) TORCH=$(TORCH) bash .ci/release
 
 bench-overhead: $(STAMP) ## cost of an epoch against plain Trainer
 	$(BIN)/python benchmarks/overhead.py $(ARGS)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import rsft_hf
+
 ROOT = Path(__file__).resolve().parents[1]
 EXECUTED = ("docs/quickstart.md", "docs/concepts.md", "docs/rewards.md")
 
@@ -82,6 +84,24 @@ def test_every_page_is_in_the_navigation() -> None:
         path.relative_to(ROOT).as_posix() for ending in ("md", "ipynb") for path in (ROOT / "docs").rglob(f"*.{ending}")
     }
     assert pages <= set(listed)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name)
+def test_workflows_run_what_there_is(path: Path) -> None:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert isinstance(content, dict)
+    for job in content.get("jobs", {}).values():
+        commands = " ".join(step.get("run", "") for step in job["steps"])
+        variants = [one["target"] for one in job.get("strategy", {}).get("matrix", {}).get("include", [])]
+        targets = [*variants, *re.findall(r"make ([a-z-]+)", commands)]
+        assert not [target for target in targets if f"\n{target}:" not in read("Makefile")]
+        assert not [name for name in re.findall(r"bash (\S+)", commands) if not (ROOT / name).is_file()]
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    assert yaml.safe_load(read("CITATION.cff"))["version"] == rsft_hf.__version__
+    assert f'version = "{rsft_hf.__version__}"' in read("pyproject.toml")
+    assert (ROOT / "rsft_hf" / "py.typed").is_file()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "launch").iterdir()), ids=lambda path: path.name)
