@@ -100,7 +100,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in {*_NAMES, "engines", "rewards"}:
+    if name in {*_NAMES, "engines", "presets", "rewards"}:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

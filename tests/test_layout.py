@@ -36,7 +36,7 @@ LAYERS = (
     ("resampler.py",),
     ("acceptance", "rewards", "engines"),
     HALVES,
-    ("report",),
+    ("presets.py", "report"),
     ("callbacks.py", "cards.py", "validation.py"),
     ("trainer.py",),
     ("__init__.py",),
