@@ -259,6 +259,13 @@ GOOD = {**CHAT, "output_dir": "{folder}/out"}
         ({"reward_funcs": "ChrfReward("}, "'ChrfReward(' is no reward with literal arguments"),
         ({"reward_funcs": "ChrfReward()", "generation_config": 5}, "`generation_config`=5 is no mapping"),
         ({"reward_funcs": "ChrfReward()", "acceptance": "TopKPerPrompt(0)"}, "`k`=0 must be an integer"),
+        ({"reward_funcs": "ChrfReward()", "generation_config": {"temperatur": 0.5}},
+         "`temperatur` is no setting of `generation_config`. Did you mean temperature?"),
+        ({"learning_rate": "abc"}, "`learning_rate`='abc' is no number."),
+        ({"max_train_samples": "four"}, "`max_train_samples`='four' must be an integer"),
+        ({"lora_r": -1}, "`lora_r`=-1 must be an integer"),
+        ({"dtype": "float99"}, "`dtype`='float99' is none of float32"),
+        ({"model_name_or_path": "no/such"}, "`model_name_or_path`='no/such' cannot be loaded"),
         ({"max_prompt_length": 5}, "`max_prompt_length` goes with prompts"),
     ],
 )  # fmt: skip

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         answer = options.run(options, rest) if options.command == "train" else options.run(options)
         if int(os.environ.get("RANK", 0)) == 0:
             print(answer)  # noqa: T201 - the answer of a command
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         print(f"rsft-hf {options.command}: {error}", file=sys.stderr)  # noqa: T201 - its error
         return 2
     return 0

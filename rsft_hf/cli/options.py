@@ -167,6 +167,9 @@ def _resolved(name: str, value: Any) -> Any:
 
         if not isinstance(value, Mapping):
             raise ValueError(f"`{name}`={value!r} is no mapping, such as {{max_new_tokens: 64, temperature: 0.8}}.")
+        known = GenerationConfig().to_dict()  # which keeps other names without a word
+        if unknown := next((one for one in value if one not in known), None):
+            raise ValueError(f"`{unknown}` is no setting of `{name}`.{nearest(unknown, known)}")
         return GenerationConfig(**value)
     if name == "filters":
         return [_object(one, "generative", "filter") for one in (value if isinstance(value, list) else [value])]

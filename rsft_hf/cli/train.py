@@ -21,6 +21,7 @@ from rsft_hf.cli.options import (
     value_of,
 )
 
+_DTYPES = ("float32", "bfloat16", "float16", "auto")
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -141,6 +142,10 @@ def _arguments_class(is_encoder_decoder: bool) -> Any:
 def _training_arguments(is_encoder_decoder: bool, given: dict[str, Any]) -> Any:
     import torch
 
+    for field in dataclasses.fields(_arguments_class(is_encoder_decoder)):
+        is_number = isinstance(field.default, (int, float)) and not isinstance(field.default, bool)
+        if is_number and isinstance(given.get(field.name), str):
+            raise ValueError(f"`{field.name}`={given[field.name]!r} is no number.")
     if not torch.accelerator.is_available():
         given = {"bf16": False} | given  # which SFTConfig switches on, and a CPU may not have
     return _arguments_class(is_encoder_decoder)(**given)
@@ -157,15 +162,22 @@ def _is_encoder_decoder(given: Mapping[str, Any]) -> bool:
 
     if not given.get("model_name_or_path"):
         raise ValueError("`model_name_or_path` is missing: name or folder of the model.")
-    return bool(getattr(AutoConfig.from_pretrained(given["model_name_or_path"]), "is_encoder_decoder", False))
+    try:
+        config = AutoConfig.from_pretrained(given["model_name_or_path"])
+    except OSError as error:
+        raise OSError(f"`model_name_or_path`={given['model_name_or_path']!r} cannot be loaded. {error}") from error
+    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def _load_model(data: Mapping[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     load: Any = AutoModelForSeq2SeqLM if _is_encoder_decoder(data) else AutoModelForCausalLM
-    path = data["model_name_or_path"]
-    model = load.from_pretrained(path, dtype=data.get("dtype", "float32"))
+    path, dtype = data["model_name_or_path"], data.get("dtype", "float32")
+    if dtype not in _DTYPES:
+        raise ValueError(f"`dtype`={dtype!r} is none of {', '.join(_DTYPES)}.")
+    _check_integer("lora_r", data.get("lora_r", 0), 0)
+    model = load.from_pretrained(path, dtype=dtype)
     for name, values in model.named_parameters():
         if name in (model._keys_to_ignore_on_save or ()):
             values.requires_grad_(False)  # Marian's positions: fixed, and saved in no checkpoint
@@ -175,6 +187,12 @@ def _load_model(data: Mapping[str, Any]) -> tuple[Any, Any]:
         rank = data["lora_r"]
         model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     return model, AutoTokenizer.from_pretrained(path)
+
+
+def _check_integer(name: str, value: Any, minimum: int) -> None:
+    from rsft_hf.checks import check_integer
+
+    check_integer(name, value, minimum)
 
 
 def _load_models(keywords: dict[str, Any]) -> dict[str, Any]:
@@ -203,7 +221,9 @@ def _load_data(data: Mapping[str, Any], seed: int) -> tuple[Any, Any]:
         rows = datasets.load_dataset(name, data.get("dataset_config"), split=data.get("train_split", "train"))
         if data.get("validation_split") is not None:
             held_out = datasets.load_dataset(name, data.get("dataset_config"), split=data["validation_split"])
-    if (count := data.get("max_train_samples")) is not None and count < len(rows):
+    if (count := data.get("max_train_samples")) is not None:
+        _check_integer("max_train_samples", count, 1)
+    if count is not None and count < len(rows):
         rows = rows.shuffle(seed).select(range(count))
     return rows, held_out
 
