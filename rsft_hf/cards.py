@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import inspect
-import json
 import math
 import re
 import shlex
@@ -24,7 +23,7 @@ import pandas
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard
 from transformers import GenerationConfig
 
-from rsft_hf.generative.candidates import MANIFEST
+from rsft_hf.generative.candidates import CandidateStore
 from rsft_hf.generative.exports import NoRowsError, export_dpo, export_kto, export_sft, load_candidates, round_folders
 from rsft_hf.generative.resampler import CandidateResampler
 from rsft_hf.markdown import markdown_table
@@ -145,7 +144,7 @@ def _write_dataset_card(
         for one in rounds
     ]
     columns = ["round", "candidates", "accepted", "mean reward", "of the accepted"]
-    manifest = json.loads((last_round / MANIFEST).read_text(encoding="utf-8"))
+    manifest = CandidateStore(last_round, (), is_conversational=False).manifest()
     facts = {"imported_from": manifest.get("imported_from")} | manifest.get("facts", {})
     known = [(name, shown(facts[name])) for name in _FACTS if facts.get(name) not in (None, [], "None")]
     parts = [

@@ -136,6 +136,16 @@ def test_stages_by_hand_end_in_training(tmp_path: Path, capsys: pytest.CaptureFi
     assert sorted(store["text"][:]) == sorted(rsft_hf.load_candidates(tmp_path / "made")["text"][:])
 
 
+def test_generation_needs_no_trl(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    words = ("--train_file", CHAT["train_file"], "--max_train_samples", 4, "--num_candidates", 2)
+    sampling = ("--generation_config", "{max_new_tokens: 8}")
+    found = run(
+        capsys, "generate", tmp_path / "made", "--model_name_or_path", CHAT["model_name_or_path"], *words, *sampling
+    )
+    assert found == f"8 candidates of 4 prompts are in {tmp_path / 'made'}\n"
+
+
 def test_an_interrupted_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     options = TRANSLATION | {"train_file": str(DATA / "numbers/train.csv"), "save_strategy": "epoch"}
     path = config(tmp_path / "c.yaml", options)

@@ -11,17 +11,9 @@ import pytest
 import yaml
 
 import rsft_hf
+from documents import ROOT, code_blocks, read
 
-ROOT = Path(__file__).resolve().parents[1]
 EXECUTED = ("docs/quickstart.md", "docs/concepts.md", "docs/rewards.md")
-
-
-def read(name: str) -> str:
-    return (ROOT / name).read_text(encoding="utf-8")
-
-
-def code_blocks(text: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def plain(text: str) -> str:
@@ -33,7 +25,7 @@ def plain(text: str) -> str:
 def test_code_of_the_pages_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
-    blocks, names, shown = code_blocks(read(name)), {"__name__": "docs"}, io.StringIO()
+    blocks, names, shown = code_blocks(read(name), "python"), {"__name__": "docs"}, io.StringIO()
     assert len(blocks) == {"docs/quickstart.md": 3, "docs/concepts.md": 1, "docs/rewards.md": 3}[name]
     with contextlib.redirect_stdout(shown):
         for block in blocks:

@@ -2,25 +2,17 @@
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from documents import ROOT, code_blocks, read
+
 MAX_README_LINES = 150
 MAKEFILE_TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 FOLDERS = ("", "docs", "rsft_hf", "recipes", "experiments", "benchmarks", "tests")
 DOCUMENTS = sorted({path for folder in FOLDERS for path in (ROOT / folder).glob("**/*.md" if folder else "*.md")})
 name_of = lambda path: path.relative_to(ROOT).as_posix()  # noqa: E731 - the id of a parametrised case
-
-
-def read(name: str) -> str:
-    return (ROOT / name).read_text(encoding="utf-8")
-
-
-def code_blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def after_patch(diff: str) -> str:

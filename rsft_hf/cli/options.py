@@ -4,6 +4,7 @@ Help comes from the docstrings, which are read from the source: nothing heavy is
 """
 
 import ast
+import functools
 import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -75,6 +76,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return found
 
 
+@functools.cache
 def described(class_name: str) -> dict[str, str]:
     """Returns what the docstring of a resampler says of each argument that text can give.
 

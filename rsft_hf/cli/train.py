@@ -65,15 +65,18 @@ def generate(options: argparse.Namespace) -> str:
 
     given = _given(options, {})
     seed = given.pop("seed", 42)
-    _, groups = split_options({"resampler": "CandidateResampler", **given}, _argument_names(is_encoder_decoder=None))
+    is_encoder_decoder = _is_encoder_decoder(given)
+    # Only a file may hold training arguments, too; without one nothing of TRL is needed here.
+    names = _argument_names(is_encoder_decoder) if options.config is not None else []
+    _, groups = split_options({"resampler": "CandidateResampler", **given}, names)
     data, sampling = groups["data"], resolved({name: groups["resampler"].get(name) for name in GENERATION})
     column = sampling.pop("prompt_column") or "prompt"
     rows, _ = _load_data(data, seed)
     if column != "prompt":
         rows = rows.rename_column(column, "prompt")
-    model, tokenizer = _load_model(data)
+    model, tokenizer = _load_model(data, is_encoder_decoder)
     if (limit := data.get("max_prompt_length")) is not None:
-        rows = drop_long_prompts(rows, tokenizer, limit, is_encoder_decoder=model.config.is_encoder_decoder)
+        rows = drop_long_prompts(rows, tokenizer, limit, is_encoder_decoder=is_encoder_decoder)
     model.to(launched_processes().device)
     arguments = {name: value for name, value in sampling.items() if value is not None}
     folder = generate_candidates(model, tokenizer, rows, options.directory, seed=seed, **arguments)
@@ -151,10 +154,8 @@ def _training_arguments(is_encoder_decoder: bool, given: dict[str, Any]) -> Any:
     return _arguments_class(is_encoder_decoder)(**given)
 
 
-def _argument_names(is_encoder_decoder: bool | None) -> list[str]:
-    """Names of the training arguments; those of both kinds of models where the kind does not matter."""
-    kinds = (True, False) if is_encoder_decoder is None else (is_encoder_decoder,)
-    return [one.name for kind in kinds for one in dataclasses.fields(_arguments_class(kind)) if one.init]
+def _argument_names(is_encoder_decoder: bool) -> list[str]:
+    return [one.name for one in dataclasses.fields(_arguments_class(is_encoder_decoder)) if one.init]
 
 
 def _is_encoder_decoder(given: Mapping[str, Any]) -> bool:
@@ -169,10 +170,10 @@ def _is_encoder_decoder(given: Mapping[str, Any]) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
-def _load_model(data: Mapping[str, Any]) -> tuple[Any, Any]:
+def _load_model(data: Mapping[str, Any], is_encoder_decoder: bool) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    load: Any = AutoModelForSeq2SeqLM if _is_encoder_decoder(data) else AutoModelForCausalLM
+    load: Any = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
     path, dtype = data["model_name_or_path"], data.get("dtype", "float32")
     if dtype not in _DTYPES:
         raise ValueError(f"`dtype`={dtype!r} is none of {', '.join(_DTYPES)}.")
@@ -199,7 +200,8 @@ def _load_models(keywords: dict[str, Any]) -> dict[str, Any]:
     """Keywords of a resampler with models and rows loaded that are named."""
     for name in ("proposal_model", "reference_model"):
         if isinstance(keywords.get(name), str) and keywords[name] != "base":
-            keywords[name], _ = _load_model({"model_name_or_path": keywords[name]})
+            named = {"model_name_or_path": keywords[name]}
+            keywords[name], _ = _load_model(named, _is_encoder_decoder(named))
     if isinstance(keywords.get("supervised_dataset"), str):
         keywords["supervised_dataset"] = _file(keywords["supervised_dataset"], "supervised_dataset")
     return keywords
@@ -245,7 +247,7 @@ def _trainer(data: Mapping[str, Any], resampler: Any, args: Any, is_encoder_deco
 
     set_seed(args.seed)
     rows, held_out = _load_data(data, args.seed)
-    model, tokenizer = _load_model(data)
+    model, tokenizer = _load_model(data, is_encoder_decoder)
     limit = data.get("max_prompt_length")
     if limit is not None:
         rows, held_out = (_short(one, tokenizer, limit, resampler, is_encoder_decoder) for one in (rows, held_out))

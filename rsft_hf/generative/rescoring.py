@@ -64,17 +64,16 @@ def score_again(
         raise ValueError(f"{directory} was not imported, so it holds no `prompts`. Give the data set they come from.")
     functions, source = RewardFunctions(reward_funcs, reward_weights), _opened(directory)
     functions.check([name for name in column_names(prompts) if name != prompt_column])
-    accelerator, store = (
-        launched_processes(),
-        CandidateStore(Path(destination), functions.names, source.is_conversational),
-    )
+    store = CandidateStore(Path(destination), functions.names, source.is_conversational)
+    accelerator = launched_processes()
     with FailTogether(accelerator, f"opening {destination}"):
         if accelerator.is_main_process:
             _create(store, source, {"scored_by": _scoring_facts(functions, filters, dedup)})
+    rows = PromptSet(prompts, prompt_column)
     with FailTogether(accelerator, "scoring"):
         for path in source.shards()[accelerator.process_index :: accelerator.num_processes]:
             if store.stage(store.directory / path.name) is None:
-                candidates = source.read_generated(path, PromptSet(prompts, prompt_column))
+                candidates = source.read_generated(path, rows)
                 filter_candidates(candidates, filters, dedup)
                 scores = score_candidates(candidates, functions)
                 store.write(store.directory / path.name, candidates, "scored", scores.metrics)
