@@ -123,7 +123,9 @@ def hf_rows(name: str):
 def test_stages_by_hand_end_in_training(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     files = {"train_file": str(DATA / "numbers/train.csv")}
     path = config(tmp_path / "c.yaml", TRANSLATION | files)
-    found = run(capsys, "generate", tmp_path / "made", "--config", path, "--max_prompt_length", 30)
+    found = run(
+        capsys, "generate", tmp_path / "made", "--config", path, "--max_prompt_length", 30, "--on_long_prompt", "drop"
+    )
     assert found == f"48 candidates of 16 prompts are in {tmp_path / 'made'}\n"
     reward = 'ChrfReward(reference_column="de")'
     run(capsys, "score", tmp_path / "made", tmp_path / "scored", "--reward", reward)
@@ -276,7 +278,7 @@ GOOD = {**CHAT, "output_dir": "{folder}/out"}
         ({"lora_r": -1}, "`lora_r`=-1 must be an integer"),
         ({"dtype": "float99"}, "`dtype`='float99' is none of float32"),
         ({"model_name_or_path": "no/such"}, "`model_name_or_path`='no/such' cannot be loaded"),
-        ({"max_prompt_length": 5}, "`max_prompt_length` goes with prompts"),
+        ({"max_prompt_length": 5}, "`max_prompt_length` is an option of CandidateResampler"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_before_training(tmp_path: Path, capsys, options: dict, message: str) -> None:

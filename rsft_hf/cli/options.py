@@ -30,13 +30,12 @@ DATA = {
     "train_file": "JSONL, JSON, CSV or Parquet file, instead of `dataset_name`",
     "validation_file": "file of held-out rows",
     "max_train_samples": "rows to train on, chosen at random; all by default",
-    "max_prompt_length": "prompts of more tokens are dropped, counted and named",
 }
 TRAINING = {
     "resampler": "CandidateResampler (the default with `reward_funcs`) or LossResampler (otherwise)",
     "lora_r": "rank of a LoRA adapter; 0 trains all weights (default: 0)",
 }
-GENERATION = ("num_candidates", "generation_config", "engine", "prompt_column")
+GENERATION = ("num_candidates", "generation_config", "engine", "prompt_column", "max_prompt_length", "on_long_prompt")
 
 
 class _Loader(yaml.SafeLoader):

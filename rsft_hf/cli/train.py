@@ -61,7 +61,7 @@ def _add(parser: argparse.ArgumentParser, title: str, options: Mapping[str, str]
 def generate(options: argparse.Namespace) -> str:
     """Generates candidates into a folder."""
     from rsft_hf.distributed import launched_processes
-    from rsft_hf.generative import drop_long_prompts, generate_candidates, load_candidates
+    from rsft_hf.generative import generate_candidates, load_candidates
 
     given = _given(options, {})
     seed = given.pop("seed", 42)
@@ -75,12 +75,11 @@ def generate(options: argparse.Namespace) -> str:
     if column != "prompt":
         rows = rows.rename_column(column, "prompt")
     model, tokenizer = _load_model(data, is_encoder_decoder)
-    if (limit := data.get("max_prompt_length")) is not None:
-        rows = drop_long_prompts(rows, tokenizer, limit, is_encoder_decoder=is_encoder_decoder)
     model.to(launched_processes().device)
     arguments = {name: value for name, value in sampling.items() if value is not None}
     folder = generate_candidates(model, tokenizer, rows, options.directory, seed=seed, **arguments)
-    return f"{len(load_candidates(folder))} candidates of {len(rows)} prompts are in {folder}"
+    stored = load_candidates(folder)
+    return f"{len(stored)} candidates of {len(stored.unique('prompt_id'))} prompts are in {folder}"
 
 
 def train(options: argparse.Namespace, rest: list[str]) -> str:
@@ -248,9 +247,7 @@ def _trainer(data: Mapping[str, Any], resampler: Any, args: Any, is_encoder_deco
     set_seed(args.seed)
     rows, held_out = _load_data(data, args.seed)
     model, tokenizer = _load_model(data, is_encoder_decoder)
-    limit = data.get("max_prompt_length")
-    if limit is not None:
-        rows, held_out = (_short(one, tokenizer, limit, resampler, is_encoder_decoder) for one in (rows, held_out))
+    held_out = _without_long(held_out, tokenizer, resampler, is_encoder_decoder)
     keywords = {"processing_class": tokenizer, "resampler": resampler}
     if not is_encoder_decoder:
         from trl import SFTTrainer
@@ -263,14 +260,16 @@ def _trainer(data: Mapping[str, Any], resampler: Any, args: Any, is_encoder_deco
     return RejectionSamplingSeq2SeqTrainer(model, args, train_dataset=rows, eval_dataset=held_out, **keywords)
 
 
-def _short(rows: Any, tokenizer: Any, limit: int, resampler: Any, is_encoder_decoder: bool) -> Any:
+def _without_long(held_out: Any, tokenizer: Any, resampler: Any, is_encoder_decoder: bool) -> Any:
+    """The held-out prompts without those that would be dropped from the training set."""
     from rsft_hf import CandidateResampler
     from rsft_hf.generative import drop_long_prompts
 
-    if not isinstance(resampler, CandidateResampler):
-        raise ValueError("`max_prompt_length` goes with prompts; of rows with answers, set `max_length`.")
-    options = resampler.config.prompt_column, resampler.config.chat_template_kwargs
-    return None if rows is None else drop_long_prompts(rows, tokenizer, limit, *options, is_encoder_decoder)
+    config = resampler.config if isinstance(resampler, CandidateResampler) else None
+    if held_out is None or config is None or config.max_prompt_length is None or config.on_long_prompt != "drop":
+        return held_out
+    template = config.prompt_column, config.chat_template_kwargs
+    return drop_long_prompts(held_out, tokenizer, config.max_prompt_length, *template, is_encoder_decoder)
 
 
 def _encoded(rows: Any, tokenizer: Any) -> Any:

@@ -18,6 +18,7 @@ from rsft_hf.rewards.functions import RewardFunctions
 _CHOICES = {
     "on_nothing_accepted": ("raise", "skip", "best", "reference"),
     "round_start": ("last", "base", "best"),
+    "on_long_prompt": ("raise", "drop"),
 }
 _MINIMUM = {
     "num_candidates": 1,
@@ -66,6 +67,9 @@ class CandidateConfig:
         prompt_column: Column of the prompts, text or messages.
         reference_column: Column of the reference answers, for `on_nothing_accepted` and `compute_metrics`.
         chat_template_kwargs: Handed to the chat template.
+        max_prompt_length: Maximum number of tokens of a prompt, chat template included; where None, what the model
+            reads beside `max_new_tokens`.
+        on_long_prompt: Whether prompts above that are refused ("raise") or left out, counted and named ("drop").
         keep_log_probs: Whether to store log q and log p though no rule needs them.
         eval_reward_funcs: Functions that score held-out answers only, and select nothing.
         eval_generation_config: How to generate when evaluating; greedy where None.
@@ -102,6 +106,8 @@ class CandidateConfig:
     prompt_column: str = "prompt"
     reference_column: str = "reference"
     chat_template_kwargs: Mapping[str, Any] | None = None
+    max_prompt_length: int | None = None
+    on_long_prompt: Literal["raise", "drop"] = "raise"
     keep_log_probs: bool = False
     eval_reward_funcs: Any = ()
     eval_generation_config: GenerationConfig | None = None
@@ -138,6 +144,8 @@ class CandidateConfig:
             check_integer(name, vars(self)[name], minimum)
         if self.num_draws is not None:
             check_integer("num_draws", self.num_draws, 1, remedy="None stands for the number of prompts.")
+        if self.max_prompt_length is not None:
+            check_integer("max_prompt_length", self.max_prompt_length, 1, remedy="None stands for the model's limit.")
         if self.min_accepted_per_prompt > self.num_candidates * self.max_attempts:
             raise ValueError(
                 f"`min_accepted_per_prompt`={self.min_accepted_per_prompt} can never be reached by "

@@ -22,7 +22,7 @@ from rsft_hf.generative.generation import Generator, Sampling
 from rsft_hf.generative.metrics import distinct_n
 from rsft_hf.generative.prompts import PromptSet, column_names
 from rsft_hf.generative.selection import score_candidates
-from rsft_hf.generative.validation import prompt_set, validate_prompt_lengths
+from rsft_hf.generative.validation import prompt_set, readable_prompts
 from rsft_hf.resampler import Predictions
 from rsft_hf.rewards.functions import RewardFunctions
 
@@ -173,7 +173,7 @@ def validate_evaluation(config: CandidateConfig, trainer: Any, prompts: PromptSe
         held_out = prompt_set(dataset, config, name, is_trained_on=False)
         if config.eval_functions is not None:
             config.eval_functions.check([column for column in column_names(dataset) if column != held_out.column])
-        validate_prompt_lengths(held_out, policy.encoder, policy.model, generation_config.max_new_tokens)
+        readable_prompts(held_out, policy.encoder, policy.model, generation_config.max_new_tokens)
         policy.engine.check(policy.model, generation_config)
         shared = [row for row in range(len(held_out)) if repr(held_out.row(row)[0]) in known]
         if shared:

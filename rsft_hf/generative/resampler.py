@@ -87,6 +87,9 @@ class CandidateResampler(Resampler):
         prompt_column: Column of the prompts, text or messages.
         reference_column: Column of the reference answers, for `on_nothing_accepted` and `compute_metrics`.
         chat_template_kwargs: Handed to the chat template.
+        max_prompt_length: Maximum number of tokens of a prompt, chat template included; where None, what the model
+            reads beside `max_new_tokens`.
+        on_long_prompt: Whether prompts above that are refused ("raise") or left out, counted and named ("drop").
         keep_log_probs: Whether to store log q and log p though no rule needs them.
         eval_reward_funcs: Functions that score held-out answers only, and select nothing.
         eval_generation_config: How to generate when evaluating; greedy where None.
@@ -124,6 +127,8 @@ class CandidateResampler(Resampler):
         prompt_column: str = "prompt",
         reference_column: str = "reference",
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        max_prompt_length: int | None = None,
+        on_long_prompt: Literal["raise", "drop"] = "raise",
         keep_log_probs: bool = False,
         eval_reward_funcs: Any = (),
         eval_generation_config: GenerationConfig | None = None,

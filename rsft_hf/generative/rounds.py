@@ -62,8 +62,8 @@ from rsft_hf.generative.selection import (
 from rsft_hf.generative.training_rows import reference_candidate
 from rsft_hf.generative.validation import (
     prompt_set,
+    readable_prompts,
     validate_model,
-    validate_prompt_lengths,
     validate_training_arguments,
     validate_vocabulary,
 )
@@ -123,7 +123,8 @@ class RoundRunner:
             given = GenerationConfig(max_new_tokens=1)  # nothing is generated in this run
         generation_config = sampling_config(given, proposal, tokenizer)
         logger.info(f"Candidates are sampled with {active_settings(generation_config)}.")
-        validate_prompt_lengths(prompts, encoder, proposal, generation_config.max_new_tokens)
+        limits = generation_config.max_new_tokens, config.max_prompt_length, config.on_long_prompt
+        prompts = readable_prompts(prompts, encoder, proposal, *limits)
         engine, surroundings = choose_engine(config.engine, model), trainer.accelerator.autocast
         engine.check(proposal, generation_config, config.engine_log_probs)
         for functions in (config.functions, config.eval_functions):
@@ -136,7 +137,7 @@ class RoundRunner:
         reference = reference_opener(config.reference_model, model, trainer.args.device)
         generator = Generator(proposal, encoder, engine, surroundings, reference)
         sampling = Sampling(generation_config, config.num_candidates, run_seed, with_log_probs=config.with_log_probs)
-        digests = {"prompts": dataset_fingerprint(trainer.train_dataset, len(trainer.train_dataset))}
+        digests = {"prompts": dataset_fingerprint(prompts.dataset, len(prompts))}
         return cls(config, trainer, prompts, policy, generator, sampling, digests, offline)
 
     @property

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 from accelerate import Accelerator
@@ -23,7 +23,7 @@ from rsft_hf.generative.imports import PROMPTS
 from rsft_hf.generative.prompts import PromptSet
 from rsft_hf.generative.round_cache import model_fingerprint, round_facts
 from rsft_hf.generative.rounds import own_shards
-from rsft_hf.generative.validation import prompt_set, validate_model, validate_prompt_lengths
+from rsft_hf.generative.validation import prompt_set, readable_prompts, validate_model
 from rsft_hf.training_set import dataset_fingerprint
 
 logger = logging.get_logger(__name__)
@@ -40,6 +40,8 @@ def generate_candidates(
     num_candidates: int = 8,
     generation_config: GenerationConfig | None = None,
     engine: str | Engine = "auto",
+    max_prompt_length: int | None = None,
+    on_long_prompt: Literal["raise", "drop"] = "raise",
     seed: int = 0,
 ) -> Path:
     """Returns the folder with candidates of every prompt, neither filtered nor scored. Collective.
@@ -55,6 +57,8 @@ def generate_candidates(
         num_candidates: Candidates per prompt, at least 1.
         generation_config: As in `CandidateResampler`.
         engine: As in `CandidateResampler`.
+        max_prompt_length: As in `CandidateResampler`.
+        on_long_prompt: As in `CandidateResampler`; dropped prompts are not in the folder, and take no number.
         seed: With the number of prompt and candidate it fixes each candidate's tokens.
 
     Raises:
@@ -62,12 +66,20 @@ def generate_candidates(
         ValueError: If the model or the engine cannot generate so, or a prompt is no prompt or too long.
     """
     rows = prompts if isinstance(prompts, datasets.Dataset) else datasets.Dataset.from_list(list(prompts))
-    config = CandidateConfig(_no_reward, num_candidates=num_candidates, generation_config=generation_config)
+    config = CandidateConfig(
+        _no_reward,
+        num_candidates=num_candidates,
+        generation_config=generation_config,
+        max_prompt_length=max_prompt_length,
+        on_long_prompt=on_long_prompt,
+    )
     accelerator, model = launched_processes(), unwrapped(model)
     validate_model(model)
     encoder, numbered = Encoder.for_model(processing_class, model, None), prompt_set(rows, config, "prompts")
     sampling = Sampling(sampling_config(generation_config, model, processing_class), num_candidates, seed)
-    validate_prompt_lengths(numbered, encoder, model, sampling.generation_config.max_new_tokens)
+    limits = sampling.generation_config.max_new_tokens, max_prompt_length, on_long_prompt
+    numbered = readable_prompts(numbered, encoder, model, *limits)
+    rows = numbered.dataset
     logger.info(f"Candidates are sampled with {active_settings(sampling.generation_config)}.")
     generator = Generator(model, encoder, choose_engine(engine, model), accelerator.autocast)
     generator.engine.check(model, sampling.generation_config, ())

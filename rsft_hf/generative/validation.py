@@ -225,24 +225,45 @@ def validate_vocabulary(other: Any, model: Any) -> None:
         )
 
 
-def validate_prompt_lengths(prompts: PromptSet, encoder: Encoder, model: Any, max_new_tokens: int) -> None:
-    """Raises ValueError if a prompt has no tokens, or exceeds with its answer what the model can read."""
-    limit = context_length(model)
+def readable_prompts(
+    prompts: PromptSet,
+    encoder: Encoder,
+    model: Any,
+    max_new_tokens: int,
+    max_prompt_length: int | None = None,
+    on_long_prompt: str = "raise",
+) -> PromptSet:
+    """Returns the prompts that the model can read with their answers.
+
+    Args:
+        prompts: Prompts of any length.
+        encoder: Encodes them.
+        model: Model with a limit of positions, or without.
+        max_new_tokens: Tokens that an answer may have.
+        max_prompt_length: As in `CandidateResampler`.
+        on_long_prompt: As in `CandidateResampler`.
+
+    Raises:
+        ValueError: If a prompt has no tokens, or is too long and not dropped, or none is left.
+    """
+    positions = context_length(model)
     reserved = 0 if encoder.is_encoder_decoder else max_new_tokens
-    if limit is not None and max_new_tokens > limit:
-        raise ValueError(f"`max_new_tokens`={max_new_tokens} exceeds the model's {limit} positions. Lower it.")
-    for row in range(len(prompts)):
-        try:
-            length = len(encoder.prompt_ids(*prompts.row(row)))
-        except ValueError as error:
-            raise ValueError(f"The prompt in row {row} cannot be encoded. {error}") from error
-        if limit is not None and length + reserved > limit:
-            raise ValueError(
-                f"The prompt in row {row} has {length} tokens"
-                + (f", which with `max_new_tokens`={reserved} is more" if reserved else ", more")
-                + f" than the model's {limit} positions. Shorten such prompts, or drop_long_prompts(...)"
-                + (", or lower `max_new_tokens`." if reserved else ".")
-            )
+    if positions is not None and max_new_tokens > positions:
+        raise ValueError(f"`max_new_tokens`={max_new_tokens} exceeds the model's {positions} positions. Lower it.")
+    limits = [limit for limit in (positions and positions - reserved, max_prompt_length) if limit is not None]
+    lengths = _prompt_lengths(prompts, encoder)
+    limit = min(limits, default=max(lengths))
+    if on_long_prompt == "drop":
+        return PromptSet(_without_long(prompts.dataset, lengths, limit), prompts.column)
+    if (row := next((row for row, length in enumerate(lengths) if length > limit), None)) is not None:
+        bound = f"`max_prompt_length`={limit}"
+        if limit != max_prompt_length:
+            bound = f"the model's {positions} positions" + (f" less `max_new_tokens`={reserved}" if reserved else "")
+        raise ValueError(
+            f"The prompt in row {row} has {lengths[row]} tokens, more than {bound}. Shorten such prompts, or leave "
+            'them out by on_long_prompt="drop" (held-out ones by drop_long_prompts).'
+        )
+    return prompts
 
 
 def drop_long_prompts(
@@ -268,14 +289,35 @@ def drop_long_prompts(
     """
     check_integer("max_prompt_length", max_prompt_length, 1)
     encoder = Encoder(processing_class, is_encoder_decoder, dict(chat_template_kwargs or {}))
-    rows = PromptSet(prompts, prompt_column)
-    lengths = [len(encoder.prompt_ids(*rows.row(row))) for row in range(len(rows))]
-    dropped = [row for row, length in enumerate(lengths) if length > max_prompt_length]
-    if len(dropped) == len(lengths):
-        raise ValueError(f"`max_prompt_length`={max_prompt_length} leaves none of {len(lengths)} prompts. Raise it.")
-    if dropped:
-        logger.warning(
-            f"{len(dropped)} of {len(lengths)} prompts have more than {max_prompt_length} tokens and are dropped: rows "
-            f"{', '.join(map(str, dropped[:5]))}{', ...' if len(dropped) > 5 else ''}."
+    kept: datasets.Dataset = _without_long(
+        prompts, _prompt_lengths(PromptSet(prompts, prompt_column), encoder), max_prompt_length
+    )
+    return kept
+
+
+def _prompt_lengths(prompts: PromptSet, encoder: Encoder) -> list[int]:
+    lengths = []
+    for row in range(len(prompts)):
+        try:
+            lengths.append(len(encoder.prompt_ids(*prompts.row(row))))
+        except ValueError as error:
+            raise ValueError(f"The prompt in row {row} cannot be encoded. {error}") from error
+    return lengths
+
+
+def _without_long(dataset: Any, lengths: list[int], limit: int) -> Any:
+    """The rows of at most so many tokens; says which are left out."""
+    kept = [row for row, length in enumerate(lengths) if length <= limit]
+    if not kept:
+        raise ValueError(
+            f"Each of the {len(lengths)} prompts has more than {limit} tokens: none is left. Raise "
+            "`max_prompt_length`, lower `max_new_tokens`, or take a model that reads more."
         )
-    return prompts.select([row for row, length in enumerate(lengths) if length <= max_prompt_length])
+    if len(kept) == len(lengths):
+        return dataset
+    dropped = [str(row) for row, length in enumerate(lengths) if length > limit]
+    logger.warning(
+        f"{len(dropped)} of {len(lengths)} prompts have more than {limit} tokens and are dropped: rows "
+        f"{', '.join(dropped[:5])}{', ...' if len(dropped) > 5 else ''}."
+    )
+    return dataset.select(kept) if isinstance(dataset, datasets.Dataset) else torch.utils.data.Subset(dataset, kept)

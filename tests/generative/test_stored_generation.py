@@ -148,7 +148,7 @@ def test_long_prompts_are_dropped_and_named(caplog: pytest.LogCaptureFixture) ->
         generators.tokenizer().apply_chat_template(messages[0]["prompt"], add_generation_prompt=True)["input_ids"]
     )
     assert len(drop_long_prompts(messages, generators.tokenizer(), length)) == 1
-    with pytest.raises(ValueError, match=f"`max_prompt_length`={length - 1} leaves none of 1 prompts"):
+    with pytest.raises(ValueError, match=f"Each of the 1 prompts has more than {length - 1} tokens"):
         drop_long_prompts(messages, generators.tokenizer(), length - 1)
     with pytest.raises(ValueError, match="`max_prompt_length`=0 must be an integer"):
         drop_long_prompts(messages, generators.tokenizer(), 0)

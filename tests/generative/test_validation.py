@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType
 from torch.utils.data import Dataset
 
 import generators
+import runs
 from generative_runs import CountingEngine, resampler, stored, trained, trainer
 from rsft_hf import CandidateResampler, Deduplicate, TopKPerPrompt
 from rsft_hf.generative import RejectTruncated
@@ -82,9 +83,40 @@ def test_a_wrong_reward_is_named_and_the_candidates_are_kept(tmp_path: Path, ans
 
 def test_prompts_longer_than_the_context(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_list([*PROMPTS, {**PROMPTS[0], "prompt": "a " * 60}])
-    refused(tmp_path, ValueError, r"prompt in row 5 has 60 tokens, which with `max_new_tokens`=8", train_dataset=rows)
+    match = "prompt in row 5 has 60 tokens, more than the model's 64 positions less `max_new_tokens`=8. Shorten"
+    refused(tmp_path, ValueError, match, train_dataset=rows)
+    limited = resampler(max_prompt_length=59)
+    refused(tmp_path, ValueError, "60 tokens, more than .*less `max_new_tokens`=8", limited, train_dataset=rows)
+    limited = resampler(max_prompt_length=2)
+    refused(tmp_path, ValueError, "prompt in row 1 has 3 tokens, more than `max_prompt_length`=2", limited)
+    limited = resampler(max_prompt_length=1, on_long_prompt="drop")
+    refused(tmp_path, ValueError, "Each of the 5 prompts has more than 1 tokens", limited, train_dataset=PROMPTS)
     long = resampler(generation_config=generators.sampling(65))
     refused(tmp_path, ValueError, "`max_new_tokens`=65 exceeds the model's 64 positions", long)
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_long_prompts_are_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture, is_plain: bool) -> None:
+    """What is left is trained on as if it were given, and resumes; dropped are 1 and 4, whatever holds the rows."""
+    rows = [{**row, "prompt": "a " * 20} if number in (1, 4) else row for number, row in enumerate(PROMPTS)]
+    left = [rows[0], *rows[2:4]]
+    settings = {"max_prompt_length": 19, "on_long_prompt": "drop"}
+    given = rows if is_plain else datasets.Dataset.from_list(rows)
+    args = {"num_train_epochs": 2, "save_strategy": "epoch"}
+    dropped = trained(tmp_path / "dropped", resampler(**settings), train_dataset=given, args=args)
+    assert "2 of 5 prompts have more than 19 tokens and are dropped: rows 1, 4." in caplog.text
+    assert dropped.state.max_steps == 4  # two epochs of three rows in batches of two
+    expected = trained(tmp_path / "left", resampler(), train_dataset=datasets.Dataset.from_list(left), args=args)
+    assert stored(tmp_path / "dropped", 1) == stored(tmp_path / "left", 1)
+    assert runs.largest_difference(dropped, expected) == 0
+    engine = CountingEngine()
+    made, checkpoint = resampler(engine=engine, **settings), str(tmp_path / "dropped" / "checkpoint-2")
+    resumed = trained(tmp_path / "dropped", made, resume=checkpoint, train_dataset=given, args=args)
+    assert runs.largest_difference(resumed, expected) == 0
+    assert engine.calls == []  # the second round is there
+    other = resampler(engine=engine, **settings | {"max_prompt_length": 25})
+    with pytest.raises(ValueError, match=r"draws per epoch: 3 in the checkpoint, 5 now"):
+        trained(tmp_path / "dropped", other, resume=checkpoint, train_dataset=given, args=args)
 
 
 def test_an_empty_prompt(tmp_path: Path) -> None:
