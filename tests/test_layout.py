@@ -20,12 +20,22 @@ MAX_PARAMETERS = 8
 
 PURE_IMPORTS = sys.stdlib_module_names | {"__future__", "torch", "numpy", "rsft_hf"}
 RULES = tuple(f"weighted/{name}.py" for name in ("weightings", "history_rules", "prediction_rules"))
-PURE_FILES = ("checks.py", "rejection.py", "acceptance/", *RULES, "engines/random_streams.py")
+PURE_FILES = (
+    "checks.py",
+    "rejection.py",
+    "acceptance/",
+    *RULES,
+    "engines/random_streams.py",
+    "predictive/acceptance.py",
+)
 KNOWS_TRAINER = ("trainer.py", "callbacks.py", "checkpointing.py", "training_set.py")
 HALVES = ("weighted", "generative")
 PUBLIC = (
     "rsft_hf",
-    *(f"rsft_hf.{name}" for name in ("acceptance", "engines", "generative", "report", "rewards", "weighted")),
+    *(
+        f"rsft_hf.{name}"
+        for name in ("acceptance", "engines", "generative", "predictive", "report", "rewards", "weighted")
+    ),
 )
 
 # Files and folders of the package from the lowest layer to the highest: imports go to the same line or to one above.
@@ -36,6 +46,7 @@ LAYERS = (
     ("resampler.py",),
     ("acceptance", "rewards", "engines"),
     HALVES,
+    ("predictive",),
     ("presets.py", "report"),
     ("callbacks.py", "cards.py", "validation.py"),
     ("trainer.py",),

@@ -2,17 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 from accelerate import Accelerator
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from rsft_hf.distributed import FailTogether, launched_processes
 from rsft_hf.engines.auto import choose_engine
-from rsft_hf.engines.base import Engine
 from rsft_hf.engines.generation_config import active_settings, sampling_config
 from rsft_hf.engines.model_access import unwrapped
 from rsft_hf.generative.candidates import CandidateStore
@@ -28,6 +27,7 @@ from rsft_hf.training_set import dataset_fingerprint
 
 logger = logging.get_logger(__name__)
 
+OPTIONS = ("num_candidates", "generation_config", "engine", "max_prompt_length", "on_long_prompt")
 _FACTS = ("model", "engine", "prompts", "encoding", "seed", "num_candidates", "generation_config")
 
 
@@ -37,12 +37,8 @@ def generate_candidates(
     prompts: Any,
     directory: Path | str,
     *,
-    num_candidates: int = 8,
-    generation_config: GenerationConfig | None = None,
-    engine: str | Engine = "auto",
-    max_prompt_length: int | None = None,
-    on_long_prompt: Literal["raise", "drop"] = "raise",
     seed: int = 0,
+    **options: Any,
 ) -> Path:
     """Returns the folder with candidates of every prompt, neither filtered nor scored. Collective.
 
@@ -54,41 +50,34 @@ def generate_candidates(
         processing_class: The model's tokenizer.
         prompts: Rows with `prompt` (text or messages) and the columns that the rewards will need.
         directory: Folder to write, absent or empty, or of a call with the same arguments; visible to all processes.
-        num_candidates: Candidates per prompt, at least 1.
-        generation_config: As in `CandidateResampler`.
-        engine: As in `CandidateResampler`.
-        max_prompt_length: As in `CandidateResampler`.
-        on_long_prompt: As in `CandidateResampler`; dropped prompts are not in the folder, and take no number.
         seed: With the number of prompt and candidate it fixes each candidate's tokens.
+        **options: `num_candidates`, `generation_config`, `engine`, `max_prompt_length` and `on_long_prompt` of
+            `CandidateResampler`; dropped prompts are not in the folder, and take no number.
 
     Raises:
         FileExistsError: If the folder holds something else, or candidates of other arguments, which are named.
+        TypeError: If an option is none of these.
         ValueError: If the model or the engine cannot generate so, or a prompt is no prompt or too long.
     """
+    if unknown := next((name for name in options if name not in OPTIONS), None):
+        raise TypeError(f"`{unknown}` is no option of generate_candidates, which takes {', '.join(OPTIONS)}.")
     rows = prompts if isinstance(prompts, datasets.Dataset) else datasets.Dataset.from_list(list(prompts))
-    config = CandidateConfig(
-        _no_reward,
-        num_candidates=num_candidates,
-        generation_config=generation_config,
-        max_prompt_length=max_prompt_length,
-        on_long_prompt=on_long_prompt,
-    )
+    config = CandidateConfig(_no_reward, **options)
     accelerator, model = launched_processes(), unwrapped(model)
     validate_model(model)
     encoder, numbered = Encoder.for_model(processing_class, model, None), prompt_set(rows, config, "prompts")
-    sampling = Sampling(sampling_config(generation_config, model, processing_class), num_candidates, seed)
-    limits = sampling.generation_config.max_new_tokens, max_prompt_length, on_long_prompt
+    sampling = Sampling(sampling_config(config.generation_config, model, processing_class), config.num_candidates, seed)
+    limits = sampling.generation_config.max_new_tokens, config.max_prompt_length, config.on_long_prompt
     numbered = readable_prompts(numbered, encoder, model, *limits)
-    rows = numbered.dataset
     logger.info(f"Candidates are sampled with {active_settings(sampling.generation_config)}.")
-    generator = Generator(model, encoder, choose_engine(engine, model), accelerator.autocast)
+    generator = Generator(model, encoder, choose_engine(config.engine, model), accelerator.autocast)
     generator.engine.check(model, sampling.generation_config, ())
-    digests = {"model": model_fingerprint(model), "prompts": dataset_fingerprint(rows, len(rows))}
+    digests = {"model": model_fingerprint(model), "prompts": dataset_fingerprint(numbered.dataset, len(numbered))}
     known = round_facts(config, generator, numbered, sampling, digests)
     store = CandidateStore(Path(directory), (), is_conversational=not isinstance(numbered.row(0)[0], str))
     with FailTogether(accelerator, f"opening {directory}"):
         if accelerator.is_main_process:
-            _open(store, {name: known[name] for name in _FACTS}, rows)
+            _open(store, {name: known[name] for name in _FACTS}, numbered.dataset)
     with FailTogether(accelerator, "generating"), prepared_generator(config, None, generator, model) as generate:
         _write_shards(accelerator, store, generate, numbered, sampling)
     return store.directory

@@ -6,7 +6,7 @@ losses by trying it on rows of the data set.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +116,8 @@ def measure_losses(
         scorer = _Scorer(trainer, model, reading, per_example_loss, statistics, len(dataset))
         if scorer.reading.kind == "single" or scorer.reading.is_scored_singly:
             batch_size = 1
-        _score_all(scorer, dataset, collate, batch_size, seed)
+        order = _longest_first(dataset, trainer.args.length_column_name)
+        scoring_pass(trainer, dataset, collate, order, batch_size, seed, scorer.visit)
     return scorer.summed()
 
 
@@ -137,8 +138,10 @@ class _Scorer:
         names = ["losses", "logit_margins", *sorted(statistics & set(PREDICTION_STATISTICS))]
         self.values = {name: torch.zeros(num_rows, dtype=torch.float64) for name in names}
 
-    def score(self, batch: Batch, rows: list[int]) -> None:
+    def visit(self, batch: Batch, rows: list[int], is_own: bool) -> None:
         scalar, recording = compute_loss(self.trainer, self.model, batch, len(rows))
+        if not is_own:
+            return
         losses, is_labelled = (value.cpu() for value in self._losses(scalar, recording, rows))
         validate_losses(losses, is_labelled, rows)
         undefined = torch.full((len(rows),), float("nan"), dtype=torch.float64)
@@ -169,36 +172,44 @@ class _Scorer:
         return Measurement(values.pop("losses"), values.pop("logit_margins"), values)
 
 
-def _score_all(scorer: _Scorer, dataset: Any, collate: Collate, batch_size: int, seed: int) -> None:
-    args, accelerator = scorer.trainer.args, scorer.trainer.accelerator
-    order = _longest_first(dataset, args.length_column_name)
+def scoring_pass(
+    trainer: Trainer,
+    dataset: Any,
+    collate: Collate,
+    order: Sequence[int],
+    batch_size: int,
+    seed: int,
+    visit: Callable[[Batch, list[int], bool], None],
+) -> None:
+    """Visits rows in batches that the processes share, smaller ones when the device runs out of memory. Collective.
+
+    Args:
+        trainer: Trainer whose processes and workers are used.
+        dataset: Rows by number.
+        collate: Collator.
+        order: Numbers of the rows, in the order of the pass.
+        batch_size: Rows per batch and process.
+        seed: Seed of the workers.
+        visit: Called with a batch, the numbers of its rows, and whether they are this process's; a batch that is not
+            keeps the processes in step, and is computed without being counted.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
     progress = tqdm(
         total=len(order),
         desc="Scoring examples",
         unit=" rows",
         leave=False,
-        disable=args.disable_tqdm or not scorer.trainer.is_local_process_zero(),
+        disable=args.disable_tqdm or not trainer.is_local_process_zero(),
     )
     first = 0
     with progress:
         while first < len(order):
-            batches = [order[start : start + batch_size] for start in range(first, len(order), batch_size)]
+            batches = [list(order[start : start + batch_size]) for start in range(first, len(order), batch_size)]
             own_batches, num_own = _batches_of_process(batches, accelerator.process_index, accelerator.num_processes)
-            generator = torch.Generator().manual_seed(seed)  # iter(DataLoader) would draw from the global one
-            loader = torch.utils.data.DataLoader(
-                dataset,
-                batch_sampler=own_batches,
-                collate_fn=collate,
-                num_workers=args.dataloader_num_workers,
-                generator=generator,
-            )
+            loader = _own_loader(trainer, dataset, collate, own_batches, seed)
             try:
                 for number, (rows, batch) in enumerate(zip(own_batches, loader, strict=True)):
-                    # A padding batch keeps the processes in step; its rows belong to another process.
-                    if number < num_own:
-                        scorer.score(batch, rows)
-                    else:
-                        compute_loss(scorer.trainer, scorer.model, batch, len(rows))
+                    visit(batch, rows, number < num_own)
                     step = len(rows) * accelerator.num_processes
                     first += step
                     progress.update(min(step, progress.total - progress.n))
@@ -208,9 +219,18 @@ def _score_all(scorer: _Scorer, dataset: Any, collate: Collate, batch_size: int,
                     # The other processes would wait for a batch that never comes.
                     raise RuntimeError(
                         f"Out of memory while scoring {batch_size} rows in one batch. Pass a smaller `batch_size` to "
-                        "LossResampler."
+                        "the resampler."
                     ) from error
                 batch_size = halve_batch_size(batch_size, error)
+
+
+def _own_loader(
+    trainer: Trainer, dataset: Any, collate: Collate, batches: list[list[int]], seed: int
+) -> torch.utils.data.DataLoader[Any]:
+    generator = torch.Generator().manual_seed(seed)  # iter(DataLoader) would draw from the global one
+    num_workers = trainer.args.dataloader_num_workers
+    options = {"collate_fn": collate, "num_workers": num_workers, "generator": generator}
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, **options)
 
 
 def _batches_of_process(batches: list[list[int]], process: int, num_processes: int) -> tuple[list[list[int]], int]:

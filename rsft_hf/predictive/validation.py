@@ -1,0 +1,112 @@
+"""Validation of the rows and the labels of a run with pseudo-labels, and what is read of them once."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import torch
+from transformers import Trainer
+
+from rsft_hf.engines.model_access import unwrapped
+from rsft_hf.predictive.pool import as_list
+from rsft_hf.weighted.labels import IGNORED, label_names
+
+
+def label_column(trainer: Trainer, row: Mapping[str, Any]) -> str:
+    """Returns the name of the label column of a labelled row.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    name = next((name for name in label_names(trainer) if name in row), None)
+    if name is None:
+        raise ValueError(
+            f"`train_dataset` has no label column: none of {label_names(trainer)} is in {list(row)}. Rename the column "
+            "or name it in `TrainingArguments.label_names`."
+        )
+    return name
+
+
+def label_kind(label: Any) -> str:
+    """Returns "class", "token" or "multi_label", from one label.
+
+    Raises:
+        ValueError: If it is neither a class, nor classes of tokens, nor a list of 0.0 and 1.0.
+
+    Example:
+        >>> label_kind(2), label_kind([0, -100, 3]), label_kind([0.0, 1.0])
+        ('class', 'token', 'multi_label')
+    """
+    value = as_list(label)
+    if isinstance(value, (bool, int)):
+        return "class"
+    if isinstance(value, (list, tuple)) and value:
+        if all(isinstance(one, int) for one in value):
+            return "token"
+        if all(isinstance(one, float) and one in (0.0, 1.0) for one in value):
+            return "multi_label"
+    raise ValueError(
+        f"The label {label!r} is no class. PredictionResampler draws classes: an integer per row or token, or a list "
+        "of 0.0 and 1.0."
+    )
+
+
+def validate_rows(resampler: Any, trainer: Trainer) -> None:
+    """Raises ValueError if rows, model or arguments do not allow pseudo-labels.
+
+    Args:
+        resampler: A `PredictionResampler`.
+        trainer: Trainer it is bound to.
+    """
+    if trainer.args.dataloader_persistent_workers:
+        raise ValueError(
+            "`dataloader_persistent_workers=True` keeps workers that hold the labels of the first round for ever. Set "
+            "it to False."
+        )
+    unlabelled, labelled = resampler.unlabelled_dataset, trainer.train_dataset
+    if isinstance(unlabelled, (torch.utils.data.IterableDataset, datasets.IterableDataset)):
+        raise ValueError("`unlabelled_dataset` must have a length and random access: a streamed one has neither.")
+    model = unwrapped(trainer.model)
+    can_generate = getattr(model, "can_generate", None)
+    if can_generate is not None and can_generate():
+        raise ValueError(
+            f"{type(model).__name__} generates text, whose labels are words. Take CandidateResampler for it, or a "
+            "model with a head over classes."
+        )
+    outside = [row for row in resampler.doubtful_rows if not 0 <= row < len(labelled)]
+    if outside:
+        raise ValueError(f"`doubtful_rows` names row {outside[0]}, and `train_dataset` has {len(labelled)} rows.")
+    if not len(unlabelled):
+        return
+    first = unlabelled[0]
+    read = set(inspect.signature(model.forward).parameters) & set(labelled[0]) - set(label_names(trainer))
+    if missing := sorted(read - set(first)):
+        raise ValueError(
+            f"`unlabelled_dataset` lacks the columns {missing}, which the model reads of `train_dataset`. Prepare both "
+            "alike."
+        )
+    if resampler.reference_column is not None and resampler.reference_column not in first:
+        raise ValueError(
+            f"`unlabelled_dataset` has no column {resampler.reference_column!r} (`reference_column`); it has "
+            f"{list(first)}."
+        )
+
+
+def labelled_units(dataset: Any, rows: Sequence[int], column: str, num_classes: int) -> torch.Tensor:
+    """Returns the share of each class among the labels of some rows, shape (num_classes,), float64.
+
+    Raises:
+        ValueError: If a label is no class of the model.
+    """
+    counts = torch.zeros(num_classes, dtype=torch.float64)
+    for row in rows:
+        value = as_list(dataset[row][column])
+        units = [int(one) for one in (value if isinstance(value, list) else [value]) if one != IGNORED]
+        if wrong := [one for one in units if not 0 <= one < num_classes]:
+            raise ValueError(
+                f"Row {row} of `train_dataset` has the label {wrong[0]}, and the model {num_classes} classes."
+            )
+        for one in units:
+            counts[one] += 1
+    return counts / counts.sum()
