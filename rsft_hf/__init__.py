@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         import_candidates,
         load_candidates,
     )
+    from rsft_hf.predictive import PredictionResampler
     from rsft_hf.rejection import (
         accept_once,
         acceptance_probabilities,
@@ -50,6 +51,7 @@ _NAMES = {
         "CandidateResampler", "Deduplicate", "export_dpo", "export_kto", "export_sft", "import_candidates",
         "load_candidates",
     ),
+    "predictive": ("PredictionResampler",),
     "rejection": (
         "accept_once", "acceptance_probabilities", "effective_sample_size", "envelope_constant", "rejection_sample",
     ),
@@ -74,6 +76,7 @@ __all__ = [
     "DropTop",
     "Floored",
     "LossResampler",
+    "PredictionResampler",
     "Proportional",
     "RejectionSamplingMixin",
     "RejectionSamplingSeq2SeqTrainer",

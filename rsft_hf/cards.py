@@ -27,6 +27,7 @@ from rsft_hf.generative.candidates import CandidateStore
 from rsft_hf.generative.exports import NoRowsError, export_dpo, export_kto, export_sft, load_candidates, round_folders
 from rsft_hf.generative.resampler import CandidateResampler
 from rsft_hf.markdown import markdown_table
+from rsft_hf.predictive.resampler import PredictionResampler
 from rsft_hf.report.rounds import RoundSummary, summarize_round
 from rsft_hf.weighted.resampler import LossResampler
 
@@ -41,9 +42,13 @@ _GENERATIVE = (
     "In each round the model answered each prompt several times, reward functions scored the answers, an acceptance "
     "rule selected some, and the model was trained on these."
 )
+_PREDICTIVE = (
+    "Before the later epochs the model drew a label for each unlabelled row from its own prediction q; a label was "
+    "accepted with probability p / (M q) of a target p, and accepted ones were trained on beside the labelled rows."
+)
 _CANDIDATES = "Completions of prompts, scored by reward functions and judged by an acceptance rule."
 _LAW = "rejection sampling, von Neumann 1951, Various techniques used in connection with random digits"
-_ALWAYS = ("weighting", "reward_funcs", "acceptance", "num_candidates", "generation_config")
+_ALWAYS = ("weighting", "target", "reward_funcs", "acceptance", "num_candidates", "generation_config")
 _FIGURES = (
     "loss",
     "resampling/acceptance_rate",
@@ -53,6 +58,8 @@ _FIGURES = (
     "accepted/reward",
     "round/acceptance_rate",
     "round/accepted_rows",
+    "pseudo_labels/accepted_rows",
+    "pseudo_labels/accuracy",
 )
 _FORMATS = ("csv", "json", "parquet", "text", "generator")  # builders of data sets without a name
 _CONFIGS = {
@@ -172,6 +179,8 @@ def resampling_section(trainer: Any) -> str:
         parts.append(_WEIGHTED)
     elif isinstance(resampler, CandidateResampler):
         parts.append(_GENERATIVE)
+    elif isinstance(resampler, PredictionResampler):
+        parts.append(_PREDICTIVE)
     parts.append(f"Trained with `{type(trainer).__name__}` of rsft_hf. {_data(trainer.train_dataset)}".rstrip())
     rows = [(name, shown(value)) for name, value in options(resampler).items()]
     parts.append(markdown_table(pandas.DataFrame(rows, columns=[type(resampler).__name__, "value"])))
@@ -315,7 +324,7 @@ def _rules(value: Any) -> Iterator[Any]:
     """Objects of this package in a value: itself, elements, options, fields."""
     if isinstance(value, (list, tuple)):
         parts: Iterable[Any] = value
-    elif isinstance(value, (LossResampler, CandidateResampler)):
+    elif isinstance(value, (LossResampler, CandidateResampler, PredictionResampler)):
         parts = options(value).values()
     elif dataclasses.is_dataclass(value) and type(value).__module__.startswith("rsft_hf."):
         yield value

@@ -9,6 +9,7 @@ from typing import Any
 from rsft_hf.acceptance import RSO, PerPromptCap, Sequence, Threshold, TopKPerPrompt
 from rsft_hf.generative import CandidateResampler, Deduplicate
 from rsft_hf.generative.filters import solution_equations
+from rsft_hf.predictive import PredictionResampler, Sharpened
 from rsft_hf.weighted import ErrorSet, LossResampler
 
 
@@ -114,3 +115,19 @@ def jtt(upweight: float = 5.0, warmup_epochs: int = 1, **options: Any) -> LossRe
     """
     defaults: dict[str, Any] = {"losses": "forward", "warmup_epochs": warmup_epochs}
     return LossResampler(ErrorSet(upweight), **defaults | options)
+
+
+def self_training(unlabelled_dataset: Any, min_confidence: float = 0.95, **options: Any) -> PredictionResampler:
+    """Pseudo-labels: the most probable class of confident rows. Lee 2013; Sohn et al. 2020, arXiv:2001.07685.
+
+    FixMatch predicts a weakly and trains on a strongly augmented row; the augmentation is that of the data set here.
+
+    Args:
+        unlabelled_dataset: As in `PredictionResampler`.
+        min_confidence: Probability of the predicted class from which a row is taken.
+        **options: Of `PredictionResampler`.
+    """
+    # So cold that the proposal is the most probable class, and the target is the proposal: nothing else is rejected.
+    cold = 1e-4
+    defaults: dict[str, Any] = {"target": Sharpened(cold), "temperature": cold, "min_confidence": min_confidence}
+    return PredictionResampler(unlabelled_dataset, **defaults | options)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as hf
 
+import distributed_runs
 import runs
 from rsft_hf import measure_losses
 
@@ -73,6 +74,17 @@ def test_tokens_of_a_window_are_counted_by_factor_over_both_processes(ranks, nam
     for rank in ranks[0]:
         (loss,) = rank[f"corrected_{name}"]["losses"]
         assert loss == pytest.approx(rank[f"corrected_{name}"]["expected"], rel=1e-5)
+
+
+def test_two_processes_draw_the_same_labels_and_those_of_one(ranks, tmp_path: Path) -> None:
+    first, second = (rank["predictive"] for rank in ranks[0])
+    assert first == second
+    assert any(label != -100 for label in first["labels"])
+    proposed = [line for line in first["stored"] if line["round"] == 0]  # by the weights of the start
+    expected = [line for line in distributed_runs.predictive(tmp_path)["stored"] if line["round"] == 0]
+    assert len(proposed) == 35
+    for ours, theirs in zip(proposed, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_two_processes_measure_what_one_does(ranks, tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import runs
 from generative_runs import logged, stored, trained
 from rsft_hf import RejectionSamplingTrainer, presets
 from rsft_hf.generative import Candidate
+from rsft_hf.predictive import load_pseudo_labels
 from rsft_hf.weighted import ErrorSet
 
-PRESETS = ("raft", "llama2", "rest_em", "star", "rft", "rso", "jtt")
+PRESETS = ("raft", "llama2", "rest_em", "star", "rft", "rso", "jtt", "self_training")
 
 
 def reward(completions: list, value: list, **columns) -> list[float]:
@@ -112,12 +113,24 @@ def test_jtt_upweights_what_is_wrong_after_warm_up(tmp_path: Path) -> None:
     assert len(logged(ours, "resampling/acceptance_rate")) == 3
 
 
+def test_self_training_takes_the_most_probable_class_of_confident_rows(tmp_path: Path) -> None:
+    pool = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in runs.rows(60)[26:]]
+    runs.trained(RejectionSamplingTrainer, tmp_path, resampler=presets.self_training(pool, 0.6, reference_column=None))
+    proposed = load_pseudo_labels(tmp_path, only_accepted=False).to_pandas()
+    assert 0 < proposed["is_accepted"].mean() < 1
+    assert (proposed["is_accepted"] == (proposed["confidence"] >= 0.6)).all()
+    assert (proposed["probability"] == 1).all()
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_option_can_still_be_given(name: str) -> None:
     made = getattr(presets, name)
     needed = {"llama2": {"num_rounds": 2}, "rft": {"num_train_epochs": 2}}.get(name, {})
     if name == "jtt":
         assert made(losses="training").losses == "training"
+        return
+    if name == "self_training":
+        assert made(runs.rows(), pseudo_fraction=0.8).pseudo_fraction == 0.8
         return
     resampler = made(reward, **needed, num_candidates=3, round_start="last", replay_rounds=5)
     config = resampler.config

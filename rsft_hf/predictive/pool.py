@@ -9,6 +9,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from rsft_hf.weighted.labels import IGNORED
@@ -151,7 +153,7 @@ def write_round(directory: Path, number: int, columns: Mapping[str, Sequence[Any
     folder = directory / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f"round-{number:03d}.incomplete"
-    datasets.Dataset.from_dict({"round": [number] * len(columns["row"]), **columns}).to_parquet(str(draft))
+    pq.write_table(pa.table({"round": [number] * len(columns["row"]), **columns}), draft)
     draft.replace(draft.with_suffix(".parquet"))
 
 

@@ -134,11 +134,12 @@ class PredictionResampler(Resampler):
         accepted = rows.pseudo.accepted_rows()
         num_pseudo = round(self.pseudo_fraction * self.draws_per_epoch()) if len(accepted) else 0
         # Equal weights: whole permutations, pass after pass, so that no row is repeated before all were read.
-        drawn = [rejection_sample(torch.ones(rows.num_labelled), self.draws_per_epoch() - num_pseudo, generator)]
+        # A plain Trainer permutes epoch e with this seed, too: without drawn labels it reads the same rows.
+        indices = rejection_sample(torch.ones(rows.num_labelled), self.draws_per_epoch() - num_pseudo, generator)
         if num_pseudo:
             places = rejection_sample(torch.ones(len(accepted)), num_pseudo, generator)
-            drawn.append(rows.num_labelled + accepted[places])
-        indices = torch.cat(drawn)[torch.randperm(self.draws_per_epoch(), generator=generator)]
+            indices = torch.cat((indices, rows.num_labelled + accepted[places]))
+            indices = indices[torch.randperm(len(indices), generator=generator)]
         self._metrics["drawn"] = num_pseudo
         return broadcast_from_main(self.trainer.accelerator, indices)
 

@@ -15,7 +15,8 @@ import transformers as hf
 
 import runs
 import zoo
-from rsft_hf import LossResampler, RejectionSamplingTrainer, Tempered, measure_losses
+from rsft_hf import LossResampler, PredictionResampler, RejectionSamplingTrainer, Tempered, measure_losses
+from rsft_hf.predictive import load_pseudo_labels
 
 ARGS = {"use_cpu": True, "per_device_train_batch_size": 2}
 
@@ -44,6 +45,26 @@ def resumed(output_dir: Path, source: str) -> dict:
     return train(f"resumed_{source}", output_dir, args=args, resampler=LossResampler(losses=source), resume=str(folder))
 
 
+def predictive(output_dir: Path, **args) -> dict:
+    """Returns rows, labels and parameters of a run with drawn labels, proposed by the average of the weights."""
+    pool = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in runs.rows(61)[26:]]
+    torch.manual_seed(99)
+    trainer = runs.trained(
+        RejectionSamplingTrainer,
+        output_dir / "predictive",
+        args={**ARGS, **args},
+        resampler=PredictionResampler(pool, ema_decay=0.9, warmup_epochs=0),
+    )
+    dataset = trainer.get_train_dataloader().dataset
+    return {
+        "indices": trainer._progress.indices.tolist(),
+        "labels": [dataset[26 + row]["labels"] for row in range(len(pool))],
+        "parameters": [float(value.double().sum()) for value in trainer.model.state_dict().values()],
+        "stored": load_pseudo_labels(output_dir / "predictive", only_accepted=False).to_list(),
+        "metrics": {name: value for line in trainer.state.log_history for name, value in line.items() if "/" in name},
+    }
+
+
 def corrected(output_dir: Path, name: str) -> dict:
     """Returns the logged loss of one accumulation window over both processes, and sum c n l / sum c n by hand."""
     case = next(case for case in zoo.CASES if case.name == name)
@@ -70,6 +91,7 @@ def main() -> None:
         results[f"weighted_{source}"] = train(f"weighted_{source}", output_dir, args=args, resampler=weighted)
         if runs.RESUMES_PROCESSES:
             results[f"resumed_{source}"] = resumed(output_dir, source)
+    results["predictive"] = predictive(output_dir)
     for name in ("llama_lm", "llama_label_smoothing"):
         results[f"corrected_{name}"] = corrected(output_dir, name)
     trainer = hf.Trainer(runs.bert(), runs.arguments(output_dir, **ARGS), runs.collate, runs.rows())
