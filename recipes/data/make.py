@@ -6,6 +6,12 @@
     numbers/     train.csv, test.csv (`en`, `de`: numbers in words), model/ (a Marian after training on 60 other pairs)
     dialogues/   train.jsonl, test.jsonl (`prompt`, `chosen`, `rejected`: conversations), chat_model/ (a Llama that
                  answers on the right subject about half of the time), reward_model/ (a BERT configuration)
+    commands/    train.jsonl, test.jsonl (`text`, `tokens`, `tags`, `intent`), model/ (a BERT configuration), and
+                 parser/ (a Llama configuration)
+    facts/       train.jsonl, test.jsonl (questions in the format of SQuAD), model/ (a BERT configuration)
+    sums/        train.jsonl, test.jsonl (`question`, `answer`, in the format of GSM8K), model/ (a Llama that adds well
+                 at times)
+    meetings/    train.jsonl, test.jsonl (`dialogue`, `summary`), model/ (a Marian that summarises some of them)
 
 The data sets are equal at every call. The models are trained with a fixed seed and saved in half precision; another
 version of torch may give slightly different weights.
@@ -14,12 +20,13 @@ version of torch may give slightly different weights.
 import csv
 import json
 import random
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     GenerationConfig,
@@ -32,10 +39,11 @@ from transformers import (
     set_seed,
 )
 
-from experiments.builtin import numbers, reviews
+from experiments.builtin import commands, numbers, office, reviews
 
 FOLDER = Path(__file__).resolve().parent
 NUM_REVIEWS, NUM_NUMBERS, NUM_LABELLED, NUM_DIALOGUES = (3000, 600), (1200, 300), 60, (480, 120)
+NUM_COMMANDS, NUM_FACTS, NUM_SUMS, NUM_MEETINGS = (500, 150), (400, 100), (400, 100), (400, 100)
 
 ACTIVITIES = {  # an activity: what one is good at, and a remark about it
     "cooking": ("soup", "fresh herbs make the difference"),
@@ -73,6 +81,10 @@ def main() -> None:
     make_reviews(FOLDER / "reviews")
     make_numbers(FOLDER / "numbers")
     make_dialogues(FOLDER / "dialogues")
+    make_commands(FOLDER / "commands")
+    make_facts(FOLDER / "facts")
+    make_sums(FOLDER / "sums")
+    make_meetings(FOLDER / "meetings")
     size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file())
     print(f"{size / 1e6:.2f} MB under {FOLDER.name}")
 
@@ -140,6 +152,112 @@ def make_dialogues(folder: Path) -> None:
     options |= {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     BertConfig(**options).save_pretrained(folder / "reward_model")
     judge.save_pretrained(folder / "reward_model")
+
+
+def make_commands(folder: Path) -> None:
+    """Writes commands to a voice assistant, and configurations of an encoder and of a model that writes parses."""
+    splits = commands.make_commands(*NUM_COMMANDS)
+    write_rows(folder, splits)
+    words = sorted({word for rows in splits.values() for row in rows for word in row["tokens"]})
+    save_encoder(words, folder / "model")
+    rows = [row for split in splits.values() for row in split]
+    marks = " ".join(['{"intent": ", "slots": {"', '": "', '", "', '"}}', "}"])
+    save_decoder(
+        [row["text"] for row in rows] + [one for row in rows for one in parts_of(row)] + [marks], folder / "parser"
+    )
+
+
+def parts_of(row: dict[str, Any]) -> list[str]:
+    """Returns what a parse of a command is made of: with and without a space before it."""
+    names = [row["intent"], *{tag[2:] for tag in row["tags"] if tag != "O"}, *row["tokens"]]
+    return [f'"{name}' for name in names]
+
+
+def make_facts(folder: Path) -> None:
+    """Writes questions on facts, and the configuration of a small BERT."""
+    splits = office.make_facts(*NUM_FACTS)
+    write_rows(folder, splits)
+    save_encoder(all_words(splits, ("context", "question")), folder / "model")
+
+
+def make_sums(folder: Path) -> None:
+    """Writes sums with their steps, and a model that has seen a part of them."""
+    splits = office.make_sums(*NUM_SUMS)
+    write_rows(folder, splits)
+    texts = [row[name] for rows in splits.values() for row in rows for name in row]
+    model, tokenizer = save_decoder([*texts, "0123456789 0 1 2 3 4 5 6 7 8 9"], folder / "model")
+    examples = [answer_only(tokenizer, chat(row["question"], row["answer"])) for row in splits["train"][:150]]
+    fit(model, examples, num_steps=500, learning_rate=2e-3, pad=tokenizer.pad_token_id)
+    save(model, tokenizer, folder / "model")
+
+
+def make_meetings(folder: Path) -> None:
+    """Writes dialogues with summaries, and an encoder-decoder that has seen a part of them."""
+    splits = office.make_meetings(*NUM_MEETINGS)
+    write_rows(folder, splits)
+    words = all_words(splits, ("dialogue", "summary"))
+    tokenizer = word_tokenizer(["<pad>", "<unk>", "</s>", *words], "<unk>", "<pad>", "</s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 2)])
+    ids = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    size = {"d_model": 48, "max_position_embeddings": 64, "scale_embedding": True, "forced_eos_token_id": None}
+    for side in ("encoder", "decoder"):
+        size |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 96}
+    set_seed(0)
+    model = MarianMTModel(MarianConfig(vocab_size=len(tokenizer), **size, **ids))
+    model.generation_config = GenerationConfig(**ids)
+    examples = [tokenizer(row["dialogue"], text_target=row["summary"]) for row in splits["train"][:100]]
+    fit(model, examples, num_steps=400, learning_rate=2e-3, pad=0)
+    save(model, tokenizer, folder / "model")
+
+
+def chat(question: str, answer: str) -> list[dict[str, str]]:
+    """Returns a conversation of two turns."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def all_words(splits: dict[str, list[dict[str, Any]]], columns: tuple[str, ...]) -> list[str]:
+    """Returns the words of some columns, sorted."""
+    return sorted({word for rows in splits.values() for row in rows for name in columns for word in row[name].split()})
+
+
+def write_rows(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
+    """Writes the splits as JSONL."""
+    for split, rows in splits.items():
+        write_lines(folder / f"{split}.jsonl", [json.dumps(row) for row in rows])
+
+
+def save_encoder(words: list[str], folder: Path) -> None:
+    """Writes the configuration and the tokenizer of a small BERT over whole words."""
+    tokenizer = word_tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words], "[UNK]", "[PAD]", "[SEP]")
+    special = [("[CLS]", 2), ("[SEP]", 3)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special
+    )
+    options = {"vocab_size": len(tokenizer), "pad_token_id": 0, "max_position_embeddings": 128}
+    options |= {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    BertConfig(**options, initializer_range=0.05).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_decoder(texts: list[str], folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Writes the configuration of a small Llama over words and signs; returns a model of it and its tokenizer."""
+    special = ["<pad>", "<unk>", "<end>", "<user>", "<assistant>"]
+    # A piece keeps the space before it, so that pieces in a row are the text.
+    piece = r"\n| ?[a-z_]+| ?[^\sa-z_]"
+    pieces = sorted({found for text in texts for found in re.findall(piece, f" {text}")})
+    vocabulary = {one: number for number, one in enumerate([*special, *pieces])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Split(Regex(piece), "removed", invert=True), decoders.Fuse()
+    named = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<end>", "additional_special_tokens": special[3:]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=128, **named)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    options = {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": None, "tie_word_embeddings": True}
+    options |= {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **options)
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    set_seed(0)
+    return LlamaForCausalLM(config), tokenizer
 
 
 def dialogue(rng: random.Random, activity: str, preface: str, opening: str) -> dict[str, Any]:
