@@ -110,17 +110,16 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
                 if covered and spans[covered[0]][0] <= first and spans[covered[-1]][1] >= last:
                     start, end = covered[0], covered[-1]
             made.append({"start_positions": start, "end_positions": end, "row": numbers[question], "offsets": spans})
-        inputs = {name: encoded[name] for name in tokenizer.model_input_names}
-        return inputs | {name: [row[name] for row in made] for name in made[0]}
+        return {name: encoded[name] for name in tokenizer.model_input_names} | {
+            name: [row[name] for row in made] for name in made[0]
+        }
 
     with args.main_process_first():
         rows = splits.map(windows_of, with_indices=True, batched=True, remove_columns=splits["train"].column_names)
 
-    # 2. Model
+    # 2. Model and trainer
     path, load = script.config_name or script.model_name_or_path, hf.AutoModelForQuestionAnswering
     model = load.from_config(hf.AutoConfig.from_pretrained(path)) if script.config_name else load.from_pretrained(path)
-
-    # 3. Train
     trainer = RejectionSamplingTrainer(model, args, None, rows["train"], processing_class=tokenizer)  # the safe rule
 
     def evaluate(prefix: str) -> dict[str, float]:
@@ -133,16 +132,15 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         scores = {f"{prefix}_exact_match": ExactMatch().score, f"{prefix}_f1": TokenF1().score}
         return {name: 100 * float(np.mean([score(*pair) for pair in pairs])) for name, score in scores.items()}
 
+    # 3. Train, evaluate and save
     before = evaluate("before")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-
-    # 4. Evaluate and save
     after = evaluate("after")
     trainer.save_model()
     if trainer.is_world_process_zero():
         print(f"\n{'':12}{'before':>8}{'after':>8}")
-        for name, old, new in zip(("exact_match", "f1"), before.values(), after.values(), strict=True):
-            print(f"{name:12}{old:8.1f}{new:8.1f}")
+        for name in ("exact_match", "f1"):
+            print(f"{name:12}{before[f'before_{name}']:8.1f}{after[f'after_{name}']:8.1f}")
         print(f"The model is in {Path(args.output_dir).resolve()}")
     return {"before": before, "after": after}
 

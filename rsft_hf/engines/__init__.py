@@ -7,6 +7,7 @@ from rsft_hf.engines.endpoint.weight_sync import SaveAndReload
 from rsft_hf.engines.generate import GenerateEngine
 from rsft_hf.engines.inflight.engine import InFlightEngine
 from rsft_hf.engines.vllm import VLLMEngine
+from rsft_hf.engines.wait_k import WaitKEngine, average_lagging
 
 __all__ = [
     "ContinuousEngine",
@@ -18,4 +19,6 @@ __all__ = [
     "InFlightEngine",
     "SaveAndReload",
     "VLLMEngine",
+    "WaitKEngine",
+    "average_lagging",
 ]
