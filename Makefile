@@ -38,14 +38,42 @@ demo-translation: $(STAMP) ## the generative half: a small translator of number 
 		--max_new_tokens 24 --temperature 1.0 $(ARGS)
 	$(BIN)/rsft-hf report outputs/demo/translation
 
-recipes: demo $(STAMP) ## every recipe, offline: the demos, a reward model, and a chatbot rewarded by it
-	HF_HUB_OFFLINE=1 $(BIN)/python recipes/reward_model.py --output_dir outputs/demo/reward_model \
-		--config_name $(DATA)/dialogues/reward_model --train_file $(DATA)/dialogues/train.jsonl \
-		--validation_file $(DATA)/dialogues/test.jsonl --num_train_epochs 30 --learning_rate 2e-3
-	HF_HUB_OFFLINE=1 $(BIN)/python recipes/chatbot.py --output_dir outputs/demo/chatbot \
+RECIPE = HF_HUB_OFFLINE=1 $(BIN)/python recipes
+FILES = --train_file $(DATA)/$(1)/train.jsonl --validation_file $(DATA)/$(1)/test.jsonl --disable_tqdm True
+recipes: demo $(STAMP) ## every recipe, offline in small: 13 with the two demos
+	$(RECIPE)/reward_model.py --output_dir outputs/demo/reward_model $(call FILES,dialogues) \
+		--config_name $(DATA)/dialogues/reward_model --num_train_epochs 30 --learning_rate 2e-3
+	$(RECIPE)/chatbot.py --output_dir outputs/demo/chatbot $(call FILES,dialogues) \
 		--reward_model outputs/demo/reward_model --model_name_or_path $(DATA)/dialogues/chat_model \
-		--train_file $(DATA)/dialogues/train.jsonl --validation_file $(DATA)/dialogues/test.jsonl \
 		--num_train_epochs 4 --learning_rate 1e-3 --max_new_tokens 24 --lora_r 0
+	$(RECIPE)/topic_classification.py --output_dir outputs/demo/topics $(call FILES,commands) \
+		--config_name $(DATA)/commands/model --label_column intent --num_train_epochs 10 --learning_rate 1e-3 \
+		--class_balanced True
+	$(RECIPE)/token_classification.py --output_dir outputs/demo/slots $(call FILES,commands) \
+		--config_name $(DATA)/commands/model --label_column tags --num_train_epochs 10 --learning_rate 1e-3
+	$(RECIPE)/self_training.py --output_dir outputs/demo/self_training $(call FILES,commands) \
+		--config_name $(DATA)/commands/model --label_column intent --num_per_class 8 --num_train_epochs 30 \
+		--warmup_epochs 10 --learning_rate 1e-3
+	$(RECIPE)/voice_assistant.py --output_dir outputs/demo/voice $(call FILES,commands) \
+		--config_name $(DATA)/commands/parser --token_column tokens --tag_column tags --num_supervised 250 \
+		--supervised_epochs 25 --num_train_epochs 3 --learning_rate 3e-3 --per_device_train_batch_size 16 \
+		--max_new_tokens 48
+	$(RECIPE)/image_classification.py --output_dir outputs/demo/digits --digits True --num_train_epochs 15 \
+		--learning_rate 1e-3 --disable_tqdm True
+	$(RECIPE)/question_answering.py --output_dir outputs/demo/facts $(call FILES,facts) \
+		--config_name $(DATA)/facts/model --max_length 40 --doc_stride 16 --num_train_epochs 30 --learning_rate 2e-3
+	$(RECIPE)/math_reasoning.py --output_dir outputs/demo/math $(call FILES,sums) \
+		--model_name_or_path $(DATA)/sums/model --instruction "" --num_candidates 8 --max_new_tokens 64 \
+		--num_train_epochs 10 --learning_rate 1e-3
+	$(RECIPE)/summarization.py --output_dir outputs/demo/minutes $(call FILES,meetings) \
+		--model_name_or_path $(DATA)/meetings/model --prefix "" --num_train_epochs 3 --learning_rate 1e-3 \
+		--max_new_tokens 24 --temperature 1.0
+	$(RECIPE)/simultaneous_translation.py --output_dir outputs/demo/wait_k \
+		--train_file $(DATA)/numbers/train.csv --validation_file $(DATA)/numbers/test.csv --disable_tqdm True \
+		--model_name_or_path $(DATA)/numbers/model --max_train_samples 300 --num_train_epochs 3 --learning_rate 3e-4 \
+		--max_new_tokens 24 --bleu_tokenize char
+	@test $$(ls recipes/*.py | wc -l) = 13 && test $$(ls outputs/demo/*/*.safetensors | wc -l) = 13 \
+		&& echo "13 recipes, and 13 saved models in outputs/demo"
 
 test: lint ## lint, then run every test and doctest, in WORKERS processes
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)

@@ -78,7 +78,7 @@ def load_splits(script: ScriptArguments, seed: int) -> DatasetDict:
     if script.unlabelled_file is not None:
         kind = {".csv": "csv", ".parquet": "parquet"}.get(Path(script.unlabelled_file).suffix, "json")
         rows = load_dataset(kind, data_files=script.unlabelled_file, split="train")
-        splits["unlabelled"] = rows.select_columns(script.text_column).rename_column(script.text_column, "text")
+        splits["unlabelled"] = rows.select_columns(script.text_column).rename_columns({script.text_column: "text"})
     else:
         rows, counts = splits["train"].shuffle(seed), Counter()
         few = [counts.update([label]) or counts[label] <= script.num_per_class for label in rows["labels"]]

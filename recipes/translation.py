@@ -73,19 +73,23 @@ def load_split(script: ScriptArguments, split: str, file: str | None, num_rows: 
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Returns corpus BLEU and chrF, and the percentage of exact matches; predictions and labels are texts."""
+    """Returns corpus BLEU and chrF, the percentage of exact matches, and BLEU by words of the source: all are texts."""
     texts, references = prediction.predictions, prediction.label_ids
     matches = sum(text == reference for text, reference in zip(texts, references, strict=True))
-    return {
-        "bleu": BLEU().corpus_score(texts, [references]).score,
-        "chrf": CHRF().corpus_score(texts, [references]).score,
-        "exact_match": 100 * matches / len(texts),
-    }
+    metrics = {"bleu": BLEU().corpus_score(texts, [references]).score}
+    metrics |= {"chrf": CHRF().corpus_score(texts, [references]).score, "exact_match": 100 * matches / len(texts)}
+    for low, high in ((1, 10), (11, 20), (21, 10_000)):
+        rows = [row for row, source in enumerate(prediction.inputs) if low <= len(source.split()) <= high]
+        if rows:
+            pair = [texts[row] for row in rows], [[references[row] for row in rows]]
+            metrics[f"bleu_from_{low}"] = BLEU().corpus_score(*pair).score
+    return metrics
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser = HfArgumentParser((ScriptArguments, Seq2SeqTrainingArguments))
     parser.set_defaults(num_train_epochs=3, learning_rate=5e-5, per_device_train_batch_size=32)
+    parser.set_defaults(include_for_metrics=["inputs"])  # for BLEU by the length of the source
     parser.set_defaults(logging_strategy="epoch", eval_strategy="epoch", save_strategy="epoch", save_total_limit=1)
     script, args = parser.parse_args_into_dataclasses(argv)
     if (script.train_file is None) != (script.validation_file is None):
@@ -133,8 +137,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         export_sft(output / "candidates").to_json(str(output / "accepted.jsonl"))
         export_dpo(output / "candidates").to_json(str(output / "preferences.jsonl"))
         print(f"\n{'':12}{'before':>8}{'after':>8}")
-        for name in ("bleu", "chrf", "exact_match"):
-            print(f"{name:12}{before[f'before_{name}']:8.2f}{after[f'after_{name}']:8.2f}")
+        for name in ("bleu", "chrf", "exact_match", "bleu_from_1", "bleu_from_11", "bleu_from_21"):
+            if f"after_{name}" in after:
+                print(f"{name:12}{before[f'before_{name}']:8.2f}{after[f'after_{name}']:8.2f}")
         print(f"The model, candidates, accepted.jsonl and preferences.jsonl are in {output.resolve()}")
     return {"before": before, "after": after}
 

@@ -8,16 +8,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 import transformers as hf
 
 from rsft_hf import load_candidates
+from rsft_hf.predictive import load_pseudo_labels
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 DATA = RECIPES / "data"
-NAMES = ("chatbot", "imdb_sentiment", "reward_model", "translation")
-MAX_LINES, MAX_BYTES = 150, 1_000_000
+NAMES = (
+    "chatbot", "image_classification", "imdb_sentiment", "math_reasoning", "question_answering", "reward_model",
+    "self_training", "simultaneous_translation", "summarization", "token_classification", "topic_classification",
+    "translation", "voice_assistant",
+)  # fmt: skip
+MAX_LINES, MAX_BYTES = 150, 2_000_000
+JSON_LINES = ("dialogues", "commands", "facts", "sums", "meetings")
 
 
 def load(name: str) -> ModuleType:
@@ -42,7 +50,7 @@ def head(source: Path, target: Path, num_rows: int) -> str:
 
 def files(tmp_path: Path, name: str, num_rows: int = 48) -> dict[str, str]:
     """`train_file` and `validation_file` with a few rows of a built-in data set."""
-    suffix = "jsonl" if name == "dialogues" else "csv"
+    suffix = "jsonl" if name in JSON_LINES else "csv"
     splits = {"train_file": "train", "validation_file": "test"}
     return {
         option: head(DATA / name / f"{split}.{suffix}", tmp_path / f"{split}.{suffix}", num_rows)
@@ -62,7 +70,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def test_recipes_are_four_and_short_and_stand_alone() -> None:
+def test_recipes_are_thirteen_and_short_and_stand_alone() -> None:
     assert sorted(path.stem for path in RECIPES.glob("*.py")) == sorted(NAMES)
     for name in NAMES:
         text = (RECIPES / f"{name}.py").read_text(encoding="utf-8")
@@ -174,8 +182,188 @@ def test_reward_model(judge: Path) -> None:
     assert [list(row) for row in suspects] == [["chosen_text", "rejected_text", "excess_loss", "row"]] * 5
 
 
+def test_topic_classification(tmp_path: Path) -> None:
+    options = {"config_name": DATA / "commands" / "model", "label_column": "intent", "num_train_epochs": 3}
+    found = files(tmp_path, "commands", num_rows=96)
+    result = run("topic_classification", tmp_path / "out", class_balanced=True, learning_rate=1e-3, **options, **found)
+    assert result["before"]["before_worst_class"] <= result["after"]["after_accuracy"]
+    classify = hf.pipeline("text-classification", str(tmp_path / "out"))
+    intents = {row["intent"] for row in read_lines(found["train_file"])}
+    assert classify("wake me at noon")[0]["label"] in intents
+
+
+def test_token_classification(tmp_path: Path) -> None:
+    options = {"config_name": DATA / "commands" / "model", "label_column": "tags", "num_train_epochs": 10}
+    found = files(tmp_path, "commands", num_rows=96)
+    result = run("token_classification", tmp_path / "out", learning_rate=2e-3, **options, **found)
+    assert result["after"]["after_entity_f1"] > result["before"]["before_entity_f1"]
+    tag = hf.pipeline("token-classification", str(tmp_path / "out"))
+    assert {found["entity"] for found in tag("play some jazz")} <= set(tag.model.config.label2id)
+
+
+def test_tokens_without_entities_have_no_entity_score(tmp_path: Path) -> None:
+    rows = [{"words": ["one", "dog"], "pos": ["NUM", "NOUN"]}, {"words": ["run", "on"], "pos": ["VERB", "ADP"]}] * 8
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    result = run("token_classification", tmp_path / "out", config_name=DATA / "commands" / "model", num_train_epochs=1,
+                 token_column="words", label_column="pos", train_file=tmp_path / "train.jsonl",
+                 validation_file=tmp_path / "test.jsonl")  # fmt: skip
+    assert {"after_accuracy", "after_macro_f1"} <= set(result["after"])
+    assert "after_entity_f1" not in result["after"]
+
+
+def test_self_training(tmp_path: Path) -> None:
+    options = {"config_name": DATA / "commands" / "model", "label_column": "intent", "num_train_epochs": 6}
+    found = files(tmp_path, "commands", num_rows=96)
+    result = run(
+        "self_training", tmp_path / "out", num_per_class=4, warmup_epochs=3, learning_rate=2e-3, **options, **found
+    )
+    assert 0 <= result["after"]["after_accuracy"] <= 1
+    labels = load_pseudo_labels(tmp_path / "out")
+    assert set(labels["round"]) == {0, 1, 2}
+    assert "reference" in labels.column_names
+    assert hf.pipeline("text-classification", str(tmp_path / "out"))("call anna")[0]["score"] <= 1
+
+
+def test_self_training_with_texts_of_ones_own(tmp_path: Path) -> None:
+    rows = [(f"{word} {number % 5}", label) for number in range(20) for word, label in (("play", "a"), ("call", "b"))]
+    write_csv(tmp_path / "train.csv", [{"text": text, "label": label} for text, label in rows[:12]])
+    write_csv(tmp_path / "test.csv", [{"text": text, "label": label} for text, label in rows[20:]])
+    write_csv(tmp_path / "more.csv", [{"text": text} for text, _ in rows])
+    paths = {"train_file": tmp_path / "train.csv", "validation_file": tmp_path / "test.csv"}
+    run("self_training", tmp_path / "out", config_name=DATA / "commands" / "model", num_train_epochs=3, warmup_epochs=2,
+        unlabelled_file=tmp_path / "more.csv", **paths)  # fmt: skip
+    labels = load_pseudo_labels(tmp_path / "out", only_accepted=False)
+    assert len(labels) == 40
+    assert "reference" not in labels.column_names
+
+
+def test_image_classification(tmp_path: Path) -> None:
+    result = run("image_classification", tmp_path / "out", digits=True, num_train_epochs=1, max_train_samples=64)
+    assert 0 <= result["after"]["after_balanced_accuracy"] <= 1
+    look = hf.pipeline("image-classification", str(tmp_path / "out"))
+    assert look(PIL.Image.new("L", (8, 8)))[0]["label"] in "0123456789"
+
+
+def test_question_answering(tmp_path: Path) -> None:
+    result = run("question_answering", tmp_path / "out", config_name=DATA / "facts" / "model", max_length=32,
+                 doc_stride=12, num_train_epochs=2, learning_rate=2e-3, **files(tmp_path, "facts"))  # fmt: skip
+    assert set(result["after"]) == {"after_exact_match", "after_f1"}
+    assert result["after"]["after_f1"] >= result["after"]["after_exact_match"]
+    assert hf.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out").config.vocab_size > 4
+
+
+def test_the_best_answer_is_the_best_span_of_any_window() -> None:
+    recipe = load("question_answering")
+    context = "anna has a red dog"
+    spans = [(0, 4), (5, 8), (9, 10), (11, 14), (15, 18)]
+    window = {"offsets": [None, None, *spans], "starts": np.zeros(7), "ends": np.zeros(7)}
+    window["starts"][5], window["ends"][6] = 3.0, 3.0
+    other = {"offsets": [None, None, *spans], "starts": np.full(7, 1.0), "ends": np.zeros(7)}
+    assert recipe.best_answer(context, [other, window]) == "red dog"
+    assert recipe.best_answer(context, [window], most=1) != "red dog"
+    window["starts"][0] = window["ends"][0] = 9.0
+    assert recipe.best_answer(context, [window]) == ""
+
+
+def test_voice_assistant(tmp_path: Path) -> None:
+    result = run("voice_assistant", tmp_path / "out", config_name=DATA / "commands" / "parser", token_column="tokens",
+                 tag_column="tags", num_supervised=24, supervised_epochs=2, num_train_epochs=1, num_candidates=2,
+                 learning_rate=1e-3, max_new_tokens=16, **files(tmp_path, "commands"))  # fmt: skip
+    assert "after_rewards/is_right/mean" in result["after"]
+    assert len(load_candidates(tmp_path / "out")) == 24 * 2
+    hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_parses_are_read() -> None:
+    recipe = load("voice_assistant")
+    turn = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
+    true = '{"intent": "call", "slots": {"contact": "anna", "time": "noon"}}'
+    answers = ['{"slots": {"time": "noon", "contact": "anna"}, "intent": "call"}', '{"intent": "call", "slots": {}}',
+               "call", "[1]", '{"intent": "call"', "3"]  # fmt: skip
+    assert recipe.is_right([turn(text) for text in answers], [true] * 6) == [1, 0, 0, 0, 0, 0]
+    assert recipe.has_intent([turn(text) for text in answers], [true] * 6) == [1, 1, 0, 0, 0, 0]
+
+
+def test_math_reasoning(tmp_path: Path) -> None:
+    result = run("math_reasoning", tmp_path / "out", model_name_or_path=DATA / "sums" / "model", instruction="",
+                 num_train_epochs=2, num_candidates=4, max_new_tokens=48, learning_rate=1e-3,
+                 **files(tmp_path, "sums", num_rows=24))  # fmt: skip
+    assert result["before"]["before_pass@4"] >= result["before"]["before_pass@1"] > 0
+    candidates = load_candidates(tmp_path / "out")
+    assert len(candidates) == 24 * 4  # one round
+    hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_results_are_verified() -> None:
+    recipe = load("math_reasoning")
+    answers = ["#### 12", "it is 3 + 9 = 12 .\n#### 12", "#### 12.0", "#### 21", "no number", "12"]
+    assert recipe.is_right([[{"content": one}] for one in answers], ["12"] * 6) == [1, 1, 1, 0, 0, 1]
+
+
+def test_summarization(tmp_path: Path) -> None:
+    result = run("summarization", tmp_path / "out", model_name_or_path=DATA / "meetings" / "model", prefix="",
+                 num_train_epochs=1, num_candidates=2, max_new_tokens=24, temperature=1.0, learning_rate=1e-3,
+                 **files(tmp_path, "meetings", num_rows=24))  # fmt: skip
+    assert result["before"]["before_rouge1"] > 50
+    assert len(load_candidates(tmp_path / "out")) == 24 * 2
+    hf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+
+
+def test_rewards_of_summaries() -> None:
+    recipe = load("summarization")
+    assert recipe.length_near_reference(["a b", "", "a b c d"], ["a b", "a", "a b"]) == [1, 0, 0.5]
+    rows = {"prompts": ["#Person1#: hi Anna : yes"] * 3, "reference": ["Anna meets Person1", "Anna", "nobody"]}
+    assert recipe.coverage(["Anna agrees", "somebody", "x"], **rows) == [0.5, 0, 1]
+
+
+def test_simultaneous_translation(tmp_path: Path) -> None:
+    result = run("simultaneous_translation", tmp_path / "out", model_name_or_path=DATA / "numbers" / "model",
+                 num_train_epochs=1, num_candidates=2, max_new_tokens=24, bleu_tokenize="char",
+                 **files(tmp_path, "numbers", num_rows=24))  # fmt: skip
+    lagging = [lag for lag, _ in result["before"].values()]
+    assert lagging == sorted(lagging)
+    assert result["before"]["full"][1] > result["before"]["1"][1]
+    assert (tmp_path / "out" / "latency.png").stat().st_size > 5000
+    hf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+
+
+def test_sources_are_cut_where_the_labels_could_have_been_written() -> None:
+    recipe = load("simultaneous_translation")
+    torch.manual_seed(0)
+    batch = {"attention_mask": torch.ones(400, 8, dtype=torch.long), "labels": torch.arange(10).repeat(400, 1)}
+    cut = recipe.cut_sources(batch)
+    lengths, labels = cut["attention_mask"].sum(1), cut["labels"].ne(-100).sum(1)
+    is_cut = lengths < 8
+    assert 0.1 < float(is_cut.float().mean()) < 0.5
+    assert (labels[~is_cut] == 10).all()
+    assert (labels[is_cut] <= lengths[is_cut]).all()  # k = 1 writes one for each that it reads
+    assert (labels[is_cut] >= 1).all()
+
+
+def test_make_runs_every_recipe() -> None:
+    makefile = (RECIPES.parent / "Makefile").read_text(encoding="utf-8")
+    demos = makefile[makefile.index("demo-sentiment:") : makefile.index("test: lint")]
+    demos = demos.replace("$(RECIPE)", "recipes")
+    assert {name for name in NAMES if f"recipes/{name}.py" in demos} == set(NAMES)
+    assert f"= {len(NAMES)} " in demos
+
+
+def read_lines(path: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def test_one_file_alone_is_refused(tmp_path: Path) -> None:
     for name in NAMES:
+        if name == "image_classification":
+            continue  # a folder instead of files
         with pytest.raises(ValueError, match="`--train_file` and `--validation_file` go together"):
             run(name, tmp_path / "out", train_file="train.csv")
 
