@@ -135,3 +135,16 @@ def _as_class(value: Any) -> int | None:
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and np.ndim(value) == 0:
         value = value.item()
     return int(value) if isinstance(value, (int, bool)) else None
+
+
+def column_values(dataset: Any, column: str) -> list[Any]:
+    """Returns a column of a training set, one value per row.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if isinstance(dataset, datasets.Dataset) and column in dataset.column_names:
+        return list(dataset.with_format(None)[column])
+    if column not in (first := dataset[0]):
+        raise ValueError(f"`train_dataset` has no column {column!r}; it has {list(first)}. Name one that is there.")
+    return [dataset[row][column] for row in range(len(dataset))]

@@ -22,7 +22,7 @@ from rsft_hf.rejection import MAX_DRAWS, rejection_sample
 from rsft_hf.resampler import Resampler
 from rsft_hf.weighted.history import HISTORIES, EpochHistory
 from rsft_hf.weighted.label_report import LabelReport, row_error_probabilities
-from rsft_hf.weighted.labels import class_labels, describe_labels, stored_classes
+from rsft_hf.weighted.labels import class_labels, column_values, describe_labels, stored_classes
 from rsft_hf.weighted.loss_source import LossSource
 from rsft_hf.weighted.losses import PerExampleLoss
 from rsft_hf.weighted.measurement import PREDICTION_STATISTICS
@@ -34,6 +34,7 @@ from rsft_hf.weighted.targets import (
     try_weighting,
     with_factored_labels,
 )
+from rsft_hf.weighted.tasks import Tasks
 from rsft_hf.weighted.weightings import Chain, Clipped, Floored, Tempered, Weighting, as_weighting
 
 logger = logging.get_logger(__name__)
@@ -67,6 +68,8 @@ class LossResampler(Resampler):
             otherwise.
         ema_decay: Weight of a row's old loss in an update, in [0, 1); 0 keeps the last loss.
         batch_size: Rows per forward pass and process; `per_device_eval_batch_size` by default.
+        task_column: Column with the task of each row, if several are trained in one run: each keeps its share of every
+            epoch, with weights and envelope of its own, so that the one with larger losses does not take the epoch.
 
     Raises:
         TypeError: If `weighting` is a class, an object without `requires`, or a function of more than the losses.
@@ -95,6 +98,7 @@ class LossResampler(Resampler):
         per_example_loss: PerExampleLoss | None = None,
         ema_decay: float = 0.0,
         batch_size: int | None = None,
+        task_column: str | None = None,
     ) -> None:
         is_safe = weighting is None
         self.weighting = SAFE_WEIGHTING if weighting is None else as_weighting(weighting, "`weighting`")
@@ -106,6 +110,7 @@ class LossResampler(Resampler):
         self.warmup_epochs, self.uniform_final_epochs = warmup_epochs, uniform_final_epochs
         self.importance_correction = float(is_safe) if importance_correction is None else importance_correction
         self.per_example_loss, self.ema_decay, self.batch_size = per_example_loss, ema_decay, batch_size
+        self.task_column = task_column
         check_options(self)
         self.source: LossSource | None = None
         self._last_epoch: tuple[torch.Tensor, ...] = ()
@@ -122,6 +127,7 @@ class LossResampler(Resampler):
         else:
             self._labels = stored_classes(trainer, dataset)
         try_weighting(self.weighting, self.num_rows, self._labels)
+        self._tasks = None if self.task_column is None else Tasks(column_values(dataset, self.task_column))
         self.source = LossSource(
             trainer,
             losses=self.losses,
@@ -166,7 +172,9 @@ class LossResampler(Resampler):
         weights = (
             torch.ones(self.num_rows, dtype=torch.float64)
             if is_uniform
-            else target_weights(self.weighting, losses, source.predictions | self._histories(), self._labels)
+            else target_weights(
+                self.weighting, losses, source.predictions | self._histories(), self._labels, self._tasks
+            )
         )
         indices = self._draw(weights, epoch)
         self._row_factors, self._is_count_weighted = None, False
@@ -332,7 +340,8 @@ class LossResampler(Resampler):
         if accelerator.is_main_process:
             # A plain Trainer permutes epoch e with this seed, too: equal weights read the same rows.
             generator = torch.Generator().manual_seed(self.seed + epoch)
-            indices = rejection_sample(weights, self.draws_per_epoch(), generator)
+            draw = rejection_sample if self._tasks is None else self._tasks.draw
+            indices = draw(weights, self.draws_per_epoch(), generator)
         # Broadcast: all processes must read one order, and sums may differ in the last bit between machines.
         return broadcast_from_main(accelerator, indices)
 

@@ -9,6 +9,7 @@ from transformers.utils import logging
 from rsft_hf.rejection import effective_sample_size, envelope_constant
 from rsft_hf.weighted.history import HISTORIES
 from rsft_hf.weighted.measurement import PREDICTION_STATISTICS
+from rsft_hf.weighted.tasks import Tasks
 from rsft_hf.weighted.weightings import ExampleStatistics, Weighting
 
 logger = logging.get_logger(__name__)
@@ -19,7 +20,11 @@ MIN_COUNTED = 10  # draws of other classes that must be expected, or their absen
 
 
 def target_weights(
-    weighting: Weighting, losses: torch.Tensor, measured: Mapping[str, torch.Tensor], labels: torch.Tensor | None
+    weighting: Weighting,
+    losses: torch.Tensor,
+    measured: Mapping[str, torch.Tensor],
+    labels: torch.Tensor | None,
+    tasks: Tasks | None = None,
 ) -> torch.Tensor:
     """Returns the weight of every row: 0 for rows without a loss, uniform over the others if the rule gives only 0.
 
@@ -28,6 +33,7 @@ def target_weights(
         losses: Shape (N,), float64, NaN for a row without a label.
         measured: Prediction statistics, each of shape (N,), and histories, each of shape (epochs, N), by name.
         labels: Class of each row, shape (N,), if the rule needs it.
+        tasks: Tasks to each of which the rule is applied apart.
 
     Raises:
         TypeError: If the rule returns no numbers.
@@ -36,11 +42,14 @@ def target_weights(
     rows = (~losses.isnan()).nonzero().squeeze(1)
     if len(rows) == 0:
         raise ValueError("No row of the training set has a loss: all labels are missing or ignored (-100).")
-    scored = _weights_of(weighting, losses, rows, measured, labels)
-    if not bool(scored.any()):
-        logger.info(f"{weighting!r} gives all {len(rows)} rows weight 0: drawing uniformly.")
-        scored = torch.ones_like(scored)
-    return torch.zeros_like(losses).index_copy_(0, rows, scored)
+    weights = torch.zeros_like(losses)
+    for part in [rows] if tasks is None else tasks.labelled(losses):
+        scored = _weights_of(weighting, losses, part, measured, labels)
+        if not bool(scored.any()):
+            logger.info(f"{weighting!r} gives all {len(part)} rows weight 0: drawing uniformly.")
+            scored = torch.ones_like(scored)
+        weights[part] = scored
+    return weights if tasks is None else tasks.balanced(weights)
 
 
 def try_weighting(weighting: Weighting, num_rows: int, labels: torch.Tensor | None) -> None:

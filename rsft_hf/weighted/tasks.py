@@ -1,0 +1,67 @@
+"""Tasks: several tasks in one run, each with its share of an epoch, and with weights and envelope of its own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rsft_hf.rejection import rejection_sample
+
+
+class Tasks:
+    """Tasks of the rows of a training set: each keeps its share of the draws, with weights and envelope of its own.
+
+    Args:
+        names: Task of each row, by any value that can be compared.
+
+    Example:
+        >>> tasks = Tasks(["a", "b", "a", "a"])
+        >>> [rows.tolist() for rows in tasks.rows], tasks.counts(6)
+        ([[0, 2, 3], [1]], [4, 2])
+        >>> tasks.balanced(torch.tensor([1.0, 8.0, 2.0, 3.0])).tolist()  # (1, 2, 3) / 6 of 3 / 4, and 1 / 4
+        [0.125, 0.25, 0.25, 0.375]
+    """
+
+    def __init__(self, names: Sequence[Any]) -> None:
+        places: dict[Any, list[int]] = {}
+        for row, name in enumerate(names):
+            places.setdefault(name, []).append(row)
+        self.names, self.rows = list(places), [torch.tensor(rows) for rows in places.values()]
+        self.num_rows = len(names)
+
+    def counts(self, num_draws: int) -> list[int]:
+        """Returns the draws of each task, which sum to `num_draws`: its share, the largest remainders rounded up."""
+        exact = [num_draws * len(rows) / self.num_rows for rows in self.rows]
+        found = [int(one) for one in exact]
+        by_remainder = sorted(range(len(exact)), key=lambda task: found[task] - exact[task])
+        for task in by_remainder[: num_draws - sum(found)]:
+            found[task] += 1
+        return found
+
+    def labelled(self, losses: torch.Tensor) -> list[torch.Tensor]:
+        """Returns the rows of each task that have a loss.
+
+        Raises:
+            ValueError: If a task has none, so that its share cannot be drawn.
+        """
+        found = [rows[~losses[rows].isnan()] for rows in self.rows]
+        for name, rows in zip(self.names, found):
+            if not len(rows):
+                raise ValueError(f"No row of the task {name!r} has a loss, so its share cannot be drawn. Leave it out.")
+        return found
+
+    def balanced(self, weights: torch.Tensor) -> torch.Tensor:
+        """Returns the weights, scaled so that those of each task sum to its share of the rows, shape (N,)."""
+        scaled = torch.zeros_like(weights)
+        for rows in self.rows:
+            scaled[rows] = weights[rows] / weights[rows].sum() * (len(rows) / self.num_rows)
+        return scaled
+
+    def draw(self, weights: torch.Tensor, num_draws: int, generator: torch.Generator) -> torch.Tensor:
+        """Returns rows drawn within each task, shuffled, shape (num_draws,), int64."""
+        drawn = [
+            rows[rejection_sample(weights[rows], count, generator)]
+            for rows, count in zip(self.rows, self.counts(num_draws))
+            if count
+        ]
+        return torch.cat(drawn)[torch.randperm(num_draws, generator=generator)]
