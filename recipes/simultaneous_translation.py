@@ -8,8 +8,8 @@
         --learning_rate 3e-4 --max_new_tokens 24 --bleu_tokenize char
 
 Wait-k (Ma et al. 2019, arXiv:1810.08398) reads k tokens, then writes and reads one in turn. Candidates are written so,
-and rewarded by chrF minus a price of their average lagging; the best are trained on with sources cut at random. The
-output folder holds the model, its tokenizer, candidates/, and latency.png: BLEU against lagging before and after.
+and rewarded by chrF minus a price of their average lagging; the best are trained on beside references, with sources
+cut at random. The output folder holds model, candidates/ and latency.png: BLEU against lagging before and after.
 """
 
 import sys
@@ -49,6 +49,7 @@ class ScriptArguments:
     num_candidates: int = field(default=4, metadata={"help": "Candidates per prompt and round."})
     temperature: float = field(default=0.6, metadata={"help": "Temperature of the candidates."})
     quantile: float = field(default=0.5, metadata={"help": "Of the best candidates, the share that is rejected."})
+    supervised_fraction: float = field(default=0.5, metadata={"help": "Share of rows with references as targets."})
     max_new_tokens: int = field(default=64, metadata={"help": "Maximum length of a translation."})
 
 
@@ -104,6 +105,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, tuple[float, floa
             do_sample=True, temperature=script.temperature, top_k=0, max_new_tokens=most
         ),
         engine=WaitKEngine(script.train_k),
+        supervised_dataset=train.rename_column("reference", "completion") if script.supervised_fraction else None,
+        supervised_fraction=script.supervised_fraction,
         on_nothing_accepted="skip",
     )
     pad = hf.DataCollatorForSeq2Seq(tokenizer)
