@@ -232,7 +232,7 @@ def shown(value: Any) -> str:
     if isinstance(value, Mapping):
         kept = {name: one for name, one in value.items() if not name.endswith(("_id", "_version"))}
         return ", ".join(f"{name}={shown(one)}" for name, one in kept.items())
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and not any(isinstance(one, Mapping) for one in value):
         return ", ".join(map(shown, value)) or "none"
     return f"{type(value).__name__} of {len(value)} rows"
 

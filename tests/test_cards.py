@@ -235,3 +235,8 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no candidates"):
         export_repository(tmp_path / "mine", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_data_given_as_a_list_is_counted_and_not_shown() -> None:
+    assert shown([{"prompt": "my secret"}, {"prompt": "another"}]) == "list of 2 rows"
+    assert shown([1.0, 0.5]) == "1.0, 0.5"

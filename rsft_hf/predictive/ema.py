@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class EmaTeacher:
@@ -29,14 +28,15 @@ class EmaTeacher:
     def __init__(self, model: torch.nn.Module, decay: float) -> None:
         self.decay, self.num_updates = decay, 0
         self._trained = {name: values for name, values in model.named_parameters() if values.requires_grad}
-        self._average = {name: values.detach().clone() for name, values in self._trained.items()}
+        # In float32: in half precision a small update would be lost.
+        self._average = {name: values.detach().float().clone() for name, values in self._trained.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Takes the present weights into the average; after each optimizer step."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        average, trained = list(self._average.values()), list(self._trained.values())
-        get_ema_multi_avg_fn(decay)(average, trained, self.num_updates)
+        for name, average in self._average.items():
+            average.lerp_(self._trained[name].to(average), 1 - decay)
         self.num_updates += 1
 
     @contextlib.contextmanager

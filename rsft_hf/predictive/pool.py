@@ -149,9 +149,12 @@ def as_list(value: Any) -> Any:
 
 
 def write_round(directory: Path, number: int, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Writes the proposals of a round into `directory`, one line per row."""
+    """Writes the proposals of a round into `directory`, one line per row; later rounds there are of another run."""
     folder = directory / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.glob("round-*.parquet"):
+        if int(file.stem.removeprefix("round-")) > number:
+            file.unlink()
     draft = folder / f"round-{number:03d}.incomplete"
     pq.write_table(pa.table({"round": [number] * len(columns["row"]), **columns}), draft)
     draft.replace(draft.with_suffix(".parquet"))

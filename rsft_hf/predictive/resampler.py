@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from rsft_hf.checkpointing import load_state, save_state
 from rsft_hf.checks import check_fraction, check_integer, check_interval
-from rsft_hf.distributed import broadcast_from_main, run_seed
+from rsft_hf.distributed import FailTogether, broadcast_from_main, run_seed
 from rsft_hf.engines.model_access import is_sharded, unwrapped
 from rsft_hf.predictive.acceptance import Decisions, decide, expected_calibration_error, is_confident
 from rsft_hf.predictive.ema import EmaTeacher
@@ -89,7 +89,7 @@ class PredictionResampler(Resampler):
         self.confidence_quantile, self.accepts_tokens = confidence_quantile, accepts_tokens
         self.pseudo_fraction, self.num_draws, self.num_proposals = pseudo_fraction, num_draws, num_proposals
         self.every_n_epochs, self.warmup_epochs, self.ema_decay = every_n_epochs, warmup_epochs, ema_decay
-        self.doubtful_rows = sorted({int(row) for row in doubtful_rows})
+        self.doubtful_rows = tuple(sorted({int(row) for row in doubtful_rows}))
         self.reference_column, self.batch_size = reference_column, batch_size
         _check_options(self)
         self._rows: SemiLabelledRows | None = None
@@ -101,6 +101,11 @@ class PredictionResampler(Resampler):
         validate_rows(self, trainer)
         self._column = label_column(trainer, trainer.train_dataset[0])
         self.kind = label_kind(trainer.train_dataset[0][self._column])
+        if self.accepts_tokens and self.kind != "token":
+            raise ValueError(
+                f"`accepts_tokens=True` goes with a list of classes per row, and the labels are of kind {self.kind!r}. "
+                "Leave it out."
+            )
         columns = dict.fromkeys([self._column, *label_names(trainer)])
         rows = trainer.train_dataset, self.unlabelled_dataset, self.doubtful_rows
         self._rows = SemiLabelledRows(*rows, list(columns), self.kind)
@@ -203,7 +208,7 @@ class PredictionResampler(Resampler):
         return {
             "unlabelled rows": len(dataset),
             "fingerprint of the unlabelled rows": dataset_fingerprint(dataset) if len(dataset) else None,
-            "doubtful rows": self.doubtful_rows,
+            "doubtful rows": list(self.doubtful_rows),
             "ema_decay": self.ema_decay,
         }
 
@@ -216,7 +221,8 @@ class PredictionResampler(Resampler):
     def _run_round(self, number: int) -> None:
         """Proposes labels to unlabelled rows and accepts some. Collective."""
         rows, accelerator = self._bound(), self.trainer.accelerator
-        generator = torch.Generator().manual_seed((self.seed + 7919 * (number + 1)) % 2**62)
+        # Far from the seeds of the epochs, which are seed + epoch.
+        generator = torch.Generator().manual_seed((self.seed + 2**40 + number) % 2**62)
         order = torch.randperm(rows.num_unlabelled, generator=generator)[: self.num_proposals]
         with contextlib.nullcontext() if self.teacher is None else self.teacher.applied():
             predictions, log_p = self._predict(order.sort().values)
@@ -231,8 +237,9 @@ class PredictionResampler(Resampler):
         rows.pseudo = PseudoLabels(labels, predictions.rows, self.kind)
         facts = _RoundFacts(predictions, decisions, is_accepted, self._references(predictions.rows))
         self._metrics = facts.metrics(kept)
-        if accelerator.is_main_process:
-            write_round(Path(self.trainer.args.output_dir), number, facts.columns(self.kind))
+        with FailTogether(accelerator, "writing the proposed labels"):
+            if accelerator.is_main_process:
+                write_round(Path(self.trainer.args.output_dir), number, facts.columns(self.kind))
         if not bool(is_accepted.any()):
             logger.warning(
                 f"Round {number} accepted no label of {len(order)} rows, so its epochs read labelled rows only. Lower "
@@ -249,16 +256,17 @@ class PredictionResampler(Resampler):
         lengths = example_lengths(self.unlabelled_dataset, trainer.args.length_column_name) or []
         lengths = [*lengths, *[0] * (len(inputs) - len(lengths))]
         order = sorted(rows.tolist(), key=lambda row: -lengths[row])
+        trained = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
 
         def predict(
             model: torch.nn.Module | None = None, seed: int = 0, with_dropout: bool = False
         ) -> LabelPredictions:
             if model is not None:
                 model.to(trainer.args.device)
-            return predictor(inputs, order, model or trainer.model, self.seed + seed, with_dropout)
+            return predictor(inputs, order, model or trained, self.seed + seed, with_dropout)
 
         def held_out(dataset: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            found = predictor(dataset, range(len(dataset)), trainer.model, self.seed)
+            found = predictor(dataset, range(len(dataset)), trained, self.seed)
             is_labelled = found.labels != IGNORED
             return found.log_probs[is_labelled], found.labels[is_labelled]
 

@@ -81,6 +81,7 @@ def _page(run: Run, max_candidates: int) -> str:
         *weighted_figures(run),
         *generative_figures(rounds),
         *curves(run.log_history, ("resampling/",), "Resampling", "Logged when the rows of an epoch were drawn."),
+        *curves(run.log_history, ("pseudo_labels/",), "Drawn labels", "Logged for each round of proposed labels."),
         *curves(run.log_history, _PREFIXES[3:], "Rounds", "Logged for each round of candidates."),
     ]
     facts = _weighted_facts(run)

@@ -183,6 +183,43 @@ def test_the_average_of_the_weights_proposes_and_training_goes_on_with_its_own(t
     assert torch.equal(trainer.model.classifier.weight.detach(), history[-1])
 
 
+def test_workers_read_the_labels_of_the_round(tmp_path: Path) -> None:
+    alone, with_workers = (
+        trained(tmp_path / str(number), args={"dataloader_num_workers": number}) for number in (0, 2)
+    )
+    assert runs.largest_difference(alone, with_workers) == 0
+    assert runs.losses(alone) == runs.losses(with_workers)
+
+
+def test_a_new_run_in_the_same_folder_leaves_no_round_of_the_old_one(tmp_path: Path) -> None:
+    trained(tmp_path, args={"num_train_epochs": 4})
+    assert set(load_pseudo_labels(tmp_path)["round"]) == {0, 1, 2}
+    trained(tmp_path, args={"num_train_epochs": 2})
+    assert set(load_pseudo_labels(tmp_path)["round"]) == {0}
+
+
+def test_accumulation_length_groups_and_the_card(tmp_path: Path) -> None:
+    args = {"gradient_accumulation_steps": 2, "train_sampling_strategy": "group_by_length"}
+    trainer = trained(tmp_path, args=args)
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "drew a label for each unlabelled row" in card
+    assert "Sharpened\\(temperature=0\\.5" in card
+    assert "| list of 34 rows |" in card
+    assert "11, 45, 14" not in card  # tokens of a row: data is counted, never shown
+    assert "arXiv:1905.02249" in card
+    assert "pseudo_labels/accuracy" in card
+
+
+def test_a_report_of_such_a_run(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    from rsft_hf.report import read_run, write_report
+
+    trained(tmp_path, args={"save_strategy": "epoch"})
+    path = write_report(read_run(tmp_path), tmp_path / "report.html")
+    assert "Logged for each round of proposed labels." in path.read_text()
+
+
 def test_every_n_epochs_and_num_proposals(tmp_path: Path) -> None:
     trainer = trained(
         tmp_path, resampler(num_proposals=10, every_n_epochs=2, warmup_epochs=0), args={"num_train_epochs": 4}
@@ -395,6 +432,7 @@ BAD = [
     ({"reference_column": "gold"}, {}, "has no column 'gold'"),
     ({"doubtful_rows": [26]}, {}, "`doubtful_rows` names row 26, and `train_dataset` has 26 rows"),
     ({"unlabelled_dataset": None, "doubtful_rows": range(26)}, {}, "holds all rows of `train_dataset`"),
+    ({"accepts_tokens": True}, {}, "`accepts_tokens=True` goes with a list of classes per row"),
     ({"min_confidence": [0.5, 0.5, 0.5]}, {}, "`min_confidence` has 3 numbers, and the model 2 classes"),
     ({"target": lambda proposals: proposals.log_probs[:, :1]}, {}, r"must return log p of shape \(34, 2\)"),
     ({}, {"args": {"dataloader_persistent_workers": True, "dataloader_num_workers": 1}}, "keeps workers that hold"),
