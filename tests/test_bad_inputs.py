@@ -17,7 +17,7 @@ import transformers as hf
 import generators as g
 import rsft_hf
 import runs
-from rsft_hf import acceptance, engines, generative, rewards, weighted
+from rsft_hf import acceptance, engines, generative, predictive, rewards, weighted
 
 PAGE = Path(__file__).parents[1] / "docs" / "errors.md"
 
@@ -65,6 +65,17 @@ INPUTS: dict[str, list[str]] = {
         "CandidateResampler(reward, generation_config={'max_new_tokens': 8})",
         "CandidateResampler(reward, generation_config=GenerationConfig(max_new_tokens=8, num_beams=4))",
         "CandidateResampler(reward, generation_config=GenerationConfig(max_new_tokens=8, do_sample=False))",
+        "CandidateResampler(reward, max_prompt_length=0)",
+        "CandidateResampler(reward, on_long_prompt='cut')",
+        "PredictionResampler()",
+        "PredictionResampler(unlabelled, Sharpened)",
+        "PredictionResampler(unlabelled, pseudo_fraction=1.0)",
+        "PredictionResampler(unlabelled, min_confidence=95)",
+        "PredictionResampler(unlabelled, confidence_quantile=1.0)",
+        "PredictionResampler(unlabelled, temperature=0.0)",
+        "Agreement(1)",
+        "WaitKEngine(0)",
+        "generate_candidates(None, None, [], 'folder', top_k=5)",
         "RSO(beta=0.0)",
         "LengthRange(5, 2)",
         "LengthWindow(5, 2)",
@@ -92,6 +103,12 @@ INPUTS: dict[str, list[str]] = {
         "weighted(resampler=LossResampler(lambda losses: losses[:2])).train()",
         "weighted(resampler=LossResampler(lambda losses: -losses)).train()",
         "weighted(model=diverged).train()",
+        "weighted(resampler=LossResampler(task_column='task')).train()",
+        "weighted(resampler=PredictionResampler(runs.rows(), reference_column='gold')).train()",
+        "weighted(resampler=PredictionResampler([{'input_ids': [5]}])).train()",
+        "weighted(resampler=PredictionResampler(doubtful_rows=[99])).train()",
+        "weighted(resampler=PredictionResampler(runs.rows(), accepts_tokens=True)).train()",
+        "weighted(resampler=PredictionResampler(runs.rows()), train_dataset=unlabelled).train()",
         "rounds(train_dataset=[{'question': 'a'}]).train()",
         "rounds(train_dataset=[{'prompt': ''}]).train()",
         "rounds(train_dataset=[{'prompt': None}]).train()",
@@ -108,6 +125,8 @@ INPUTS: dict[str, list[str]] = {
         "rounds(generation_config=None).train()",
         "rounds(generation_config=GenerationConfig(max_new_tokens=65)).train()",
         "rounds(engine='fast').train()",
+        "rounds(engine=WaitKEngine(3)).train()",
+        "rounds(max_prompt_length=2, train_dataset=[{'prompt': 'a b c'}]).train()",
         "rounds(merge_adapter=True).train()",
         "rounds(reference_model='base').train()",
         "rounds(round_start='best').train()",
@@ -159,8 +178,8 @@ def make_rounds(function: Any = reward, **keywords: Any) -> hf.Trainer:
 def names() -> dict[str, Any]:
     """What the expressions are evaluated with."""
     found = {"torch": torch, "datasets": datasets, "reward": reward, "needs_gold": needs_gold}
-    found["scores"] = scores
-    for module in (rsft_hf, acceptance, engines, generative, rewards, weighted):
+    found |= {"scores": scores, "runs": runs}
+    for module in (rsft_hf, acceptance, engines, generative, predictive, rewards, weighted):
         found |= {name: getattr(module, name) for name in module.__all__}
     found |= {"GenerationConfig": hf.GenerationConfig, "words": g.tokenizer(), "held_out": g.prompts(2, first=82)}
     found |= {"DataCollatorForLanguageModeling": hf.DataCollatorForLanguageModeling, "classifier": runs.bert()}
