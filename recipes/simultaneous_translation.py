@@ -36,6 +36,8 @@ class ScriptArguments:
     """Data, model and policy."""
 
     dataset_name: str = field(default="bentrevett/multi30k", metadata={"help": "Hub name of a data set."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of it."})
+    validation_split: str = field(default="validation", metadata={"help": "Held-out split."})
     train_file: str | None = field(default=None, metadata={"help": "CSV, JSONL or Parquet file of rows."})
     validation_file: str | None = field(default=None, metadata={"help": "Such a file of held-out rows."})
     source_column: str = field(default="en", metadata={"help": "Column of the sentences."})
@@ -80,18 +82,19 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, tuple[float, floa
     # 1. Data set
     def load(split: str, file: str | None, num_rows: int, seed: int) -> Dataset:
         kind = {".csv": "csv", ".parquet": "parquet"}.get(Path(file or "").suffix, "json")
-        source = {"path": kind, "data_files": file} if file else {"path": script.dataset_name}
+        source = (
+            {"path": kind, "data_files": file} if file else {"path": script.dataset_name, "name": script.dataset_config}
+        )
         columns = {script.source_column: "prompt", script.target_column: "reference"}
         rows = load_dataset(**source, split="train" if file else split).select_columns(list(columns))
         rows = rows.rename_columns(columns).shuffle(seed)
         return rows.select(range(min(num_rows, len(rows))))
 
     train = load("train", script.train_file, script.max_train_samples, args.seed)
-    test = load("validation", script.validation_file, script.max_eval_samples, seed=0)
+    bleu, most = BLEU(tokenize=script.bleu_tokenize), script.max_new_tokens
+    test = load(script.validation_split, script.validation_file, script.max_eval_samples, seed=0)
 
     # 2. Train
-    bleu, most = BLEU(tokenize=script.bleu_tokenize), script.max_new_tokens
-
     def lagging(prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
         num_read = [len(tokenizer(source)["input_ids"]) for source in prompts]
         return [average_lagging(script.train_k, *pair) for pair in zip(num_read, map(len, completion_ids), strict=True)]
@@ -132,11 +135,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, tuple[float, floa
     after = evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        figure = Figure()
-        axes = figure.subplots()
+        axes = Figure().subplots()
         axes.set(xlabel="average lagging, tokens", ylabel="BLEU", title="before (dashed) and after")
         axes.plot(*zip(*before.values(), strict=True), "o--", *zip(*after.values(), strict=True), "o-")
-        figure.savefig(Path(args.output_dir) / "latency.png")
+        axes.figure.savefig(Path(args.output_dir) / "latency.png")
         print(f"\n{'k':6}{'lagging':>9}{'before':>8}{'lagging':>9}{'after':>8}")
         for k in POLICIES:
             print(f"{k:6}{before[k][0]:9.2f}{before[k][1]:8.2f}{after[k][0]:9.2f}{after[k][1]:8.2f}")

@@ -43,6 +43,7 @@ class ScriptArguments:
     """Data, model, candidates and acceptance."""
 
     dataset_name: str = field(default="knkarthick/dialogsum", metadata={"help": "Hub name of a data set."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of it."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     validation_split: str = field(default="validation", metadata={"help": "Held-out split."})
     train_file: str | None = field(default=None, metadata={"help": "CSV, JSONL or Parquet file of rows."})
@@ -65,7 +66,9 @@ class ScriptArguments:
 def load_split(script: ScriptArguments, split: str, file: str | None, num_rows: int, seed: int) -> Dataset:
     """Returns rows with `prompt` (the text) and `reference` (its summary)."""
     kind = {".csv": "csv", ".parquet": "parquet"}.get(Path(file or "").suffix, "json")
-    source = {"path": kind, "data_files": file} if file else {"path": script.dataset_name}
+    source = (
+        {"path": kind, "data_files": file} if file else {"path": script.dataset_name, "name": script.dataset_config}
+    )
     rows = load_dataset(**source, split="train" if file else split).shuffle(seed)
     rows = rows.select(range(min(num_rows, len(rows)))).select_columns([script.text_column, script.summary_column])
     rows = rows.rename_columns({script.text_column: "prompt", script.summary_column: "reference"})

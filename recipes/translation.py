@@ -48,6 +48,9 @@ class ScriptArguments:
     """Data, model, candidates and acceptance."""
 
     dataset_name: str = field(default="bentrevett/multi30k", metadata={"help": "Hub name of a data set."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of it."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    validation_split: str = field(default="validation", metadata={"help": "Held-out split."})
     train_file: str | None = field(default=None, metadata={"help": "CSV or JSONL file, instead of `dataset_name`."})
     validation_file: str | None = field(default=None, metadata={"help": "CSV or JSONL file of held-out rows."})
     source_column: str = field(default="en", metadata={"help": "Column of the sentences."})
@@ -64,7 +67,7 @@ class ScriptArguments:
 def load_split(script: ScriptArguments, split: str, file: str | None, num_rows: int, seed: int) -> Dataset:
     """Returns rows with `prompt` (the sentence) and `reference` (its translation)."""
     if file is None:
-        dataset = load_dataset(script.dataset_name, split=split)
+        dataset = load_dataset(script.dataset_name, script.dataset_config, split=split)
     else:
         dataset = load_dataset("csv" if file.endswith(".csv") else "json", data_files=file, split="train")
     dataset = dataset.select_columns([script.source_column, script.target_column])
@@ -76,13 +79,12 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Returns corpus BLEU and chrF, the percentage of exact matches, and BLEU by words of the source: all are texts."""
     texts, references = prediction.predictions, prediction.label_ids
     matches = sum(text == reference for text, reference in zip(texts, references, strict=True))
-    metrics = {"bleu": BLEU().corpus_score(texts, [references]).score}
-    metrics |= {"chrf": CHRF().corpus_score(texts, [references]).score, "exact_match": 100 * matches / len(texts)}
+    scores = {name: one.corpus_score(texts, [references]).score for name, one in (("bleu", BLEU()), ("chrf", CHRF()))}
+    metrics = {**scores, "exact_match": 100 * matches / len(texts)}
     for low, high in ((1, 10), (11, 20), (21, 10_000)):
-        rows = [row for row, source in enumerate(prediction.inputs) if low <= len(source.split()) <= high]
-        if rows:
-            pair = [texts[row] for row in rows], [[references[row] for row in rows]]
-            metrics[f"bleu_from_{low}"] = BLEU().corpus_score(*pair).score
+        if rows := [row for row, source in enumerate(prediction.inputs) if low <= len(source.split()) <= high]:
+            some, true = ([each[row] for row in rows] for each in (texts, references))
+            metrics[f"bleu_from_{low}"] = BLEU().corpus_score(some, [true]).score
     return metrics
 
 
@@ -97,8 +99,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     set_seed(args.seed)
 
     # 1. Data set: prompts, each with the reference that the reward and the metrics read
-    train_dataset = load_split(script, "train", script.train_file, script.max_train_samples, args.seed)
-    eval_dataset = load_split(script, "validation", script.validation_file, script.max_eval_samples, seed=0)
+    train_dataset = load_split(script, script.train_split, script.train_file, script.max_train_samples, args.seed)
+    eval_dataset = load_split(script, script.validation_split, script.validation_file, script.max_eval_samples, seed=0)
 
     # 2. Model, in single precision: half precision loses small updates
     tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
