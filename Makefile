@@ -56,7 +56,7 @@ recipes: demo $(STAMP) ## every recipe, offline in small: 13 with the two demos
 		--warmup_epochs 10 --learning_rate 1e-3
 	$(RECIPE)/voice_assistant.py --output_dir outputs/demo/voice $(call FILES,commands) \
 		--config_name $(DATA)/commands/parser --token_column tokens --tag_column tags --num_supervised 250 \
-		--supervised_epochs 25 --num_train_epochs 3 --learning_rate 3e-3 --per_device_train_batch_size 16 \
+		--supervised_epochs 40 --num_train_epochs 3 --learning_rate 3e-3 --per_device_train_batch_size 16 \
 		--max_new_tokens 48
 	$(RECIPE)/image_classification.py --output_dir outputs/demo/digits --digits True --num_train_epochs 15 \
 		--learning_rate 1e-3 --disable_tqdm True

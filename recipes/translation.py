@@ -8,8 +8,8 @@
         --validation_file recipes/data/numbers/test.csv --num_train_epochs 4 --learning_rate 2e-3 \\
         --max_new_tokens 24 --temperature 1.0
 
-The third line translates number words and needs no download and no GPU: about a minute on one CPU core. Files are CSV
-or JSONL with one column per language. The output folder holds the model and its tokenizer, where
+The third line translates number words and needs no download and no GPU: about a minute on one CPU core. Files are CSV,
+JSONL or Parquet with one column per language. The output folder holds the model and its tokenizer, where
 `AutoModelForSeq2SeqLM.from_pretrained(folder)` finds them, candidates/ with every candidate, its reward and verdict,
 and accepted.jsonl and preferences.jsonl, which TRL's SFTTrainer and DPOTrainer read.
 """
@@ -51,8 +51,8 @@ class ScriptArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of it."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     validation_split: str = field(default="validation", metadata={"help": "Held-out split."})
-    train_file: str | None = field(default=None, metadata={"help": "CSV or JSONL file, instead of `dataset_name`."})
-    validation_file: str | None = field(default=None, metadata={"help": "CSV or JSONL file of held-out rows."})
+    train_file: str | None = field(default=None, metadata={"help": "CSV, JSONL or Parquet file of rows."})
+    validation_file: str | None = field(default=None, metadata={"help": "CSV, JSONL or Parquet file of held-out rows."})
     source_column: str = field(default="en", metadata={"help": "Column of the sentences."})
     target_column: str = field(default="de", metadata={"help": "Column of their translations."})
     model_name_or_path: str = field(default="Helsinki-NLP/opus-mt-en-de", metadata={"help": "Encoder-decoder model."})
@@ -69,7 +69,8 @@ def load_split(script: ScriptArguments, split: str, file: str | None, num_rows: 
     if file is None:
         dataset = load_dataset(script.dataset_name, script.dataset_config, split=split)
     else:
-        dataset = load_dataset("csv" if file.endswith(".csv") else "json", data_files=file, split="train")
+        kind = {".csv": "csv", ".parquet": "parquet"}.get(Path(file).suffix, "json")
+        dataset = load_dataset(kind, data_files=file, split="train")
     dataset = dataset.select_columns([script.source_column, script.target_column])
     dataset = dataset.rename_columns({script.source_column: "prompt", script.target_column: "reference"})
     return dataset.shuffle(seed).select(range(min(num_rows, len(dataset))))
@@ -78,9 +79,8 @@ def load_split(script: ScriptArguments, split: str, file: str | None, num_rows: 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Returns corpus BLEU and chrF, the percentage of exact matches, and BLEU by words of the source: all are texts."""
     texts, references = prediction.predictions, prediction.label_ids
-    matches = sum(text == reference for text, reference in zip(texts, references, strict=True))
-    scores = {name: one.corpus_score(texts, [references]).score for name, one in (("bleu", BLEU()), ("chrf", CHRF()))}
-    metrics = {**scores, "exact_match": 100 * matches / len(texts)}
+    metrics = {"exact_match": 100 * sum(map(str.__eq__, texts, references)) / len(texts)}
+    metrics |= {name: one.corpus_score(texts, [references]).score for name, one in (("bleu", BLEU()), ("chrf", CHRF()))}
     for low, high in ((1, 10), (11, 20), (21, 10_000)):
         if rows := [row for row, source in enumerate(prediction.inputs) if low <= len(source.split()) <= high]:
             some, true = ([each[row] for row in rows] for each in (texts, references))

@@ -4,7 +4,7 @@
 
     python recipes/voice_assistant.py --output_dir outputs/demo/voice --config_name recipes/data/commands/parser \\
         --train_file recipes/data/commands/train.jsonl --validation_file recipes/data/commands/test.jsonl \\
-        --token_column tokens --tag_column tags --num_supervised 250 --supervised_epochs 25 --num_train_epochs 3 \\
+        --token_column tokens --tag_column tags --num_supervised 250 --supervised_epochs 40 --num_train_epochs 3 \\
         --learning_rate 3e-3 --per_device_train_batch_size 16 --max_new_tokens 48
 
 The second line needs no download and no GPU. Rows hold words and their BIO tags, as lists or one text, and an intent.
