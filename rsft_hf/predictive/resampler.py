@@ -137,10 +137,11 @@ class PredictionResampler(Resampler):
             self._run_round(number)
         generator = torch.Generator().manual_seed((self.seed + epoch) % 2**62)
         accepted = rows.pseudo.accepted_rows()
-        num_pseudo = round(self.pseudo_fraction * self.draws_per_epoch()) if len(accepted) else 0
+        num_draws = self.draws_per_epoch()
+        num_pseudo = min(round(self.pseudo_fraction * num_draws), num_draws - 1) if len(accepted) else 0
         # Equal weights: whole permutations, pass after pass, so that no row is repeated before all were read.
         # A plain Trainer permutes epoch e with this seed, too: without drawn labels it reads the same rows.
-        indices = rejection_sample(torch.ones(rows.num_labelled), self.draws_per_epoch() - num_pseudo, generator)
+        indices = rejection_sample(torch.ones(rows.num_labelled), num_draws - num_pseudo, generator)
         if num_pseudo:
             places = rejection_sample(torch.ones(len(accepted)), num_pseudo, generator)
             indices = torch.cat((indices, rows.num_labelled + accepted[places]))

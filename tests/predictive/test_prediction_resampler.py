@@ -231,6 +231,12 @@ def test_every_n_epochs_and_num_proposals(tmp_path: Path) -> None:
     assert everything["row"][:10] != everything["row"][10:]
 
 
+@pytest.mark.parametrize(("num_draws", "drawn"), [(1, 0), (2, 1), (40, 36)])
+def test_few_draws_keep_a_labelled_row(tmp_path: Path, num_draws: int, drawn: int) -> None:
+    trainer = trained(tmp_path, resampler(num_draws=num_draws, pseudo_fraction=0.9, warmup_epochs=0))
+    assert logged(trainer, "drawn") == [drawn] * 3
+
+
 def test_doubtful_rows_lose_their_labels(tmp_path: Path) -> None:
     epochs = Epochs()
     made = PredictionResampler(doubtful_rows=[3, 5, 3])
