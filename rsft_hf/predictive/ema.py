@@ -16,12 +16,12 @@ class EmaTeacher:
     Example:
         >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> teacher = EmaTeacher(model, decay=0.1)
-        >>> before = float(model.weight)
+        >>> before = float(model.weight.detach())
         >>> with torch.no_grad():
         ...     _ = model.weight.add_(1.0)
         >>> teacher.update()
         >>> with teacher.applied():
-        ...     print(round(float(model.weight) - before, 6))  # 0.1 * 0 + 0.9 * 1
+        ...     print(round(float(model.weight.detach()) - before, 6))  # 0.1 * 0 + 0.9 * 1
         0.9
     """
 

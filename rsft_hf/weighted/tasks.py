@@ -16,8 +16,8 @@ class Tasks:
 
     Example:
         >>> tasks = Tasks(["a", "b", "a", "a"])
-        >>> [rows.tolist() for rows in tasks.rows], tasks.counts(6)
-        ([[0, 2, 3], [1]], [4, 2])
+        >>> [rows.tolist() for rows in tasks.rows], tasks.counts(8)
+        ([[0, 2, 3], [1]], [6, 2])
         >>> tasks.balanced(torch.tensor([1.0, 8.0, 2.0, 3.0])).tolist()  # (1, 2, 3) / 6 of 3 / 4, and 1 / 4
         [0.125, 0.25, 0.25, 0.375]
     """
