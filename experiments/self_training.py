@@ -65,6 +65,7 @@ ARMS: dict[str, Any] = {
     "plain": None,
     "threshold": presets.self_training,
     "ours": partial(PredictionResampler, confidence_quantile=0.5),
+    "ours, no quantile": PredictionResampler,
 }
 
 
@@ -94,9 +95,11 @@ def run(name: str, arm: str, seed: int, encoder: str) -> dict[str, Any]:
     )  # fmt: skip
     began = time.perf_counter()
     keywords = {"train_dataset": few, "processing_class": tokenizer}
-    trainer: Any = hf.Trainer(model, args, **keywords)
-    if make:
-        trainer = RejectionSamplingTrainer(model, args, resampler=make(pool, **options), **keywords)
+    trainer: Any = (
+        RejectionSamplingTrainer(model, args, resampler=make(pool, **options), **keywords)
+        if make
+        else hf.Trainer(model, args, **keywords)
+    )
     trainer.train()
     predicted = trainer.predict(test).predictions.argmax(-1)
     result = {"data": name, "arm": arm, "seed": seed, "accuracy": float((predicted == np.array(test["label"])).mean())}
@@ -126,7 +129,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(json.dumps(result), flush=True)
     print("| data | arm | accuracy, mean | spread |\n|---|---|---|---|")
     for (name, arm), values in accuracies.items():
-        print(f"| {name} | {arm} | {statistics.mean(values):.3f} | {statistics.pstdev(values):.3f} |")
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        print(f"| {name} | {arm} | {statistics.mean(values):.3f} | {spread:.3f} |")
 
 
 if __name__ == "__main__":

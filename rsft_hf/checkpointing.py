@@ -218,6 +218,16 @@ def load_state(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, to
         ) from error
 
 
+def validate_unchanged(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    """Raises ValueError if a run that goes on from a checkpoint differs from the one that saved it."""
+    for name, value in present.items():
+        if saved[name] != value:
+            raise ValueError(
+                f"Cannot resume: {name} was {saved[name]} when the checkpoint was saved, and is {value}. Resume with "
+                "what it was, or start a new run from the checkpoint's weights."
+            )
+
+
 @contextlib.contextmanager
 def replaced_directory(directory: Path, is_writer: bool) -> Iterator[Path]:
     """Yields a temporary directory that replaces `directory` if the block succeeds."""

@@ -4,6 +4,7 @@ Functions of weights and a random generator to indices, masks and probabilities;
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -121,6 +122,26 @@ def rejection_sample(weights: torch.Tensor, num_draws: int, generator: torch.Gen
     if len(probabilities) <= _MAX_PERMUTED_ENVELOPE * probabilities.sum():  # M = N max p = N / sum of probabilities
         return _sample_by_permutations(probabilities, num_draws, generator)
     return _sample_from_counts(probabilities, num_draws, generator)
+
+
+def sample_parts(parts: Sequence[tuple[torch.Tensor, torch.Tensor, int]], generator: torch.Generator) -> torch.Tensor:
+    """Returns rows drawn from several parts in fixed numbers, shuffled.
+
+    Args:
+        parts: Rows of a part, shape (n,), int64; their weights, as in `envelope_constant`, with an envelope of their
+            own; and how many draws are theirs, at least 0.
+        generator: CPU generator, the only one that is advanced.
+
+    Returns:
+        Rows, shape (sum of the draws,), int64.
+
+    Example:
+        >>> parts = [(torch.tensor([7]), torch.ones(1), 2), (torch.tensor([8, 9]), torch.tensor([0.0, 3.0]), 1)]
+        >>> sorted(sample_parts(parts, torch.Generator().manual_seed(0)).tolist())
+        [7, 7, 9]
+    """
+    drawn = torch.cat([rows[rejection_sample(weights, count, generator)] for rows, weights, count in parts if count])
+    return drawn[torch.randperm(len(drawn), generator=generator)]
 
 
 def effective_sample_size(weights: torch.Tensor) -> float:

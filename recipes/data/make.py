@@ -42,6 +42,7 @@ from transformers import (
 from experiments.builtin import commands, numbers, office, reviews
 
 FOLDER = Path(__file__).resolve().parent
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 NUM_REVIEWS, NUM_NUMBERS, NUM_LABELLED, NUM_DIALOGUES = (3000, 600), (1200, 300), 60, (480, 120)
 NUM_COMMANDS, NUM_FACTS, NUM_SUMS, NUM_MEETINGS = (500, 150), (400, 100), (400, 100), (400, 100)
 
@@ -109,14 +110,7 @@ def make_numbers(folder: Path) -> None:
         write_csv(folder / f"{split}.csv", [{"en": row["en"], "de": row["de"]} for row in splits[split]])
     labelled = splits["labelled"]
     tokenizer = numbers.build_tokenizer(text for row in labelled for text in (row["en"], row["de"]))
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    ids["decoder_start_token_id"] = tokenizer.pad_token_id
-    size = {"d_model": 48, "max_position_embeddings": 64, "scale_embedding": True, "forced_eos_token_id": None}
-    for side in ("encoder", "decoder"):
-        size |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 96}
-    set_seed(0)
-    model = MarianMTModel(MarianConfig(vocab_size=len(tokenizer), **size, **ids))
-    model.generation_config = GenerationConfig(**ids)
+    model = small_marian(tokenizer)
     examples = [tokenizer(row["en"], text_target=row["de"]) for row in labelled]
     fit(model, examples, num_steps=350, learning_rate=2e-3, pad=tokenizer.pad_token_id)
     save(model, tokenizer, folder / "model")
@@ -137,7 +131,7 @@ def make_dialogues(folder: Path) -> None:
     chat.chat_template = CHAT_TEMPLATE
     set_seed(0)
     options = {"pad_token_id": chat.pad_token_id, "eos_token_id": chat.eos_token_id, "bos_token_id": None}
-    options |= {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    options |= SMALL
     config = LlamaConfig(vocab_size=len(chat), max_position_embeddings=128, tie_word_embeddings=True, **options)
     model = LlamaForCausalLM(config)
     seen = rows[:num_train]
@@ -149,7 +143,7 @@ def make_dialogues(folder: Path) -> None:
     judge.chat_template = PAIR_TEMPLATE
     options = {"vocab_size": len(judge), "pad_token_id": judge.pad_token_id, "num_labels": 1, "initializer_range": 0.05}
     options |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 128}
-    options |= {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    options |= SMALL
     BertConfig(**options).save_pretrained(folder / "reward_model")
     judge.save_pretrained(folder / "reward_model")
 
@@ -198,16 +192,23 @@ def make_meetings(folder: Path) -> None:
     words = all_words(splits, ("dialogue", "summary"))
     tokenizer = word_tokenizer(["<pad>", "<unk>", "</s>", *words], "<unk>", "<pad>", "</s>")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 2)])
-    ids = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    model = small_marian(tokenizer)
+    examples = [tokenizer(row["dialogue"], text_target=row["summary"]) for row in splits["train"][:100]]
+    fit(model, examples, num_steps=400, learning_rate=2e-3, pad=0)
+    save(model, tokenizer, folder / "model")
+
+
+def small_marian(tokenizer: PreTrainedTokenizerFast) -> MarianMTModel:
+    """Returns an encoder-decoder of two and two layers with random weights."""
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ids["decoder_start_token_id"] = tokenizer.pad_token_id
     size = {"d_model": 48, "max_position_embeddings": 64, "scale_embedding": True, "forced_eos_token_id": None}
     for side in ("encoder", "decoder"):
         size |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 96}
     set_seed(0)
     model = MarianMTModel(MarianConfig(vocab_size=len(tokenizer), **size, **ids))
     model.generation_config = GenerationConfig(**ids)
-    examples = [tokenizer(row["dialogue"], text_target=row["summary"]) for row in splits["train"][:100]]
-    fit(model, examples, num_steps=400, learning_rate=2e-3, pad=0)
-    save(model, tokenizer, folder / "model")
+    return model
 
 
 def chat(question: str, answer: str) -> list[dict[str, str]]:
@@ -234,7 +235,7 @@ def save_encoder(words: list[str], folder: Path) -> None:
         "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special
     )
     options = {"vocab_size": len(tokenizer), "pad_token_id": 0, "max_position_embeddings": 128}
-    options |= {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    options |= SMALL
     BertConfig(**options, initializer_range=0.05).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -252,7 +253,7 @@ def save_decoder(texts: list[str], folder: Path) -> tuple[PreTrainedModel, PreTr
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=128, **named)
     tokenizer.chat_template = CHAT_TEMPLATE
     options = {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": None, "tie_word_embeddings": True}
-    options |= {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    options |= SMALL
     config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **options)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from rsft_hf.acceptance import Acceptance, TopKPerPrompt
-from rsft_hf.checkpointing import load_state, save_state
+from rsft_hf.checkpointing import load_state, save_state, validate_unchanged
 from rsft_hf.distributed import FailTogether, broadcast_from_main, run_seed
 from rsft_hf.engines.auto import choose_engine
 from rsft_hf.engines.base import Engine
@@ -46,7 +46,7 @@ from rsft_hf.generative.selection import (
     set_verdicts,
 )
 from rsft_hf.generative.training_rows import CandidatePool, draw_rows, encode_candidates, supervised_rows
-from rsft_hf.generative.validation import prompt_set, validate_collator, validate_model, validate_unchanged
+from rsft_hf.generative.validation import prompt_set, validate_collator, validate_model
 from rsft_hf.resampler import Predictions, Resampler
 
 

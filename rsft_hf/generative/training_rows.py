@@ -16,7 +16,7 @@ from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import IGNORED, Encoder, Row
 from rsft_hf.generative.prompts import PromptSet
-from rsft_hf.rejection import rejection_sample
+from rsft_hf.rejection import sample_parts
 
 logger = logging.get_logger(__name__)
 
@@ -120,14 +120,10 @@ def draw_rows(
         generator: CPU generator; it alone is moved.
     """
     num_supervised = round(supervised_fraction * num_draws) if pool.accepted else num_draws
-    rows = []
+    supervised, accepted = torch.arange(len(pool)).split([len(pool.supervised), len(pool.accepted)])
     # Equal weights: whole permutations, pass after pass, so that no row is repeated before all were read.
-    if num_supervised:
-        rows.append(rejection_sample(torch.ones(len(pool.supervised)), num_supervised, generator))
-    if num_supervised < num_draws:
-        drawn = rejection_sample(torch.ones(len(pool.accepted)), num_draws - num_supervised, generator)
-        rows.append(len(pool.supervised) + drawn)
-    indices = torch.cat(rows)[torch.randperm(num_draws, generator=generator)]
+    parts = [(supervised, num_supervised), (accepted, num_draws - num_supervised)]
+    indices = sample_parts([(rows, torch.ones(len(rows)), count) for rows, count in parts], generator)
     num_distinct = len(indices.unique())
     if num_draws > _MANY_REPEATS * num_distinct:
         logger.warning(

@@ -205,16 +205,6 @@ def _validate_sharding(config: CandidateConfig, trainer: Trainer) -> None:
         )
 
 
-def validate_unchanged(saved: dict[str, int], present: dict[str, int]) -> None:
-    """Raises ValueError if a run that goes on from a checkpoint differs from the one that saved it."""
-    for name, value in present.items():
-        if saved[name] != value:
-            raise ValueError(
-                f"Cannot resume: {name} was {saved[name]} when the checkpoint was saved, and is {value}. Resume with "
-                "what it was, or start a new run from the checkpoint's weights."
-            )
-
-
 def validate_vocabulary(other: Any, model: Any) -> None:
     """Raises ValueError if two models cannot share a tokenizer."""
     sizes = other.config.get_text_config().vocab_size, model.config.get_text_config().vocab_size

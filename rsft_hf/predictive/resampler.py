@@ -13,7 +13,7 @@ import torch
 from transformers import Trainer
 from transformers.utils import logging
 
-from rsft_hf.checkpointing import load_state, save_state
+from rsft_hf.checkpointing import load_state, save_state, validate_unchanged
 from rsft_hf.checks import check_fraction, check_integer, check_interval
 from rsft_hf.distributed import FailTogether, broadcast_from_main, run_seed
 from rsft_hf.engines.model_access import is_sharded, unwrapped
@@ -23,10 +23,11 @@ from rsft_hf.predictive.pool import InputRows, PseudoLabels, SemiLabelledRows, a
 from rsft_hf.predictive.predictions import LabelPredictions, Predictor
 from rsft_hf.predictive.targets import Proposals, Sharpened, Target
 from rsft_hf.predictive.validation import label_column, label_kind, labelled_units, validate_rows
-from rsft_hf.rejection import rejection_sample
+from rsft_hf.rejection import rejection_sample, sample_parts
 from rsft_hf.resampler import Resampler
 from rsft_hf.training_set import dataset_fingerprint, example_lengths
 from rsft_hf.weighted.labels import IGNORED, label_names
+from rsft_hf.weighted.measurement import trained_model, training_loader
 
 logger = logging.get_logger(__name__)
 
@@ -139,13 +140,12 @@ class PredictionResampler(Resampler):
         accepted = rows.pseudo.accepted_rows()
         num_draws = self.draws_per_epoch()
         num_pseudo = min(round(self.pseudo_fraction * num_draws), num_draws - 1) if len(accepted) else 0
-        # Equal weights: whole permutations, pass after pass, so that no row is repeated before all were read.
-        # A plain Trainer permutes epoch e with this seed, too: without drawn labels it reads the same rows.
-        indices = rejection_sample(torch.ones(rows.num_labelled), num_draws - num_pseudo, generator)
+        labelled = torch.arange(rows.num_labelled), torch.ones(rows.num_labelled), num_draws - num_pseudo
         if num_pseudo:
-            places = rejection_sample(torch.ones(len(accepted)), num_pseudo, generator)
-            indices = torch.cat((indices, rows.num_labelled + accepted[places]))
-            indices = indices[torch.randperm(len(indices), generator=generator)]
+            drawn = rows.num_labelled + accepted, torch.ones(len(accepted)), num_pseudo
+            indices = sample_parts([labelled, drawn], generator)
+        else:  # a plain Trainer permutes epoch e with this seed, too: it reads the same rows
+            indices = rejection_sample(*labelled[1:], generator)
         self._metrics["drawn"] = num_pseudo
         return broadcast_from_main(self.trainer.accelerator, indices)
 
@@ -185,12 +185,7 @@ class PredictionResampler(Resampler):
             ValueError: If it was saved with other unlabelled rows, or with or without an average of the weights.
         """
         numbers, tensors = load_state(directory, "predictive")
-        for name, value in self._settings().items():
-            if (saved := numbers["settings"][name]) != value:
-                raise ValueError(
-                    f"Cannot resume: {name} was {saved} when the checkpoint was saved, and is {value}. Resume with "
-                    "what it was, or start a new run from the checkpoint's weights."
-                )
+        validate_unchanged(numbers["settings"], self._settings())
         self.seed, self._metrics, self._step = numbers["seed"], numbers["metrics"], numbers["step"]
         self._bound().pseudo = PseudoLabels(tensors["pseudo_values"], tensors["pseudo_rows"], self.kind)
         if self.teacher is not None:
@@ -250,14 +245,13 @@ class PredictionResampler(Resampler):
     def _predict(self, rows: torch.Tensor) -> tuple[LabelPredictions, torch.Tensor]:
         """Predictions of some unlabelled rows, and log p of their units."""
         trainer = self.trainer
-        loader = trainer.callback_handler.train_dataloader or trainer.get_train_dataloader()
         size = self.batch_size or trainer.args.per_device_eval_batch_size
-        predictor = Predictor(trainer, loader.collate_fn, self.kind, label_names(trainer), size)
+        predictor = Predictor(trainer, training_loader(trainer).collate_fn, self.kind, label_names(trainer), size)
         inputs = InputRows(self._bound())
         lengths = example_lengths(self.unlabelled_dataset, trainer.args.length_column_name) or []
         lengths = [*lengths, *[0] * (len(inputs) - len(lengths))]
         order = sorted(rows.tolist(), key=lambda row: -lengths[row])
-        trained = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
+        trained = trained_model(trainer)
 
         def predict(
             model: torch.nn.Module | None = None, seed: int = 0, with_dropout: bool = False

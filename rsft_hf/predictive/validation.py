@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from rsft_hf.engines.model_access import unwrapped
 from rsft_hf.predictive.pool import as_list
-from rsft_hf.weighted.labels import IGNORED, label_names
+from rsft_hf.weighted.labels import IGNORED, label_names, stored_column
 
 
 def label_column(trainer: Trainer, row: Mapping[str, Any]) -> str:
@@ -19,7 +19,7 @@ def label_column(trainer: Trainer, row: Mapping[str, Any]) -> str:
     Raises:
         ValueError: If it has none.
     """
-    name = next((name for name in label_names(trainer) if name in row), None)
+    name = stored_column(trainer, row)
     if name is None:
         raise ValueError(
             f"`train_dataset` has no label column: none of {label_names(trainer)} is in {list(row)}. Rename the column "

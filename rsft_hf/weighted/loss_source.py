@@ -28,7 +28,13 @@ from rsft_hf.weighted.losses import (
     row_losses,
     validate_losses,
 )
-from rsft_hf.weighted.measurement import PREDICTION_STATISTICS, find_reading, measure_losses
+from rsft_hf.weighted.measurement import (
+    PREDICTION_STATISTICS,
+    find_reading,
+    measure_losses,
+    trained_model,
+    training_loader,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -107,8 +113,8 @@ class LossSource:
                 per_example_loss=self._per_example_loss,
                 batch_size=self._batch_size,
                 statistics=self._statistics,
-                model=self._trained_model(),
-                loader=self._training_loader(),
+                model=trained_model(self.trainer),
+                loader=training_loader(self.trainer),
                 seed=seed,
             )
             self.ledger.replace(measurement.losses, measurement.logit_margins)
@@ -188,10 +194,6 @@ class LossSource:
         missing = self._statistics - set(self.predictions)
         return not self._is_measured or bool(missing) or (epoch - self._warmup_epochs) % self._every_n_epochs == 0
 
-    def _trained_model(self) -> torch.nn.Module:
-        # DeepSpeed needs its wrapper for the forward pass; DDP's would only add communication.
-        return self.trainer.model_wrapped if self.trainer.is_deepspeed_enabled else self.trainer.model
-
     def _reading_batch_size(self) -> int:
         """Rows of the batches whose losses are read."""
         args = self.trainer.args
@@ -199,9 +201,6 @@ class LossSource:
         if self.is_from_training or self.importance_correction > 0:
             return min(scored, args.per_device_train_batch_size)
         return scored
-
-    def _training_loader(self) -> Any:
-        return self.trainer.callback_handler.train_dataloader or self.trainer.get_train_dataloader()
 
     def _find_reading(self, seed: int) -> None:
         """Finds the reading from a few rows before every epoch, so that an unreadable loss fails before the first step.
@@ -212,7 +211,7 @@ class LossSource:
         if self._per_example_loss is not None:
             reading = Reading("given")
         else:
-            model, loader = self._trained_model(), self._training_loader()
+            model, loader = trained_model(self.trainer), training_loader(self.trainer)
             with forked_rng(seed), preserved_trainer_state(self.trainer), in_evaluation_mode(model):
                 reading = find_reading(
                     self.trainer, model, loader.dataset, loader.collate_fn, self._reading_batch_size(), seed

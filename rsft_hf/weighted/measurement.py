@@ -121,6 +121,17 @@ def measure_losses(
     return scorer.summed()
 
 
+def trained_model(trainer: Trainer) -> torch.nn.Module:
+    """Returns the model to run forward passes with during training."""
+    # DeepSpeed needs its wrapper for the forward pass; DDP's would only add communication.
+    return trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
+
+
+def training_loader(trainer: Trainer) -> Any:
+    """Returns the loader of the run; makes one only outside of training, as accelerate keeps each that it prepares."""
+    return trainer.callback_handler.train_dataloader or trainer.get_train_dataloader()
+
+
 class _Scorer:
     """Scorer of collated batches with the results of this process, 0 for the rows of the others."""
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from rsft_hf.rejection import rejection_sample
+from rsft_hf.rejection import sample_parts
 
 
 class Tasks:
@@ -59,9 +59,5 @@ class Tasks:
 
     def draw(self, weights: torch.Tensor, num_draws: int, generator: torch.Generator) -> torch.Tensor:
         """Returns rows drawn within each task, shuffled, shape (num_draws,), int64."""
-        drawn = [
-            rows[rejection_sample(weights[rows], count, generator)]
-            for rows, count in zip(self.rows, self.counts(num_draws))
-            if count
-        ]
-        return torch.cat(drawn)[torch.randperm(num_draws, generator=generator)]
+        counts = self.counts(num_draws)
+        return sample_parts([(rows, weights[rows], count) for rows, count in zip(self.rows, counts)], generator)
