@@ -85,8 +85,9 @@ class RejectionSamplingMixin(_Base):
         validate_trainer_class(type(self), RejectionSamplingMixin)
         validate_dataset(kwargs.get("train_dataset"))  # before Trainer's own error about max_steps
         super().__init__(*args, **kwargs)
-        validate_arguments(self.args, self.accelerator)
-        validate_dataset(self.train_dataset)
+        if self.train_dataset is not None:
+            validate_arguments(self.args, self.accelerator)
+            validate_dataset(self.train_dataset)
         self._sampler: EpochSampler | None = None
         self._bound_dataset: Any = None
         self._train_loader: DataLoader[Any] | None = None
@@ -151,6 +152,8 @@ class RejectionSamplingMixin(_Base):
 
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Runs the trainer's own training step while the resampler observes its loss."""
+        if not self.is_in_train:  # called by hand: a step of no epoch
+            return super().training_step(model, *args, **kwargs)
         self._step_model, self._num_observed = model, 0
         try:
             loss = super().training_step(model, *args, **kwargs)
@@ -177,7 +180,7 @@ class RejectionSamplingMixin(_Base):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the micro-batches of the next step, and the number of their items, corrected as their loss is."""
-        self._is_counting_window = self.resampler.observes_rows
+        self._is_counting_window = self.is_in_train and self.resampler.observes_rows
         try:
             return super().get_batch_samples(*args, **kwargs)
         finally:
@@ -293,6 +296,7 @@ class RejectionSamplingMixin(_Base):
         self, batch_size: int | None = None, args: Any = None, resume_from_checkpoint: str | None = None, **kwargs: Any
     ) -> Any:
         # Here the checkpoint path is resolved; `auto_find_batch_size` calls it again with a smaller batch size.
+        validate_arguments(self.args, self.accelerator)
         validate_dataset(self.train_dataset)
         warn_of_unsaved_parameters(unwrapped(self.model))
         self._progress, self._sampler, self._is_loader_validated = EpochProgress(), None, False

@@ -94,9 +94,11 @@ def validate_loader(trainer: Any, loader: Any, sampler: EpochSampler, dataset: A
     """
     # A pool of candidates must be read itself; a training set may be wrapped, or have lost unused columns.
     may_be_wrapped = dataset is trainer.train_dataset or isinstance(dataset, datasets.Dataset)
-    is_own_dataset = loader.dataset is dataset or (may_be_wrapped and len(loader.dataset) == len(dataset))
-    if is_own_dataset and sampler.is_read_by(loader):
-        return
+    read = getattr(loader, "dataset", None)
+    if read is not None:  # a loader over several loaders has none
+        is_own_dataset = read is dataset or (may_be_wrapped and len(read) == len(dataset))
+        if is_own_dataset and sampler.is_read_by(loader):
+            return
     owners = [
         owner for owner in type(trainer).__mro__ if not owner.__module__.startswith(("transformers.", "rsft_hf."))
     ]

@@ -50,6 +50,31 @@ def test_settings_that_take_the_order_from_the_sampler_are_refused_at_constructi
         trainer(tmp_path, **arguments)
 
 
+def test_settings_of_a_run_do_not_matter_without_training_rows(tmp_path):
+    arguments = runs.arguments(tmp_path, **SETTINGS["dispatch_batches"][0])
+    ours = RejectionSamplingTrainer(runs.bert(), arguments, runs.collate, eval_dataset=runs.rows())
+    assert ours.evaluate()["eval_loss"] > 0
+    ours.train_dataset = runs.rows()
+    with pytest.raises(ValueError, match="`dispatch_batches=True` lets the main process"):
+        ours.train()
+
+
+@pytest.mark.parametrize("losses", ["forward", "training"])
+def test_a_training_step_by_hand_is_that_of_trainer(tmp_path, losses):
+    """Outside of train() a step belongs to no epoch: it is not observed, and changes no count."""
+    ours, plain = trainer(tmp_path, LossResampler(losses=losses)), hf.Trainer(runs.bert(), runs.arguments(tmp_path))
+    batch = runs.collate(runs.rows(4))
+    found = []
+    for one in (plain, ours):
+        torch.manual_seed(0)
+        found.append(one.training_step(one.model, dict(batch), 4).item())
+    assert found[0] == found[1]
+    ours.train()
+    torch.manual_seed(0)
+    ours.training_step(ours.model, dict(batch), 4)
+    assert ours.resampler.table()[0]["epoch"] == 0
+
+
 # Trainers that build their own loader or sampler: read by the loop, or refused by name.
 
 
@@ -104,7 +129,27 @@ class Bypassing(RejectionSamplingTrainer):
         return DataLoader(self.train_dataset, batch_size=4, shuffle=True, collate_fn=self.data_collator)
 
 
+class SeveralLoaders:
+    """The batches of several loaders, one after the other; it has no data set and no sampler."""
+
+    def __init__(self, loaders: list[DataLoader]) -> None:
+        self.loaders = loaders
+
+    def __len__(self) -> int:
+        return sum(map(len, self.loaders))
+
+    def __iter__(self):
+        for loader in self.loaders:
+            yield from loader
+
+
+class Twice(RejectionSamplingTrainer):
+    def get_train_dataloader(self) -> SeveralLoaders:
+        return SeveralLoaders([super().get_train_dataloader(), super().get_train_dataloader()])
+
+
 OVERRIDES = {
+    Twice: "Twice.get_train_dataloader",
     Below: "OwnLoader.get_train_dataloader",
     Above: "Above.get_train_dataloader",
     AboveWithSampler: "AboveWithSampler._get_train_sampler",

@@ -282,7 +282,12 @@ def find_reading(
         _warn_of_batches_of_one("Rows cannot be collated in one batch", "Pad all rows to one length")
         single = find_reading(trainer, model, dataset, collate, batch_size=1, seed=seed)
         return dataclasses.replace(single, is_scored_singly=True)
-    batch, is_random, expected, recording = _labelled_probe(trainer, model, dataset, collate, width, seed)
+    try:
+        batch, is_random, expected, recording = _labelled_probe(trainer, model, dataset, collate, width, seed)
+    except _OneRowAtATimeError as error:
+        _warn_of_batches_of_one(f"The model reads single rows but not {width} at once ({error})", "Mend its forward")
+        single = find_reading(trainer, model, dataset, collate, batch_size=1, seed=seed)
+        return dataclasses.replace(single, is_scored_singly=True)
     is_half = trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype != torch.float32
     if reading := _matching_reading(recording, expected, width, is_half):
         return dataclasses.replace(reading, is_collator_random=is_random)
@@ -293,6 +298,10 @@ def find_reading(
         return dataclasses.replace(reading, is_scored_singly=True, is_collator_random=is_random)
     _warn_of_batches_of_one("The loss of an example depends on a term of its batch", "Pass `per_example_loss`")
     return Reading("single", is_collator_random=is_random)
+
+
+class _OneRowAtATimeError(Exception):
+    """The model read the rows of a probe one by one, but not together."""
 
 
 def _labelled_probe(
@@ -311,7 +320,12 @@ def _labelled_probe(
             else [_collated([example], collate, seed)[0] for example in examples]
         )
         expected, recordings = _single_losses(trainer, model, singles)
-        scalar, recording = compute_loss(trainer, model, batch, width)
+        try:
+            scalar, recording = compute_loss(trainer, model, batch, width)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if width == 1 or is_out_of_memory(error):
+                raise
+            raise _OneRowAtATimeError(str(error)[:200]) from error  # its rows were read alone
         _validate_per_example(scalar, recording, expected, recordings)
         is_finite, is_labelled = expected.isfinite(), not _is_unlabelled([recording])
         if bool((is_finite & (expected != 0)).any()) or (is_labelled and bool(is_finite.any())):

@@ -166,6 +166,35 @@ def test_rows_that_cannot_share_a_batch_are_read_in_batches_of_one(
     assert bool(warnings) == (eval_batch_size == 8 and source == "forward")
 
 
+class SingleRow(torch.nn.Module):
+    """Linear regression that reads one row, of shape (1, 1), and no more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+
+    def forward(self, x, labels=None):
+        outputs = self.layer(x.reshape(1, -1))
+        return {"loss": F.mse_loss(outputs, labels.reshape(1, -1)), "logits": outputs}
+
+
+@pytest.mark.parametrize("source", ["forward", "training"])
+def test_a_model_that_reads_single_rows_is_scored_in_batches_of_one(
+    tmp_path: Path, source: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"x": [float(row)], "labels": [2.0 * row]} for row in range(6)]
+    args = run_arguments(tmp_path, num_train_epochs=2, learning_rate=0.0, per_device_train_batch_size=1)
+    trainer = RejectionSamplingTrainer(
+        SingleRow(), args, train_dataset=rows, resampler=LossResampler(Proportional(), losses=source)
+    )
+    trainer.train()
+    weight, bias = trainer.model.layer.weight.item(), trainer.model.layer.bias.item()
+    by_hand = [(weight * row + bias - 2.0 * row) ** 2 for row in range(6)]
+    torch.testing.assert_close(losses_of_epoch(trainer, 1).tolist(), by_hand, rtol=1e-5, atol=1e-5)
+    warned = any("reads single rows but not 4 at once (mat1 and mat2 shapes" in one.message for one in caplog.records)
+    assert warned == (source == "forward")
+
+
 def test_an_error_of_the_collator_itself_is_not_hidden(tmp_path: Path) -> None:
     def broken(rows: list[Any]) -> Any:
         raise ValueError("the collator does not work")
