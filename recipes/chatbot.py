@@ -21,16 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers as hf
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    HfArgumentParser,
-    TrainingArguments,
-    set_seed,
-)
 
 from rsft_hf import CandidateResampler, RejectionSamplingTrainer, TopKPerPrompt, export_dpo, export_sft
 from rsft_hf.rewards import CopyPenalty, DistinctReward, RepetitionPenalty
@@ -41,10 +34,12 @@ class ScriptArguments:
     """Data, model, rewards and candidates."""
 
     dataset_name: str = field(default="HuggingFaceH4/ultrachat_200k", metadata={"help": "Hub name of a data set."})
-    train_file: str | None = field(default=None, metadata={"help": "JSONL file, instead of `dataset_name`."})
-    validation_file: str | None = field(default=None, metadata={"help": "JSONL file of held-out prompts."})
-    train_split: str = field(default="train_sft", metadata={"help": "Split to train on, of the hub's data set."})
-    validation_split: str = field(default="test_sft", metadata={"help": "Held-out split, of the hub's data set."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of it."})
+    train_split: str = field(default="train_sft", metadata={"help": "Split to train on."})
+    validation_split: str = field(default="test_sft", metadata={"help": "Held-out split."})
+    train_file: str | None = field(default=None, metadata={"help": "JSONL or Parquet file of prompts."})
+    validation_file: str | None = field(default=None, metadata={"help": "Such a file of held-out prompts."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompts."})
     model_name_or_path: str = field(
         default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Causal language model with a chat template."}
     )
@@ -61,35 +56,33 @@ class ScriptArguments:
     lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA adapter; 0 trains all weights."})
 
 
-def load_prompts(name: str, split: str, file: str | None, num_rows: int, seed: int) -> Dataset:
+def load_prompts(script: ScriptArguments, split: str, file: str | None, num_rows: int, seed: int) -> Dataset:
     """Returns rows with `prompt`: a conversation that ends with the user's turn."""
-    if file is None:
-        dataset = load_dataset(name, split=split)
-    else:
-        dataset = load_dataset("json", data_files=file, split="train")
+    kind = "parquet" if file is not None and file.endswith(".parquet") else "json"
+    name, config = (kind, None) if file else (script.dataset_name, script.dataset_config)
+    dataset = load_dataset(name, config, data_files=file, split="train" if file else split)
 
     def as_messages(row: dict[str, Any]) -> dict[str, Any]:
-        is_text = isinstance(row["prompt"], str)
-        return {"prompt": [{"role": "user", "content": row["prompt"]}] if is_text else row["prompt"]}
+        prompt = row[script.prompt_column]
+        return {"prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
 
     dataset = dataset.shuffle(seed).select(range(min(num_rows, len(dataset))))
     return dataset.map(as_messages, remove_columns=dataset.column_names)
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    parser = HfArgumentParser((ScriptArguments, TrainingArguments))
+    parser = hf.HfArgumentParser((ScriptArguments, hf.TrainingArguments))
     parser.set_defaults(num_train_epochs=3, learning_rate=1e-4, per_device_train_batch_size=16)
     parser.set_defaults(logging_strategy="epoch", eval_strategy="epoch", save_strategy="epoch", save_total_limit=1)
     script, args = parser.parse_args_into_dataclasses(argv)
     if (script.train_file is None) != (script.validation_file is None):
         raise ValueError("`--train_file` and `--validation_file` go together: give both, or none for `--dataset_name`.")
-    set_seed(args.seed)
+    hf.set_seed(args.seed)
 
     # 1. Data set: prompts
-    tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
-    name = script.dataset_name
-    train_dataset = load_prompts(name, script.train_split, script.train_file, script.max_train_samples, args.seed)
-    eval_dataset = load_prompts(name, script.validation_split, script.validation_file, script.max_eval_samples, 0)
+    tokenizer = hf.AutoTokenizer.from_pretrained(script.model_name_or_path)
+    train_dataset = load_prompts(script, script.train_split, script.train_file, script.max_train_samples, args.seed)
+    eval_dataset = load_prompts(script, script.validation_split, script.validation_file, script.max_eval_samples, 0)
 
     def is_short(row: dict[str, Any]) -> bool:
         text = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
@@ -98,14 +91,14 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     train_dataset, eval_dataset = train_dataset.filter(is_short), eval_dataset.filter(is_short)
 
     # 2. Model
-    model = AutoModelForCausalLM.from_pretrained(script.model_name_or_path, dtype=torch.float32)
+    model = hf.AutoModelForCausalLM.from_pretrained(script.model_name_or_path, dtype=torch.float32)
     if script.lora_r > 0:
         model = get_peft_model(
             model, LoraConfig(r=script.lora_r, lora_alpha=2 * script.lora_r, target_modules="all-linear")
         )
 
     # 3. Train: an epoch is a round, which trains on the best answer to each prompt
-    sampling = GenerationConfig(
+    sampling = hf.GenerationConfig(
         do_sample=True, temperature=script.temperature, top_k=0, max_new_tokens=script.max_new_tokens
     )
     resampler = CandidateResampler(

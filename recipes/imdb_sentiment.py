@@ -7,9 +7,10 @@
         --train_file recipes/data/reviews/train.csv --validation_file recipes/data/reviews/test.csv \\
         --num_train_epochs 10 --warmup_epochs 3 --learning_rate 5e-4 --per_device_train_batch_size 32
 
-The third line needs no download and no GPU: about a minute on one CPU core. Files are CSV or JSONL with the columns
-`text` and `label`. The output folder holds the model and its tokenizer, where `pipeline("text-classification", folder)`
-finds them, and suspects.csv: the rows whose label is most probably wrong, with the label that the model prefers.
+The third line needs no download and no GPU: about a minute on one CPU core. Files are CSV, JSONL or Parquet with the
+columns `text` and `label`. The output folder holds the model and its tokenizer, where
+`pipeline("text-classification", folder)` finds them, and suspects.csv: the rows whose label is probably wrong, with
+the label that the model prefers.
 """
 
 import dataclasses
@@ -18,17 +19,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import transformers as hf
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 from sklearn.metrics import accuracy_score, f1_score
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    EvalPrediction,
-    HfArgumentParser,
-    TrainingArguments,
-    set_seed,
-)
 
 from rsft_hf import LossResampler, RejectionSamplingTrainer, Tempered
 
@@ -38,8 +31,11 @@ class ScriptArguments:
     """Data, model and weighting."""
 
     dataset_name: str = field(default="stanfordnlp/imdb", metadata={"help": "Hub name of a data set."})
-    train_file: str | None = field(default=None, metadata={"help": "CSV or JSONL file, instead of `dataset_name`."})
-    validation_file: str | None = field(default=None, metadata={"help": "CSV or JSONL file of held-out rows."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of it."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    validation_split: str = field(default="test", metadata={"help": "Held-out split."})
+    train_file: str | None = field(default=None, metadata={"help": "CSV, JSONL or Parquet file of rows."})
+    validation_file: str | None = field(default=None, metadata={"help": "Such a file of held-out rows."})
     text_column: str = field(default="text", metadata={"help": "Column of the texts."})
     label_column: str = field(default="label", metadata={"help": "Column of the classes, names or integers."})
     model_name_or_path: str = field(
@@ -59,11 +55,11 @@ class ScriptArguments:
 def load_splits(script: ScriptArguments) -> DatasetDict:
     """Returns the splits "train" and "test" with the columns `text` and `labels` (class ids)."""
     if script.train_file is None:
-        splits = load_dataset(script.dataset_name)
+        names = {"train": script.train_split, "test": script.validation_split}
+        splits = DatasetDict(load_dataset(script.dataset_name, script.dataset_config, split=names))
     else:
-        files = {"train": script.train_file, "test": script.validation_file}
-        splits = load_dataset("csv" if script.train_file.endswith(".csv") else "json", data_files=files)
-    splits = DatasetDict({name: splits[name] for name in ("train", "test")})
+        kind = {".csv": "csv", ".parquet": "parquet"}.get(Path(script.train_file).suffix, "json")
+        splits = load_dataset(kind, data_files={"train": script.train_file, "test": script.validation_file})
     splits = splits.select_columns([script.text_column, script.label_column])
     splits = splits.rename_columns({script.text_column: "text", script.label_column: "labels"})
     if not isinstance(splits["train"].features["labels"], ClassLabel):
@@ -73,7 +69,7 @@ def load_splits(script: ScriptArguments) -> DatasetDict:
     return splits
 
 
-def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+def compute_metrics(prediction: hf.EvalPrediction) -> dict[str, float]:
     """Returns accuracy and macro F1."""
     classes = prediction.predictions.argmax(-1)
     return {
@@ -83,7 +79,7 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    parser = HfArgumentParser((ScriptArguments, TrainingArguments))
+    parser = hf.HfArgumentParser((ScriptArguments, hf.TrainingArguments))
     parser.set_defaults(num_train_epochs=3, learning_rate=2e-5, per_device_train_batch_size=16)
     parser.set_defaults(logging_strategy="epoch", save_strategy="epoch", save_total_limit=1)
     script, args = parser.parse_args_into_dataclasses(argv)
@@ -94,7 +90,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     splits = load_splits(script)
     if script.max_train_samples is not None and script.max_train_samples < len(splits["train"]):
         splits["train"] = splits["train"].shuffle(args.seed).select(range(script.max_train_samples))
-    tokenizer = AutoTokenizer.from_pretrained(script.config_name or script.model_name_or_path)
+    tokenizer = hf.AutoTokenizer.from_pretrained(script.config_name or script.model_name_or_path)
     with args.main_process_first(desc="tokenizing"):
         encoded = splits.map(
             lambda batch: tokenizer(batch["text"], truncation=True, max_length=script.max_length),
@@ -104,16 +100,16 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
 
     # 2. Model
     names = splits["train"].features["labels"].names
-    config = AutoConfig.from_pretrained(
+    config = hf.AutoConfig.from_pretrained(
         script.config_name or script.model_name_or_path,
         num_labels=len(names),
         id2label=dict(enumerate(names)),
         label2id={name: number for number, name in enumerate(names)},
     )
 
-    def build_trainer(args: TrainingArguments, rows: Dataset, resampler: LossResampler) -> RejectionSamplingTrainer:
-        set_seed(args.seed)
-        load, path = AutoModelForSequenceClassification, script.model_name_or_path
+    def build_trainer(args: hf.TrainingArguments, rows: Dataset, resampler: LossResampler) -> RejectionSamplingTrainer:
+        hf.set_seed(args.seed)
+        load, path = hf.AutoModelForSequenceClassification, script.model_name_or_path
         model = load.from_config(config) if script.config_name else load.from_pretrained(path, config=config)
         data = {"train_dataset": rows, "eval_dataset": encoded["test"], "processing_class": tokenizer}
         return RejectionSamplingTrainer(model, args, compute_metrics=compute_metrics, resampler=resampler, **data)

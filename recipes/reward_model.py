@@ -8,7 +8,7 @@
         --validation_file recipes/data/dialogues/test.jsonl --num_train_epochs 30 --learning_rate 2e-3
 
 The third line needs no download and no GPU: half a minute on one CPU core. Rows have `chosen` and `rejected`:
-conversations, or answers to the conversation in `prompt`. The output folder holds the model and its tokenizer. It is
+conversations or texts, or answers to what is in `prompt`. The output folder holds the model and its tokenizer. It is
 what `reward_funcs=[folder]` of CandidateResampler takes (see chatbot.py) and `pipeline("text-classification", folder,
 function_to_apply="none")` loads; suspects.csv has the pairs whose loss stays high, which often are the wrong way round.
 """
@@ -20,16 +20,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from datasets import Dataset, load_dataset
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
 
 from rsft_hf import LossResampler, RejectionSamplingMixin, Tempered
 
@@ -39,8 +31,13 @@ class ScriptArguments:
     """Data, model and weighting."""
 
     dataset_name: str = field(default="trl-lib/ultrafeedback_binarized", metadata={"help": "Hub name of a data set."})
-    train_file: str | None = field(default=None, metadata={"help": "JSONL file, instead of `dataset_name`."})
-    validation_file: str | None = field(default=None, metadata={"help": "JSONL file of held-out pairs."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of it."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    validation_split: str = field(default="test", metadata={"help": "Held-out split."})
+    train_file: str | None = field(default=None, metadata={"help": "JSONL or Parquet file of pairs."})
+    validation_file: str | None = field(default=None, metadata={"help": "Such a file of held-out pairs."})
+    chosen_column: str = field(default="chosen", metadata={"help": "Column of the better answers."})
+    rejected_column: str = field(default="rejected", metadata={"help": "Column of the worse answers."})
     model_name_or_path: str = field(default="microsoft/deberta-v3-small", metadata={"help": "Pretrained encoder."})
     config_name: str | None = field(
         default=None, metadata={"help": "Folder of a configuration and tokenizer, to train from random weights."}
@@ -51,7 +48,7 @@ class ScriptArguments:
     num_suspects: int = field(default=100, metadata={"help": "Pairs in suspects.csv."})
 
 
-class PairwiseTrainer(RejectionSamplingMixin, Trainer):
+class PairwiseTrainer(RejectionSamplingMixin, hf.Trainer):
     """Trainer of the Bradley-Terry loss, -log sigmoid(reward of chosen - reward of rejected), one per pair."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
@@ -64,13 +61,17 @@ class PairwiseTrainer(RejectionSamplingMixin, Trainer):
 
 def load_pairs(script: ScriptArguments, split: str, file: str | None, tokenizer: Any) -> Dataset:
     """Returns pairs with their texts, and as `chosen_ids` and `rejected_ids`."""
-    dataset = load_dataset(script.dataset_name, split=split) if file is None else load_dataset("json", data_files=file)
-    dataset = dataset if file is None else dataset["train"]
+    kind = "parquet" if file is not None and file.endswith(".parquet") else "json"
+    name, config = (kind, None) if file else (script.dataset_name, script.dataset_config)
+    dataset = load_dataset(name, config, data_files=file, split="train" if file else split)
+
+    def turns(part: Any, role: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": part}] if isinstance(part, str) else part or []
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         texts = {}
-        for name in ("chosen", "rejected"):
-            messages = (row.get("prompt") or []) + row[name]
+        for name, column in (("chosen", script.chosen_column), ("rejected", script.rejected_column)):
+            messages = turns(row.get("prompt"), "user") + turns(row[column], "assistant")
             texts[f"{name}_text"] = tokenizer.apply_chat_template(messages, tokenize=False)
             texts[f"{name}_ids"] = tokenizer(texts[f"{name}_text"], add_special_tokens=False)["input_ids"]
         return texts
@@ -79,7 +80,7 @@ def load_pairs(script: ScriptArguments, split: str, file: str | None, tokenizer:
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    parser = HfArgumentParser((ScriptArguments, TrainingArguments))
+    parser = hf.HfArgumentParser((ScriptArguments, hf.TrainingArguments))
     parser.set_defaults(num_train_epochs=2, learning_rate=2e-5, per_device_train_batch_size=16)
     parser.set_defaults(
         logging_strategy="epoch", save_strategy="epoch", save_total_limit=1, remove_unused_columns=False
@@ -88,10 +89,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     if (script.train_file is None) != (script.validation_file is None):
         raise ValueError("`--train_file` and `--validation_file` go together: give both, or none for `--dataset_name`.")
     args.remove_unused_columns = False  # the collator reads columns that the model does not
-    set_seed(args.seed)
+    hf.set_seed(args.seed)
 
     # 1. Data set: an encoder's tokenizer gets a chat template of its own separators
-    tokenizer = AutoTokenizer.from_pretrained(script.config_name or script.model_name_or_path)
+    tokenizer = hf.AutoTokenizer.from_pretrained(script.config_name or script.model_name_or_path)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = (
             tokenizer.cls_token
@@ -99,20 +100,20 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             + tokenizer.sep_token
             + "{% endfor %}"
         )
-    pairs = load_pairs(script, "train", script.train_file, tokenizer)
+    pairs = load_pairs(script, script.train_split, script.train_file, tokenizer)
     pairs = pairs.filter(lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= script.max_length)
-    held_out = load_pairs(script, "test", script.validation_file, tokenizer)
+    held_out = load_pairs(script, script.validation_split, script.validation_file, tokenizer)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         ids = [row[f"{name}_ids"][: script.max_length] for name in ("chosen", "rejected") for row in rows]
         return {**tokenizer.pad({"input_ids": ids}, return_tensors="pt"), "labels": torch.ones(len(rows))}
 
     # 2. Model: one logit, the reward
-    config = AutoConfig.from_pretrained(script.config_name or script.model_name_or_path, num_labels=1)
+    config = hf.AutoConfig.from_pretrained(script.config_name or script.model_name_or_path, num_labels=1)
     if script.config_name is None:
-        model = AutoModelForSequenceClassification.from_pretrained(script.model_name_or_path, config=config)
+        model = hf.AutoModelForSequenceClassification.from_pretrained(script.model_name_or_path, config=config)
     else:
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = hf.AutoModelForSequenceClassification.from_config(config)
 
     # 3. Train: the weights of an epoch's pairs are their losses to the power of alpha
     trainer = PairwiseTrainer(

@@ -37,6 +37,7 @@ class ScriptArguments:
 
     dataset_name: str = field(default="bentrevett/multi30k", metadata={"help": "Hub name of a data set."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of it."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
     validation_split: str = field(default="validation", metadata={"help": "Held-out split."})
     train_file: str | None = field(default=None, metadata={"help": "CSV, JSONL or Parquet file of rows."})
     validation_file: str | None = field(default=None, metadata={"help": "Such a file of held-out rows."})
@@ -82,15 +83,13 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, tuple[float, floa
     # 1. Data set
     def load(split: str, file: str | None, num_rows: int, seed: int) -> Dataset:
         kind = {".csv": "csv", ".parquet": "parquet"}.get(Path(file or "").suffix, "json")
-        source = (
-            {"path": kind, "data_files": file} if file else {"path": script.dataset_name, "name": script.dataset_config}
-        )
+        name, config = (kind, None) if file else (script.dataset_name, script.dataset_config)
         columns = {script.source_column: "prompt", script.target_column: "reference"}
-        rows = load_dataset(**source, split="train" if file else split).select_columns(list(columns))
-        rows = rows.rename_columns(columns).shuffle(seed)
+        rows = load_dataset(name, config, data_files=file, split="train" if file else split)
+        rows = rows.select_columns(list(columns)).rename_columns(columns).shuffle(seed)
         return rows.select(range(min(num_rows, len(rows))))
 
-    train = load("train", script.train_file, script.max_train_samples, args.seed)
+    train = load(script.train_split, script.train_file, script.max_train_samples, args.seed)
     bleu, most = BLEU(tokenize=script.bleu_tokenize), script.max_new_tokens
     test = load(script.validation_split, script.validation_file, script.max_eval_samples, seed=0)
 
@@ -131,7 +130,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, tuple[float, floa
     before = evaluate()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
-    # 4. Evaluate and save
+    # 3. Evaluate and save
     after = evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():

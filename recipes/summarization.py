@@ -66,10 +66,8 @@ class ScriptArguments:
 def load_split(script: ScriptArguments, split: str, file: str | None, num_rows: int, seed: int) -> Dataset:
     """Returns rows with `prompt` (the text) and `reference` (its summary)."""
     kind = {".csv": "csv", ".parquet": "parquet"}.get(Path(file or "").suffix, "json")
-    source = (
-        {"path": kind, "data_files": file} if file else {"path": script.dataset_name, "name": script.dataset_config}
-    )
-    rows = load_dataset(**source, split="train" if file else split).shuffle(seed)
+    name, config = (kind, None) if file else (script.dataset_name, script.dataset_config)
+    rows = load_dataset(name, config, data_files=file, split="train" if file else split).shuffle(seed)
     rows = rows.select(range(min(num_rows, len(rows)))).select_columns([script.text_column, script.summary_column])
     rows = rows.rename_columns({script.text_column: "prompt", script.summary_column: "reference"})
     return rows.map(lambda row: {"prompt": script.prefix + row["prompt"]})

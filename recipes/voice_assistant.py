@@ -30,6 +30,7 @@ class ScriptArguments:
     """Data, model and candidates."""
 
     dataset_name: str = field(default="bkonkle/snips-joint-intent", metadata={"help": "Hub name of a data set."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of it."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     validation_split: str = field(default="test", metadata={"help": "Held-out split."})
     train_file: str | None = field(default=None, metadata={"help": "JSONL or Parquet file of rows."})
@@ -38,9 +39,7 @@ class ScriptArguments:
     tag_column: str = field(default="slots", metadata={"help": "Column of their BIO tags, by name."})
     intent_column: str = field(default="intent", metadata={"help": "Column of the intents, by name."})
     model_name_or_path: str = field(default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Chat model."})
-    config_name: str | None = field(
-        default=None, metadata={"help": "Folder of a configuration and tokenizer, to train from random weights."}
-    )
+    config_name: str | None = field(default=None, metadata={"help": "Configuration and tokenizer, for random weights."})
     num_supervised: int = field(default=500, metadata={"help": "Labelled commands of the first stage."})
     supervised_epochs: int = field(default=3, metadata={"help": "Epochs of the first stage."})
     max_train_samples: int = field(default=2000, metadata={"help": "Commands of a round."})
@@ -52,8 +51,8 @@ class ScriptArguments:
 def load_commands(script: ScriptArguments, split: str, file: str | None, num_rows: int, seed: int) -> Dataset:
     """Returns rows with `prompt` (a conversation) and `parse` (JSON)."""
     kind = "parquet" if file is not None and file.endswith(".parquet") else "json"
-    source = {"path": kind, "data_files": file} if file else {"path": script.dataset_name}
-    rows = load_dataset(**source, split="train" if file else split).shuffle(seed)
+    name, config = (kind, None) if file else (script.dataset_name, script.dataset_config)
+    rows = load_dataset(name, config, data_files=file, split="train" if file else split).shuffle(seed)
 
     def as_prompt(row: dict[str, Any]) -> dict[str, Any]:
         both = row[script.token_column], row[script.tag_column]

@@ -2,12 +2,14 @@
 
 import ast
 import csv
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -358,6 +360,46 @@ def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def test_all_recipes_take_a_data_set_by_the_same_options() -> None:
+    for name in NAMES:
+        options = {field.name for field in dataclasses.fields(load(name).ScriptArguments)}
+        assert {"dataset_name", "dataset_config", "train_split", "validation_split"} <= options, name
+        assert any(option.endswith("_column") for option in options), name
+
+
+def data_set(folder: Path, **splits: list[dict[str, Any]]) -> Path:
+    """A folder with a Parquet file per split, which `load_dataset` reads by its path as others by their hub name."""
+    folder.mkdir()
+    for split, rows in splits.items():
+        datasets.Dataset.from_list(rows).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["imdb_sentiment", "topic_classification"])
+def test_a_data_set_by_name_with_its_own_columns_and_splits(tmp_path: Path, name: str) -> None:
+    rows = [{"sentence": f"The plot is {word}.", "gold": word} for word in ["good", "bad"] * 12]
+    path = data_set(tmp_path / "data", train=rows, validation=rows[:6])
+    result = run(name, tmp_path / "out", config_name=DATA / "reviews" / "model", num_train_epochs=2,
+                 dataset_name=path, validation_split="validation", text_column="sentence",
+                 label_column="gold")  # fmt: skip
+    assert 0 <= result["after"]["after_accuracy"] <= 1
+    assert hf.AutoConfig.from_pretrained(tmp_path / "out").id2label == {0: "bad", 1: "good"}
+
+
+@pytest.mark.parametrize("has_prompt", [False, True])
+def test_reward_model_reads_texts_of_other_columns(tmp_path: Path, has_prompt: bool) -> None:
+    prompt = {"prompt": "is chess hard ?"} if has_prompt else {}
+    rows = [{**prompt, "better": "endgames win matches .", "worse": "i like soup ."}] * 8
+    path = data_set(tmp_path / "data", train=rows[:4], validation=rows)
+    run("reward_model", tmp_path / "out", config_name=DATA / "dialogues" / "reward_model", num_train_epochs=2,
+        dataset_name=path, train_split="validation", validation_split="train", chosen_column="better",
+        rejected_column="worse")  # fmt: skip
+    with (tmp_path / "out" / "suspects.csv").open(encoding="utf-8") as file:
+        text = next(csv.DictReader(file))["chosen_text"]
+    assert text.split("[SEP]")[-2].removeprefix("[CLS]").strip() == "endgames win matches ."
+    assert ("is chess hard ?" in text) == has_prompt
 
 
 def test_one_file_alone_is_refused(tmp_path: Path) -> None:
