@@ -11,6 +11,7 @@ import torch
 from rsft_hf.checks import check_integer
 
 MAX_DRAWS = 2**31
+MANY_REPEATS = 10  # reads of a row in one epoch that are warned of, where few rows fill it
 
 # Above this envelope M, permuting the data set pass after pass costs more than sampling the same law from its counts.
 _MAX_PERMUTED_ENVELOPE = 4.0

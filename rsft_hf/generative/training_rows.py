@@ -16,11 +16,9 @@ from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import IGNORED, Encoder, Row
 from rsft_hf.generative.prompts import PromptSet
-from rsft_hf.rejection import sample_parts
+from rsft_hf.rejection import MANY_REPEATS, sample_parts
 
 logger = logging.get_logger(__name__)
-
-_MANY_REPEATS = 10
 
 
 class PackedRows(Sequence[Row]):
@@ -125,7 +123,7 @@ def draw_rows(
     parts = [(supervised, num_supervised), (accepted, num_draws - num_supervised)]
     indices = sample_parts([(rows, torch.ones(len(rows)), count) for rows, count in parts], generator)
     num_distinct = len(indices.unique())
-    if num_draws > _MANY_REPEATS * num_distinct:
+    if num_draws > MANY_REPEATS * num_distinct:
         logger.warning(
             f"The {num_distinct} rows of this round are each read {num_draws / num_distinct:.0f} times to fill "
             f"{num_draws} draws. Accept more of the candidates, or lower `num_draws`."

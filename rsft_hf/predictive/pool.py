@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from rsft_hf.weighted.labels import IGNORED
+from rsft_hf.weighted.labels import IGNORED, column_values
 
 FOLDER = "pseudo_labels"
 
@@ -128,6 +128,11 @@ class SemiLabelledRows(torch.utils.data.Dataset[Any]):
         return dict(
             self._labelled[self._doubtful[number - len(self._unlabelled)]] if is_doubtful else self._unlabelled[number]
         )
+
+    def given_values(self, column: str) -> list[Any]:
+        """Returns a column of the rows whose labels are drawn, as their data sets hold it; None where it is missing."""
+        values = column_values(self._unlabelled, column) if len(self._unlabelled) else []
+        return [*values, *(self._labelled[row].get(column) for row in self._doubtful)]
 
 
 class InputRows(torch.utils.data.Dataset[Any]):

@@ -23,7 +23,7 @@ from rsft_hf.predictive.pool import InputRows, PseudoLabels, SemiLabelledRows, a
 from rsft_hf.predictive.predictions import LabelPredictions, Predictor
 from rsft_hf.predictive.targets import Proposals, Sharpened, Target
 from rsft_hf.predictive.validation import label_column, label_kind, labelled_units, validate_rows
-from rsft_hf.rejection import rejection_sample, sample_parts
+from rsft_hf.rejection import MANY_REPEATS, rejection_sample, sample_parts
 from rsft_hf.resampler import Resampler
 from rsft_hf.training_set import dataset_fingerprint, example_lengths
 from rsft_hf.weighted.labels import IGNORED, label_names
@@ -113,6 +113,7 @@ class PredictionResampler(Resampler):
         if not self._rows.num_labelled:
             raise ValueError("`doubtful_rows` holds all rows of `train_dataset`: none is left to learn from.")
         self._prior: torch.Tensor | None = None
+        self._true_labels: list[Any] | None = None
         self._metrics: dict[str, float] = {}
         self._step, self.teacher = 0, None
         if self.ema_decay is not None:
@@ -142,6 +143,11 @@ class PredictionResampler(Resampler):
         num_pseudo = min(round(self.pseudo_fraction * num_draws), num_draws - 1) if len(accepted) else 0
         labelled = torch.arange(rows.num_labelled), torch.ones(rows.num_labelled), num_draws - num_pseudo
         if num_pseudo:
+            if num_pseudo > MANY_REPEATS * len(accepted):
+                logger.warning(
+                    f"The {len(accepted)} rows with accepted labels are each read {num_pseudo / len(accepted):.0f} "
+                    f"times to fill {num_pseudo} draws. Accept more of them, or lower `pseudo_fraction`."
+                )
             drawn = rows.num_labelled + accepted, torch.ones(len(accepted)), num_pseudo
             indices = sample_parts([labelled, drawn], generator)
         else:  # a plain Trainer permutes epoch e with this seed, too: it reads the same rows
@@ -313,11 +319,13 @@ class PredictionResampler(Resampler):
         """True labels of the units, shape (U,), -100 where unknown; None without a column of them."""
         if self.reference_column is None:
             return None
-        rows, found = self._bound(), list[int]()
+        if self._true_labels is None:
+            self._true_labels = self._bound().given_values(self.reference_column)
+        found = list[int]()
         for row, count in zip(
             *(each.tolist() for each in unit_rows.unique_consecutive(return_counts=True)), strict=True
         ):
-            value = as_list(rows.given_row(row).get(self.reference_column))
+            value = as_list(self._true_labels[row])
             units = [value] if self.kind == "class" else [one for one in value or () if one != IGNORED]
             is_known = len(units) == count and units[0] is not None
             found += [int(unit) for unit in units] if is_known else [IGNORED] * count

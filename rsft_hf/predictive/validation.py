@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from rsft_hf.engines.model_access import unwrapped
 from rsft_hf.predictive.pool import as_list
-from rsft_hf.weighted.labels import IGNORED, label_names, stored_column
+from rsft_hf.weighted.labels import IGNORED, column_values, label_names, stored_column
 
 
 def label_column(trainer: Trainer, row: Mapping[str, Any]) -> str:
@@ -99,9 +99,9 @@ def labelled_units(dataset: Any, rows: Sequence[int], column: str, num_classes: 
     Raises:
         ValueError: If a label is no class of the model.
     """
-    counts = torch.zeros(num_classes, dtype=torch.float64)
+    counts, values = torch.zeros(num_classes, dtype=torch.float64), column_values(dataset, column)
     for row in rows:
-        value = as_list(dataset[row][column])
+        value = as_list(values[row])
         units = [int(one) for one in (value if isinstance(value, list) else [value]) if one != IGNORED]
         if wrong := [one for one in units if not 0 <= one < num_classes]:
             raise ValueError(

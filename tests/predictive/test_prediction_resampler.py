@@ -237,7 +237,7 @@ def test_few_draws_keep_a_labelled_row(tmp_path: Path, num_draws: int, drawn: in
     assert logged(trainer, "drawn") == [drawn] * 3
 
 
-def test_doubtful_rows_lose_their_labels(tmp_path: Path) -> None:
+def test_doubtful_rows_lose_their_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     epochs = Epochs()
     made = PredictionResampler(doubtful_rows=[3, 5, 3])
     trained(tmp_path, made, callbacks=[epochs], args={"num_train_epochs": 3})
@@ -249,6 +249,8 @@ def test_doubtful_rows_lose_their_labels(tmp_path: Path) -> None:
     }
     drawn = [row for row in epochs.epochs[1] if row["number"] >= 24]
     assert {tuple(row["input_ids"]) for row in drawn} <= {tuple(rows[number]["input_ids"]) for number in (3, 5)}
+    expected = "The 2 rows with accepted labels are each read 12 times to fill 24 draws. Accept more of them"
+    assert expected in caplog.text
 
 
 def token_rows(num_rows: int, with_labels: bool = True) -> list[dict[str, Any]]:
