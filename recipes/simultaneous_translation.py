@@ -47,6 +47,7 @@ class ScriptArguments:
     max_train_samples: int = field(default=2000, metadata={"help": "Number of prompts of a round."})
     max_eval_samples: int = field(default=500, metadata={"help": "Number of held-out rows."})
     bleu_tokenize: str = field(default="13a", metadata={"help": "Tokenizer of sacrebleu."})
+    num_draws: int | None = field(default=None, metadata={"help": "Rows of a round; by default its prompts' number."})
     train_k: int = field(default=3, metadata={"help": "k of the policy that the candidates are written under."})
     lagging_price: float = field(default=0.01, metadata={"help": "Reward lost per token of average lagging."})
     num_candidates: int = field(default=4, metadata={"help": "Candidates per prompt and round."})
@@ -81,50 +82,50 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, tuple[float, floa
             values.requires_grad_(False)  # Marian's are fixed, but loaded as trainable, and saved in no checkpoint
 
     # 1. Data set
-    def load(split: str, file: str | None, num_rows: int, seed: int) -> Dataset:
+    def load(split: str, file: str | None, seed: int) -> Dataset:
         kind = {".csv": "csv", ".parquet": "parquet"}.get(Path(file or "").suffix, "json")
         name, config = (kind, None) if file else (script.dataset_name, script.dataset_config)
         columns = {script.source_column: "prompt", script.target_column: "reference"}
         rows = load_dataset(name, config, data_files=file, split="train" if file else split)
-        rows = rows.select_columns(list(columns)).rename_columns(columns).shuffle(seed)
-        return rows.select(range(min(num_rows, len(rows))))
+        return rows.select_columns(list(columns)).rename_columns(columns).shuffle(seed)
 
-    train = load(script.train_split, script.train_file, script.max_train_samples, args.seed)
-    bleu, most = BLEU(tokenize=script.bleu_tokenize), script.max_new_tokens
-    test = load(script.validation_split, script.validation_file, script.max_eval_samples, seed=0)
+    references = load(script.train_split, script.train_file, args.seed)
+    train = references.take(min(script.max_train_samples, len(references)))
+    test = load(script.validation_split, script.validation_file, seed=0)
+    test = test.take(min(script.max_eval_samples, len(test)))
 
     # 2. Train
     def lagging(prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
         num_read = [len(tokenizer(source)["input_ids"]) for source in prompts]
         return [average_lagging(script.train_k, *pair) for pair in zip(num_read, map(len, completion_ids), strict=True)]
 
+    sampling = {"temperature": script.temperature, "top_k": 0, "max_new_tokens": script.max_new_tokens}
     resampler = CandidateResampler(
         [ChrfReward(), lagging],
         Sequence(TopKPerPrompt(1), Threshold(quantile=script.quantile)),
         reward_weights=[1.0, -script.lagging_price],
         num_candidates=script.num_candidates,
-        generation_config=hf.GenerationConfig(
-            do_sample=True, temperature=script.temperature, top_k=0, max_new_tokens=most
-        ),
+        generation_config=hf.GenerationConfig(do_sample=True, **sampling),
         engine=WaitKEngine(script.train_k),
-        supervised_dataset=train.rename_column("reference", "completion") if script.supervised_fraction else None,
+        supervised_dataset=references.rename_column("reference", "completion") if script.supervised_fraction else None,
         supervised_fraction=script.supervised_fraction,
-        on_nothing_accepted="skip",
+        num_draws=script.num_draws,
     )
     pad = hf.DataCollatorForSeq2Seq(tokenizer)
     keywords = {"train_dataset": train, "processing_class": tokenizer, "resampler": resampler}
     trainer = RejectionSamplingSeq2SeqTrainer(model, args, lambda rows: cut_sources(pad(rows)), **keywords)
 
     def evaluate() -> dict[str, tuple[float, float]]:
-        sources, points = [tokenizer(text)["input_ids"] for text in test["prompt"]], {}
-        ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        config = hf.GenerationConfig(do_sample=False, max_new_tokens=most, **ends)
+        bleu = BLEU(tokenize=script.bleu_tokenize)
+        sources, true = [tokenizer(text)["input_ids"] for text in test["prompt"]], [test["reference"][:]]
+        points, ends = {}, {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        config = hf.GenerationConfig(do_sample=False, max_new_tokens=script.max_new_tokens, **ends)
         request = GenerationRequest(sources, [[0]] * len(sources), config)
         for name, k in POLICIES.items():
             found = sorted(WaitKEngine(k)(trainer.model.eval(), request), key=lambda one: one.prompt)
             texts = tokenizer.batch_decode([one.token_ids for one in found], skip_special_tokens=True)
             behind = [average_lagging(k, len(sources[one.prompt]), len(one.token_ids)) for one in found]
-            points[name] = sum(behind) / len(behind), bleu.corpus_score(texts, [test["reference"][:]]).score
+            points[name] = sum(behind) / len(behind), bleu.corpus_score(texts, true).score
         return points
 
     before = evaluate()

@@ -105,7 +105,6 @@ def training_arguments(folder: str, case: Case, epochs: float | None, max_steps:
         per_device_train_batch_size=BATCH_SIZE,
         per_device_eval_batch_size=256,
         warmup_steps=0.1,
-        bf16=not torch.cuda.is_available(),  # on a GPU a model this small is bound by its launches
         use_cpu=not torch.cuda.is_available(),
         seed=case.seed,
         save_strategy="no",
