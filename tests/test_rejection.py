@@ -22,6 +22,7 @@ from rsft_hf.rejection import (
     _sample_by_permutations,
     _sample_from_counts,
     effective_sample_size_from_logs,
+    sample_parts,
 )
 
 NUM_ROWS, NUM_DRAWS = 1_000, 2_000_000
@@ -112,6 +113,13 @@ def test_a_single_pass_compares_numbers_of_double_precision():
     assert accept_once(weights, seeded(3)).tolist() == (uniforms < weights / 4).tolist()
     for seed in range(200):
         assert not accept_once(weights, seeded(seed))[2]
+
+
+def test_a_single_pass_accepts_below_the_probability_and_not_at_it():
+    uniforms = torch.rand(51, dtype=torch.float64, generator=seeded(3))
+    weights = torch.cat([uniforms[:50], torch.ones(1, dtype=torch.float64)])  # max w = 1: the probabilities themselves
+    assert accept_once(weights, seeded(3)).tolist() == [False] * 50 + [True]
+    assert accept_once(torch.cat([weights[:50] * (1 + 1e-12), weights[50:]]), seeded(3)).all()
 
 
 def test_passes_of_accept_once_accept_each_row_a_binomial_number_of_times():
@@ -223,6 +231,11 @@ def test_the_same_seed_draws_the_same_and_the_global_generator_stands_still():
         assert torch.equal(first, second)
         assert not torch.equal(first, other)
         assert torch.equal(accept_once(weights, seeded(13)), accept_once(weights, seeded(13)))
+    parts = [(torch.arange(6), SIX, 40), (torch.arange(6, 9), torch.ones(3), 10)]
+    first, second, other = (sample_parts(parts, seeded(s)) for s in (13, 13, 14))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+    assert int((first < 6).sum()) == 40
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -268,6 +281,9 @@ def test_the_sample_size_of_log_weights_is_that_of_the_weights():
         assert effective_sample_size_from_logs(weights.log() + shift) == pytest.approx(effective_sample_size(weights))
     assert effective_sample_size_from_logs(torch.tensor([[0.0, -math.inf], [0.0, 0.0]])) == pytest.approx(3)
     assert effective_sample_size_from_logs(torch.full((3,), -math.inf)) == 0.0
+    logs = -torch.rand(1_000, generator=seeded())
+    exact = effective_sample_size(logs.double().exp())
+    assert effective_sample_size_from_logs(logs) == pytest.approx(exact, rel=1e-12)  # sums of double precision
     with pytest.raises(ValueError, match="holds NaN"):
         effective_sample_size_from_logs(torch.tensor([0.0, math.nan]))
     with pytest.raises(ValueError, match=r"holds NaN or \+inf"):

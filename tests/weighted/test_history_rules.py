@@ -7,6 +7,7 @@ import torch
 import runs
 from rsft_hf import Chain, LossResampler, Proportional, RejectionSamplingTrainer, Tempered
 from rsft_hf.weighted import ErrorSet, ExampleStatistics, LeaveOutSuspects
+from rsft_hf.weighted.history_rules import mean_excess_losses
 from rsft_hf.weighted.targets import collapse
 
 
@@ -39,6 +40,24 @@ def test_a_row_left_out_keeps_its_history_and_a_row_never_read_is_no_suspect():
         LeaveOutSuspects(1.0)
     with pytest.raises(ValueError, match=r"`upweight`=0\.5 must lie in \[1, inf\)"):
         ErrorSet(0.5)
+
+
+def test_the_excess_of_a_row_is_over_the_medians_of_the_epochs_that_read_it():
+    """Read in the easy epoch alone, the last row has the smallest loss and yet the largest excess."""
+    history = torch.tensor([[10.0, 11.0, 12.0, float("nan")], [1.0, 1.0, 1.0, 5.0]])
+    assert mean_excess_losses(history).tolist() == [-0.5, 0.0, 0.5, 4.0]
+    scores = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    weights = LeaveOutSuspects(0.25)(scores, ExampleStatistics(loss_history=history))  # one of four
+    assert weights.tolist() == [1, 2, 3, 0]
+    with pytest.raises(ValueError, match="LeaveOutSuspects"):
+        LeaveOutSuspects(0.25)(-scores, ExampleStatistics(loss_history=history))
+
+
+def test_a_row_is_wrong_if_its_margin_is_negative_and_not_at_0():
+    margins = torch.tensor([[-0.1, 0.0, 0.1]])
+    assert ErrorSet(3.0)(torch.zeros(3), ExampleStatistics(margin_history=margins)).tolist() == [3, 1, 1]
+    with pytest.raises(ValueError, match="ErrorSet needs the statistic `margin_history`"):
+        ErrorSet()(torch.zeros(3))
 
 
 def test_the_error_set_is_that_of_the_first_measured_epoch(tmp_path):

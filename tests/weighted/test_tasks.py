@@ -53,6 +53,15 @@ def test_counts_sum_to_the_draws(num_draws: int) -> None:
     assert all(abs(count - num_draws * len(rows) / 8) < 1 for count, rows in zip(counts, tasks.rows, strict=True))
 
 
+def test_the_largest_remainder_is_rounded_up_and_draws_repeat_with_the_seed() -> None:
+    tasks = Tasks(["a"] * 3 + ["b"] * 5 + ["c"] * 2)
+    assert tasks.counts(7) == [2, 4, 1]  # of 2.1, 3.5 and 1.4
+    weights = torch.ones(10, dtype=torch.float64)
+    draws = [tasks.draw(weights, 50, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
 @pytest.mark.parametrize("is_dataset", [True, False])
 def test_every_epoch_of_a_run_holds_the_shares(tmp_path: Path, is_dataset: bool) -> None:
     rows: Any = datasets.Dataset.from_list(ROWS) if is_dataset else ROWS
