@@ -90,7 +90,7 @@ def run(name: str, arm: str, seed: int, encoder: str) -> dict[str, Any]:
     num_epochs = NUM_ROUNDS if make else NUM_STEPS / -(-len(few) // BATCH_SIZE)
     args = hf.TrainingArguments(
         folder, num_train_epochs=num_epochs, per_device_train_batch_size=BATCH_SIZE, learning_rate=1e-4, seed=seed,
-        per_device_eval_batch_size=128, report_to="none", disable_tqdm=True, save_strategy="no", bf16=True,
+        per_device_eval_batch_size=128, report_to="none", disable_tqdm=True, save_strategy="no",
         logging_strategy="epoch" if make else "no", max_steps=-1 if make else NUM_STEPS, use_cpu=True,
     )  # fmt: skip
     began = time.perf_counter()

@@ -37,6 +37,9 @@ class EpochProgress:
             epoch was stopped early.
         num_batches: Micro-batches of that epoch and process.
         num_batches_done: Those that have been trained on.
+        num_batches_observed: Those whose losses a checkpoint holds: more than the done ones if it was saved before
+            their optimizer step, as `enable_jit_checkpoint` does.
+        window: Micro-batches done, and optimizer steps, where the present accumulation window began.
         indices: Rows of that epoch in reading order, shape (num_draws,).
         has_unlogged_metrics: Whether the epoch's metrics have not been logged yet.
         has_unlogged_end: Whether the line of the epoch's end has not been logged yet.
@@ -49,6 +52,8 @@ class EpochProgress:
     epoch: int = -1
     num_batches: int = 0
     num_batches_done: int = 0
+    num_batches_observed: int = 0
+    window: tuple[int, int] = (0, -1)
     indices: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     has_unlogged_metrics: bool = False
     has_unlogged_end: bool = False
@@ -62,6 +67,13 @@ class EpochProgress:
         """Whether all rows of the epoch have been trained on."""
         return self.num_batches_done >= self.num_batches > 0
 
+    @property
+    def is_untouched(self) -> bool:
+        """Whether rows are drawn and none of them has been trained on."""
+        return self.num_batches_done == 0 < self.num_batches
+
+
+_JIT_MARK = "checkpoint-is-incomplete.txt"  # of `enable_jit_checkpoint`, which may write over an older checkpoint
 
 _BATCH_SETTINGS = {
     "processes",
@@ -90,13 +102,15 @@ def run_settings(trainer: Trainer, num_draws: int, batch_size: int | None = None
     }
 
 
-def save_progress(directory: Path, progress: EpochProgress, settings: Mapping[str, Any]) -> None:
-    """Writes the progress and the settings of the run into `directory`."""
+def save_progress(directory: Path, progress: EpochProgress, settings: Mapping[str, Any], global_step: int) -> None:
+    """Writes the progress, after so many optimizer steps, and the settings of the run into `directory`."""
+    first, step = progress.window
     numbers = {
         "settings": settings,
         "epoch": progress.epoch,
         "num_batches": progress.num_batches,
-        "num_batches_done": progress.num_batches_done,
+        "num_batches_done": first if step == global_step else progress.num_batches_done,
+        "num_batches_observed": progress.num_batches_done,
         "has_unlogged_metrics": progress.has_unlogged_metrics,
         "has_unlogged_end": progress.has_unlogged_end,
         "step_offset": progress.step_offset,
@@ -118,6 +132,7 @@ def load_progress(directory: Path, settings: Mapping[str, Any], max_steps: int =
         epoch=numbers["epoch"],
         num_batches=numbers["num_batches"],
         num_batches_done=numbers["num_batches_done"],
+        num_batches_observed=numbers.get("num_batches_observed", 0),
         indices=tensors["indices"],
         has_unlogged_metrics=numbers["has_unlogged_metrics"],
         has_unlogged_end=numbers["has_unlogged_end"],
@@ -155,7 +170,7 @@ def last_complete_checkpoint(output_dir: str) -> str:
     """Returns the newest checkpoint in `output_dir` that was saved completely.
 
     A run can be killed while it saves. The trainer's state is the last file of a checkpoint, so one without it, or
-    without the resampler's, is skipped with a warning.
+    without the resampler's, is skipped with a warning; so is one that Trainer marks as incomplete.
 
     Raises:
         ValueError: If there is no complete checkpoint.
@@ -166,7 +181,8 @@ def last_complete_checkpoint(output_dir: str) -> str:
         if folder.is_dir() and folder.name.rpartition("-")[2].isdigit()
     ]
     for folder in sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
-        if _is_json(folder / TRAINER_STATE_NAME) and _is_json(folder / STATE_DIRECTORY / "progress.json"):
+        is_whole = _is_json(folder / TRAINER_STATE_NAME) and _is_json(folder / STATE_DIRECTORY / "progress.json")
+        if is_whole and not (folder / _JIT_MARK).exists():
             return str(folder)
         logger.warning(f"Skipping {folder}, which was not saved completely (perhaps the run was killed while saving).")
     raise ValueError(

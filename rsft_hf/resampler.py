@@ -100,8 +100,15 @@ class Resampler(ABC):
         return batches
 
     @contextlib.contextmanager
-    def observe_loss(self, model: torch.nn.Module, rows: Sequence[int]) -> Iterator[None]:
-        """Wraps the computation of the training loss of one micro-batch, which holds these rows, in order."""
+    def observe_loss(self, model: torch.nn.Module, rows: Sequence[int], is_known: bool = False) -> Iterator[None]:
+        """Wraps the computation of the training loss of one micro-batch.
+
+        Args:
+            model: Model that is trained.
+            rows: Rows of the micro-batch, in order.
+            is_known: Whether the loss was observed before: the step is repeated after a checkpoint that was saved
+                between the loss and the update of the weights.
+        """
         yield
 
 

@@ -118,18 +118,22 @@ class RejectionSamplingMixin(_Base):
         if progress.is_resumed:
             num_skipped = self._num_skipped_batches(loader)
         is_inside_epoch = num_skipped or (self.args.ignore_data_skip and not progress.is_complete)
-        if progress.is_resumed and is_inside_epoch:
-            if num_skipped != progress.num_batches_done and not self.args.ignore_data_skip:
-                logger.warning(
-                    f"Trainer resumes after {num_skipped} micro-batches of an epoch that had done "
-                    f"{progress.num_batches_done}, because an epoch was stopped early. The rest of the epoch differs."
-                )
+        if progress.is_resumed and (is_inside_epoch or progress.is_untouched):
+            if num_skipped != progress.num_batches_done:
+                progress.num_batches_observed = 0
+                if not self.args.ignore_data_skip:
+                    logger.warning(
+                        f"Trainer resumes after {num_skipped} micro-batches of an epoch that had done "
+                        f"{progress.num_batches_done}, because an epoch was stopped early. The rest of the epoch "
+                        "differs."
+                    )
         else:
             self.log_pending_metrics()
             progress.epoch += 1
             accepted = self.resampler.resample(progress.epoch)
             progress.indices = order_rows(self, self._bound_dataset, accepted, progress.epoch)
             progress.has_unlogged_metrics = progress.has_unlogged_end = True
+            progress.num_batches_observed = 0
         progress.is_resumed = progress.has_other_batches = False
         progress.num_batches, progress.num_batches_done = len(loader), num_skipped
         self._epoch_sampler().replace(progress.indices)
@@ -175,11 +179,13 @@ class RejectionSamplingMixin(_Base):
         if self._step_model is not None and self.resampler.observes_rows:
             self._num_observed += 1
             rows = self._progress.batch_rows[self._progress.num_batches_done]
-            stack.enter_context(self.resampler.observe_loss(self._step_model, rows))
+            is_known = self._progress.num_batches_done < self._progress.num_batches_observed
+            stack.enter_context(self.resampler.observe_loss(self._step_model, rows, is_known))
         return stack
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the micro-batches of the next step, and the number of their items, corrected as their loss is."""
+        self._progress.window = self._progress.num_batches_done, self.state.global_step
         self._is_counting_window = self.is_in_train and self.resampler.observes_rows
         try:
             return super().get_batch_samples(*args, **kwargs)
@@ -337,7 +343,7 @@ class RejectionSamplingMixin(_Base):
         with replaced_directory(Path(output_dir) / STATE_DIRECTORY, is_writer) as directory:
             self.resampler.save(directory, is_writer)
             if is_writer:
-                save_progress(directory, self._progress, self._settings)
+                save_progress(directory, self._progress, self._settings, self.state.global_step)
 
     def _epoch_sampler(self) -> EpochSampler:
         if self._sampler is None:

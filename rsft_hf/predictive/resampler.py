@@ -165,7 +165,7 @@ class PredictionResampler(Resampler):
         return self.teacher is not None
 
     @contextlib.contextmanager
-    def observe_loss(self, model: torch.nn.Module, rows: Sequence[int]) -> Iterator[None]:
+    def observe_loss(self, model: torch.nn.Module, rows: Sequence[int], is_known: bool = False) -> Iterator[None]:
         """Takes the weights of the last step into the average, before the next one is computed."""
         self._follow()
         yield

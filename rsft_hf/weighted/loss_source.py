@@ -128,9 +128,16 @@ class LossSource:
 
     @contextlib.contextmanager
     def observe(
-        self, model: torch.nn.Module, rows: list[int], factors: torch.Tensor | None, is_count_weighted: bool = False
+        self,
+        model: torch.nn.Module,
+        rows: list[int],
+        factors: torch.Tensor | None,
+        is_count_weighted: bool = False,
+        is_known: bool = False,
     ) -> Iterator[None]:
         """Records the losses of the training step inside the block, and scales them by `factors`, shape (len(rows),).
+
+        Losses that are known, of a step that is repeated, are scaled alone.
 
         Raises:
             RuntimeError: If the step has no loss that can be read or scaled.
@@ -142,7 +149,7 @@ class LossSource:
                 "`importance_correction` found no loss of torch.nn.functional to scale in this training step (a fused "
                 "head or a compiled model computes it another way). Set importance_correction=0."
             )
-        if not self.is_from_training or self._reading is None:
+        if not self.is_from_training or self._reading is None or is_known:
             return
         losses: RowLosses | None
         if self._per_example_loss is not None:

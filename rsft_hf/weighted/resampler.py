@@ -256,13 +256,13 @@ class LossResampler(Resampler):
         return batches if counted is None else counted
 
     @contextlib.contextmanager
-    def observe_loss(self, model: torch.nn.Module, rows: Sequence[int]) -> Iterator[None]:
+    def observe_loss(self, model: torch.nn.Module, rows: Sequence[int], is_known: bool = False) -> Iterator[None]:
         """Updates the ledger from a training step, and scales its loss by the importance correction."""
         factors = None if self._row_factors is None else self._row_factors[list(rows)]
         if factors is None and not self._bound().is_from_training:
             yield
             return
-        with self._bound().observe(model, list(rows), factors, self._is_count_weighted):
+        with self._bound().observe(model, list(rows), factors, self._is_count_weighted, is_known):
             yield
 
     def save(self, directory: Path, is_writer: bool) -> None:
