@@ -21,6 +21,7 @@ from rsft_hf.rejection import (
     _accept_whole_passes,
     _sample_by_permutations,
     _sample_from_counts,
+    _sample_inverse_cdf,
     effective_sample_size_from_logs,
     sample_parts,
 )
@@ -206,6 +207,13 @@ def test_equal_weights_are_one_permutation_of_the_same_generator():
     assert torch.equal(rejection_sample(torch.ones(NUM_ROWS), 10, seeded(12)), expected[:10])
     three_passes = rejection_sample(torch.ones(NUM_ROWS), 3 * NUM_ROWS, seeded(12)).reshape(3, NUM_ROWS)
     assert torch.equal(three_passes.sort(dim=1).values, torch.arange(NUM_ROWS).expand(3, -1))
+
+
+def test_points_of_the_inverse_distribution_are_sorted_uniforms_of_double_precision():
+    spacings = torch.empty(1_001, dtype=torch.float64).exponential_(generator=seeded(5))
+    uniforms = spacings.cumsum(0)[:-1] / spacings.sum()
+    found = _sample_inverse_cdf(torch.ones(50, dtype=torch.float64), 1_000, seeded(5))
+    assert found.tolist() == (50 * uniforms).long().tolist()
 
 
 @pytest.mark.parametrize("top", [2.0, 2.0**24], ids=["looped", "heavy_tail"])
