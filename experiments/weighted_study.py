@@ -73,8 +73,8 @@ def jobs(options: argparse.Namespace) -> list[tuple[str, str, int]]:
     wanted = [
         (regime, arm, seed)
         for seed in options.seeds
-        for arm in options.arms or ARMS
         for regime in options.regimes
+        for arm in options.arms or ARMS
         if arm in (options.arms or arms_of(regime))
     ]
     return [job for job in wanted if (job[2], job[0], job[1], options.split) not in done]

@@ -12,6 +12,10 @@ from rsft_hf.resampler import EpochSampler
 
 logger = logging.get_logger(__name__)
 
+_OUT_OF_ORDER = (
+    "lets the workers hand over their batches as they finish them, so nobody knows which rows a step trains on: losses "
+    "would be booked on other rows, and a run could not be resumed."
+)
 _LOADER_HOOKS = ("get_train_dataloader", "_get_train_sampler", "get_batch_sampler")
 
 
@@ -19,8 +23,8 @@ def validate_arguments(args: TrainingArguments, accelerator: Accelerator) -> Non
     """Validate TrainingArguments: the sampler must control the order of the rows, and each process its own rows.
 
     Raises:
-        ValueError: For `dispatch_batches`, torch.nn.DataParallel, `train_sampling_strategy="batch_rebalance"`, and
-            tensor, context or sequence parallelism.
+        ValueError: For `dispatch_batches`, batches of several workers out of order, torch.nn.DataParallel,
+            `train_sampling_strategy="batch_rebalance"`, and tensor, context or sequence parallelism.
     """
     parallel = accelerator.parallelism_config
     if parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled):
@@ -33,6 +37,8 @@ def validate_arguments(args: TrainingArguments, accelerator: Accelerator) -> Non
             "`dispatch_batches=True` lets the main process read every batch, so the processes do not know which rows "
             "they train on. Leave it at None in `accelerator_config`."
         )
+    if not getattr(args, "dataloader_in_order", True) and args.dataloader_num_workers > 1:
+        raise ValueError(f"`dataloader_in_order=False` {_OUT_OF_ORDER} Leave it at True.")
     if args.n_gpu > 1:
         raise ValueError(
             f"One process drives {args.n_gpu} GPUs (torch.nn.DataParallel), whose replicas hide the losses of single "
@@ -90,13 +96,15 @@ def validate_loader(trainer: Any, loader: Any, sampler: EpochSampler, dataset: A
         dataset: Data set that the resampler is bound to.
 
     Raises:
-        ValueError: If it does not; the override is named.
+        ValueError: If it does not, with the override named, or if its batches come out of order.
     """
     # A pool of candidates must be read itself; a training set may be wrapped, or have lost unused columns.
     may_be_wrapped = dataset is trainer.train_dataset or isinstance(dataset, datasets.Dataset)
     read = getattr(loader, "dataset", None)
     if read is not None:  # a loader over several loaders has none
         is_own_dataset = read is dataset or (may_be_wrapped and len(read) == len(dataset))
+        if not getattr(loader, "in_order", True) and loader.num_workers > 1:
+            raise ValueError(f"`in_order=False` of the training loader {_OUT_OF_ORDER} Leave it out.")
         if is_own_dataset and sampler.is_read_by(loader):
             return
     owners = [

@@ -96,6 +96,7 @@ INPUTS: dict[str, list[str]] = {
         "weighted(train_dataset=datasets.IterableDataset.from_generator(lambda: iter([])), args={'max_steps': 2})",
         "weighted(args={'train_sampling_strategy': 'batch_rebalance'})",
         "weighted(args={'accelerator_config': {'dispatch_batches': True}})",
+        "weighted(args={'dataloader_in_order': False, 'dataloader_num_workers': 2})",
     ],
     TRAIN: [
         "weighted().train(resume_from_checkpoint=True)",

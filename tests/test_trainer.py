@@ -36,6 +36,10 @@ SETTINGS = {
         {"accelerator_config": {"dispatch_batches": True}},
         r"`dispatch_batches=True` lets the main process read every batch",
     ),
+    "in_order": (
+        {"dataloader_in_order": False, "dataloader_num_workers": 2},
+        r"`dataloader_in_order=False` lets the workers hand over their batches as they finish them",
+    ),
     "batch_rebalance": (
         {"train_sampling_strategy": "batch_rebalance"},
         r'`train_sampling_strategy="batch_rebalance"` fixes the batches for the whole run',
@@ -155,6 +159,20 @@ OVERRIDES = {
     AboveWithSampler: "AboveWithSampler._get_train_sampler",
     Bypassing: "Bypassing.get_train_dataloader",
 }
+
+
+def test_a_loader_whose_batches_come_out_of_order_is_refused(tmp_path):
+    class Hasty(RejectionSamplingTrainer):
+        num_workers = 2
+
+        def get_train_dataloader(self) -> DataLoader:
+            sampler, workers = self._get_train_sampler(), {"num_workers": self.num_workers, "in_order": False}
+            return DataLoader(self.train_dataset, 4, sampler=sampler, collate_fn=self.data_collator, **workers)
+
+    with pytest.raises(ValueError, match="`in_order=False` of the training loader lets the workers hand over"):
+        runs.trained(Hasty, tmp_path)
+    Hasty.num_workers = 1  # one worker has one order
+    runs.trained(Hasty, tmp_path, args={"dataloader_in_order": False, "num_train_epochs": 1})
 
 
 @pytest.mark.parametrize("losses", ["forward", "training"])
