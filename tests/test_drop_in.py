@@ -37,6 +37,9 @@ SETTINGS = {
     "drop_last": {"dataloader_drop_last": True},
     "data_seed": {"data_seed": 3},
     "sequential": {"train_sampling_strategy": "sequential"},
+    "split_batches": {"accelerator_config": {"split_batches": True}},
+    "auto_find_batch_size": {"auto_find_batch_size": True, "num_train_epochs": 1.5},
+    "evaluation": {"eval_strategy": "steps", "eval_steps": 3, "eval_on_start": True},
     "lora": {},
 }
 
@@ -45,11 +48,10 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_equal_weights_are_plain_trainer(tmp_path: Path, name: str, source: str) -> None:
     model = lora_bert if name == "lora" else runs.bert
-    plain = runs.trained(hf.Trainer, tmp_path / "plain", args=SETTINGS[name], model=model())
+    common = {"args": SETTINGS[name], "eval_dataset": runs.rows(10)}
+    plain = runs.trained(hf.Trainer, tmp_path / "plain", model=model(), **common)
     resampler = LossResampler(EQUAL, losses=source)
-    ours = runs.trained(
-        RejectionSamplingTrainer, tmp_path / "ours", args=SETTINGS[name], model=model(), resampler=resampler
-    )
+    ours = runs.trained(RejectionSamplingTrainer, tmp_path / "ours", model=model(), resampler=resampler, **common)
     assert runs.losses(ours) == runs.losses(plain)
     assert runs.largest_difference(ours, plain) == 0.0
     assert len(runs.losses(plain)) >= 6  # three epochs really ran
