@@ -138,7 +138,7 @@ experiments: $(STAMP) ## the comparisons of arms on the built-in data, seeds 1 t
 	$(BIN)/python -m experiments.translation --dataset builtin --seeds 1 2 3 --output_dir outputs/experiments/translation $(ARGS)
 
 clean: ## remove outputs and caches, keep .venv
-	rm -rf outputs build .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf outputs build .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # torch first and by its exact version: asked for loosely, pip may choose a build for another accelerator.
