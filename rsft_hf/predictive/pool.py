@@ -129,10 +129,12 @@ class SemiLabelledRows(torch.utils.data.Dataset[Any]):
             self._labelled[self._doubtful[number - len(self._unlabelled)]] if is_doubtful else self._unlabelled[number]
         )
 
-    def given_values(self, column: str) -> list[Any]:
-        """Returns a column of the rows whose labels are drawn, as their data sets hold it; None where it is missing."""
-        values = column_values(self._unlabelled, column) if len(self._unlabelled) else []
-        return [*values, *(self._labelled[row].get(column) for row in self._doubtful)]
+    def given_values(self, numbers: Sequence[int], column: str) -> list[Any]:
+        """Returns a column of some of these rows, as their data sets hold it; None for a row without it."""
+        unlabelled = self._unlabelled
+        is_stored = isinstance(unlabelled, datasets.Dataset) and column in unlabelled.column_names
+        stored = column_values(unlabelled, column) if is_stored else []  # a whole row may be an image to decode
+        return [stored[number] if number < len(stored) else self.given_row(number).get(column) for number in numbers]
 
 
 class InputRows(torch.utils.data.Dataset[Any]):

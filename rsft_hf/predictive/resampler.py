@@ -113,7 +113,6 @@ class PredictionResampler(Resampler):
         if not self._rows.num_labelled:
             raise ValueError("`doubtful_rows` holds all rows of `train_dataset`: none is left to learn from.")
         self._prior: torch.Tensor | None = None
-        self._true_labels: list[Any] | None = None
         self._metrics: dict[str, float] = {}
         self._step, self.teacher = 0, None
         if self.ema_decay is not None:
@@ -319,13 +318,10 @@ class PredictionResampler(Resampler):
         """True labels of the units, shape (U,), -100 where unknown; None without a column of them."""
         if self.reference_column is None:
             return None
-        if self._true_labels is None:
-            self._true_labels = self._bound().given_values(self.reference_column)
+        rows, counts = (each.tolist() for each in unit_rows.unique_consecutive(return_counts=True))
         found = list[int]()
-        for row, count in zip(
-            *(each.tolist() for each in unit_rows.unique_consecutive(return_counts=True)), strict=True
-        ):
-            value = as_list(self._true_labels[row])
+        for given, count in zip(self._bound().given_values(rows, self.reference_column), counts, strict=True):
+            value = as_list(given)
             units = [value] if self.kind == "class" else [one for one in value or () if one != IGNORED]
             is_known = len(units) == count and units[0] is not None
             found += [int(unit) for unit in units] if is_known else [IGNORED] * count

@@ -99,9 +99,9 @@ def labelled_units(dataset: Any, rows: Sequence[int], column: str, num_classes: 
     Raises:
         ValueError: If a label is no class of the model.
     """
-    counts, values = torch.zeros(num_classes, dtype=torch.float64), column_values(dataset, column)
-    for row in rows:
-        value = as_list(values[row])
+    counts = torch.zeros(num_classes, dtype=torch.float64)
+    for row, given in zip(rows, column_values(dataset, column, rows), strict=True):
+        value = as_list(given)
         units = [int(one) for one in (value if isinstance(value, list) else [value]) if one != IGNORED]
         if wrong := [one for one in units if not 0 <= one < num_classes]:
             raise ValueError(

@@ -1,6 +1,6 @@
 """Labels of a training set as stored in its columns: classes, lists of classes, lists of 0 and 1 (multi-label)."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,14 +137,15 @@ def _as_class(value: Any) -> int | None:
     return int(value) if isinstance(value, (int, bool)) else None
 
 
-def column_values(dataset: Any, column: str) -> list[Any]:
-    """Returns a column of a training set, one value per row.
+def column_values(dataset: Any, column: str, rows: Sequence[int] | None = None) -> list[Any]:
+    """Returns a column of a training set, one value for each of `rows`, for all where None.
 
     Raises:
         ValueError: If there is none of that name.
     """
     if isinstance(dataset, datasets.Dataset) and column in dataset.column_names:
-        return list(dataset.with_format(None)[column])
+        values = list(dataset.with_format(None)[column])
+        return values if rows is None else [values[row] for row in rows]
     if column not in (first := dataset[0]):
         raise ValueError(f"`train_dataset` has no column {column!r}; it has {list(first)}. Name one that is there.")
-    return [dataset[row][column] for row in range(len(dataset))]
+    return [dataset[row][column] for row in (range(len(dataset)) if rows is None else rows)]

@@ -91,6 +91,25 @@ def test_the_store_tells_what_was_proposed_and_what_is_right(tmp_path: Path) -> 
         load_pseudo_labels(tmp_path / "none")
 
 
+@pytest.mark.parametrize("is_dataset", [False, True])
+def test_rows_without_a_true_label_are_unknown(tmp_path: Path, is_dataset: bool) -> None:
+    rows = [{**row, "truth": None} if number % 2 else dict(row) for number, row in enumerate(POOL)]
+    if not is_dataset:
+        rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
+    pool = datasets.Dataset.from_list(rows) if is_dataset else rows
+    trained(tmp_path, resampler(unlabelled_dataset=pool, reference_column="truth"))
+    references = load_pseudo_labels(tmp_path, only_accepted=False)["reference"][:34]
+    assert references == [-100 if number % 2 else row["truth"] for number, row in enumerate(POOL)]
+
+
+def test_a_doubtful_row_needs_no_label(tmp_path: Path) -> None:
+    rows = runs.rows()
+    del rows[3]["labels"]
+    made = PredictionResampler(doubtful_rows=[3, 5])
+    trained(tmp_path, made, train_dataset=rows, args={"num_train_epochs": 2})
+    assert load_pseudo_labels(tmp_path, only_accepted=False)["row"][:] == [0, 1]
+
+
 def test_the_label_of_an_unlabelled_row_is_never_read(tmp_path: Path) -> None:
     """Rows with other labels in the label column, under any of its names, give the same run."""
     blind = [{name: row[name] for name in ("input_ids", "attention_mask", "truth")} for row in POOL]
