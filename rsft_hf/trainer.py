@@ -117,8 +117,9 @@ class RejectionSamplingMixin(_Base):
         progress, num_skipped = self._progress, 0
         if progress.is_resumed:
             num_skipped = self._num_skipped_batches(loader)
-        is_inside_epoch = num_skipped or (self.args.ignore_data_skip and not progress.is_complete)
-        if progress.is_resumed and (is_inside_epoch or progress.is_untouched):
+        may_be_read_again = self.args.ignore_data_skip or progress.is_untouched
+        is_inside_epoch = num_skipped or (may_be_read_again and not progress.is_complete)
+        if progress.is_resumed and is_inside_epoch:
             if num_skipped != progress.num_batches_done:
                 progress.num_batches_observed = 0
                 if not self.args.ignore_data_skip:

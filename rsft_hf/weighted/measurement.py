@@ -278,14 +278,10 @@ def find_reading(
         ValueError: If none of the probed rows has a label, or none of their losses is finite.
     """
     width = min(_NUM_PROBED, batch_size, len(dataset))
-    if width > 1 and not _can_be_collated(dataset, collate, width, seed):
-        _warn_of_batches_of_one("Rows cannot be collated in one batch", "Pad all rows to one length")
-        single = find_reading(trainer, model, dataset, collate, batch_size=1, seed=seed)
-        return dataclasses.replace(single, is_scored_singly=True)
     try:
         batch, is_random, expected, recording = _labelled_probe(trainer, model, dataset, collate, width, seed)
     except _OneRowAtATimeError as error:
-        _warn_of_batches_of_one(f"The model reads single rows but not {width} at once ({error})", "Mend its forward")
+        _warn_of_batches_of_one(*error.args)
         single = find_reading(trainer, model, dataset, collate, batch_size=1, seed=seed)
         return dataclasses.replace(single, is_scored_singly=True)
     is_half = trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype != torch.float32
@@ -301,13 +297,15 @@ def find_reading(
 
 
 class _OneRowAtATimeError(Exception):
-    """The model read the rows of a probe one by one, but not together."""
+    """The rows of a probe can be read one by one, but not together; its arguments are the cause and the remedy."""
 
 
 def _labelled_probe(
     trainer: Trainer, model: torch.nn.Module, dataset: Sequence[Any], collate: Collate, width: int, seed: int
 ) -> tuple[Batch, bool, torch.Tensor, Recording]:
     """The first batch with a loss, whether its collator is random, the losses of its rows alone, and its recording."""
+    if width > 1 and not _can_be_collated(dataset, collate, width, seed):
+        raise _OneRowAtATimeError("Rows cannot be collated in one batch", "Pad all rows to one length")
     num_probes = min(_MAX_PROBED // width, -(-len(dataset) // width))
     num_diverged = 0
     for attempt in range(num_probes):
@@ -325,7 +323,8 @@ def _labelled_probe(
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if width == 1 or is_out_of_memory(error):
                 raise
-            raise _OneRowAtATimeError(str(error)[:200]) from error  # its rows were read alone
+            cause = f"The model reads single rows but not {width} at once ({str(error)[:200]})"
+            raise _OneRowAtATimeError(cause, "Mend its forward") from error
         _validate_per_example(scalar, recording, expected, recordings)
         is_finite, is_labelled = expected.isfinite(), not _is_unlabelled([recording])
         if bool((is_finite & (expected != 0)).any()) or (is_labelled and bool(is_finite.any())):
