@@ -35,7 +35,7 @@ demo-translation: $(STAMP) ## the generative half: a small translator of number 
 	HF_HUB_OFFLINE=1 $(BIN)/python recipes/translation.py --output_dir outputs/demo/translation \
 		--model_name_or_path $(DATA)/numbers/model --train_file $(DATA)/numbers/train.csv \
 		--validation_file $(DATA)/numbers/test.csv --num_train_epochs 4 --learning_rate 2e-3 \
-		--max_new_tokens 24 --temperature 1.0 $(ARGS)
+		--max_new_tokens 24 --temperature 1.0 --bleu_tokenize char $(ARGS)
 	$(BIN)/rsft-hf report outputs/demo/translation
 
 RECIPE = HF_HUB_OFFLINE=1 $(BIN)/python recipes

@@ -6,7 +6,7 @@
     python recipes/translation.py --output_dir outputs/demo/translation \\
         --model_name_or_path recipes/data/numbers/model --train_file recipes/data/numbers/train.csv \\
         --validation_file recipes/data/numbers/test.csv --num_train_epochs 4 --learning_rate 2e-3 \\
-        --max_new_tokens 24 --temperature 1.0
+        --max_new_tokens 24 --temperature 1.0 --bleu_tokenize char
 
 The third line translates number words and needs no download and no GPU: about a minute on one CPU core. Files are CSV,
 JSONL or Parquet with one column per language. The output folder holds the model and its tokenizer, where
@@ -16,6 +16,7 @@ and accepted.jsonl and preferences.jsonl, which TRL's SFTTrainer and DPOTrainer 
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,29 +63,28 @@ class ScriptArguments:
     temperature: float = field(default=0.6, metadata={"help": "Temperature of the candidates."})
     max_new_tokens: int = field(default=128, metadata={"help": "Maximum length of a candidate."})
     quantile: float = field(default=0.5, metadata={"help": "Of the best candidates, the share that is rejected."})
+    bleu_tokenize: str = field(default="13a", metadata={"help": "Tokenizer of BLEU: zh, ja-mecab, ko-mecab, char..."})
 
 
 def load_split(script: ScriptArguments, split: str, file: str | None, num_rows: int, seed: int) -> Dataset:
     """Returns rows with `prompt` (the sentence) and `reference` (its translation)."""
-    if file is None:
-        dataset = load_dataset(script.dataset_name, script.dataset_config, split=split)
-    else:
-        kind = {".csv": "csv", ".parquet": "parquet"}.get(Path(file).suffix, "json")
-        dataset = load_dataset(kind, data_files=file, split="train")
+    kind = {".csv": "csv", ".parquet": "parquet"}.get(Path(file or "").suffix, "json")
+    name, config = (kind, None) if file else (script.dataset_name, script.dataset_config)
+    dataset = load_dataset(name, config, data_files=file, split="train" if file else split)
     dataset = dataset.select_columns([script.source_column, script.target_column])
     dataset = dataset.rename_columns({script.source_column: "prompt", script.target_column: "reference"})
     return dataset.shuffle(seed).select(range(min(num_rows, len(dataset))))
 
 
-def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+def compute_metrics(prediction: EvalPrediction, tokenize: str) -> dict[str, float]:
     """Returns corpus BLEU and chrF, the percentage of exact matches, and BLEU by words of the source: all are texts."""
-    texts, references = prediction.predictions, prediction.label_ids
+    texts, references, bleu = prediction.predictions, prediction.label_ids, BLEU(tokenize=tokenize)
     metrics = {"exact_match": 100 * sum(map(str.__eq__, texts, references)) / len(texts)}
-    metrics |= {name: one.corpus_score(texts, [references]).score for name, one in (("bleu", BLEU()), ("chrf", CHRF()))}
+    metrics |= {name: one.corpus_score(texts, [references]).score for name, one in (("bleu", bleu), ("chrf", CHRF()))}
     for low, high in ((1, 10), (11, 20), (21, 10_000)):
         if rows := [row for row, source in enumerate(prediction.inputs) if low <= len(source.split()) <= high]:
             some, true = ([each[row] for row in rows] for each in (texts, references))
-            metrics[f"bleu_from_{low}"] = BLEU().corpus_score(some, [true]).score
+            metrics[f"bleu_from_{low}"] = bleu.corpus_score(some, [true]).score
     return metrics
 
 
@@ -110,13 +110,12 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             values.requires_grad_(False)  # Marian's are fixed, but loaded as trainable, and saved in no checkpoint
 
     # 3. Train: an epoch is a round; of each prompt the best candidate, and of these the upper part
+    sampling = {"temperature": script.temperature, "top_k": 0, "max_new_tokens": script.max_new_tokens}
     resampler = CandidateResampler(
         reward_funcs=[ChrfReward()],
         acceptance=Sequence(TopKPerPrompt(1), Threshold(quantile=script.quantile)),
         num_candidates=script.num_candidates,
-        generation_config=GenerationConfig(
-            do_sample=True, temperature=script.temperature, top_k=0, max_new_tokens=script.max_new_tokens
-        ),
+        generation_config=GenerationConfig(do_sample=True, **sampling),
         on_nothing_accepted="skip",
     )
     trainer = RejectionSamplingSeq2SeqTrainer(
@@ -125,7 +124,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        compute_metrics=compute_metrics,
+        compute_metrics=partial(compute_metrics, tokenize=script.bleu_tokenize),
         resampler=resampler,
     )
     before = trainer.evaluate(metric_key_prefix="before")

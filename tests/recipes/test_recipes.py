@@ -150,8 +150,9 @@ def test_labels_that_are_integers_keep_their_names(tmp_path: Path) -> None:
 
 def test_translation(tmp_path: Path) -> None:
     result = run("translation", tmp_path / "out", model_name_or_path=DATA / "numbers" / "model", num_train_epochs=2,
-                 num_candidates=4, temperature=1.0, max_new_tokens=24, learning_rate=1e-3,
+                 num_candidates=4, temperature=1.0, max_new_tokens=24, learning_rate=1e-3, bleu_tokenize="char",
                  **files(tmp_path, "numbers"))  # fmt: skip
+    assert result["before"]["before_bleu"] > 40  # of characters; that of words is 0
     assert result["before"]["before_exact_match"] > 40  # the model has been trained on other numbers
     model = hf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
     tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "out")
