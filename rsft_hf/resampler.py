@@ -78,6 +78,9 @@ class Resampler(ABC):
         """Called at the end of an epoch; returns the metrics to log there. Collective."""
         return {}
 
+    def end_training(self) -> None:  # noqa: B027
+        """Called when `train()` ends. Collective."""
+
     def collator(self, collator: Any) -> Any:
         """Returns the collator to train with: the trainer's own, unless the bound data set needs another."""
         return collator

@@ -432,3 +432,9 @@ class ResampleCallback(TrainerCallback):
             self._trainer.log_pending_metrics()
         self._trainer.log_end_of_epoch()
         control.should_log = should_log  # logging has reset it, but a line with the loss may be due
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tells the resampler."""
+        self._trainer.resampler.end_training()

@@ -175,6 +175,11 @@ class CandidateResampler(Resampler):
             metrics["round/trained_tokens_per_second"] = tokens / max(time.perf_counter() - self._began, 1e-9)
         return metrics
 
+    def end_training(self) -> None:
+        """Moves the rounds that a longer run has left behind the last one aside. Collective."""
+        if self.round_number is not None:
+            self._bound().set_later_rounds_aside(self.round_number)
+
     def first_candidates(self, count: int) -> list[Candidate]:
         """Returns up to `count` candidates of the round's first prompts, with rewards and verdicts."""
         store, found = self._bound().store(self.round_number or 0), list[Candidate]()

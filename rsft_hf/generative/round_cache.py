@@ -214,7 +214,8 @@ def open_round(store: CandidateStore, plan: RoundPlan, prompts: PromptSet) -> No
     if plan.keeps_completions:
         _discard_scores(store, plan.changed or (), prompts)
     else:
-        _begin_anew(store, plan.changed or tuple(plan.facts))
+        changed = ", ".join(plan.changed or plan.facts)
+        set_rounds_aside(store, f"{store.directory.name} differs in {changed}")
     store.directory.mkdir(parents=True, exist_ok=True)
     store.write_manifest({"facts": dict(plan.facts), "reward_names": list(store.reward_names)})
 
@@ -233,15 +234,18 @@ def _discard_scores(store: CandidateStore, changed: Sequence[str], prompts: Prom
     )
 
 
-def _begin_anew(store: CandidateStore, changed: Sequence[str]) -> None:
-    stale = [folder for folder in store.directory.parent.glob("round-*") if folder.name >= store.directory.name]
+def set_rounds_aside(first: CandidateStore, reason: str) -> None:
+    """Moves the candidates of a round and of those after it to the folder `replaced`, with a warning.
+
+    Args:
+        first: Store of the round, which need not exist.
+        reason: Why they belong to another run.
+    """
+    stale = [folder for folder in first.directory.parent.glob("round-*") if folder.name >= first.directory.name]
     for folder in sorted(stale):
         aside = _place_aside(folder)
         folder.rename(aside)
-        logger.warning(
-            f"{folder} held candidates of another run ({store.directory.name} differs in {', '.join(changed)}); they "
-            f"are in {aside.parent} now, and the round begins anew."
-        )
+        logger.warning(f"{folder} held candidates of another run ({reason}); they are in {aside.parent} now.")
 
 
 def _place_aside(folder: Path) -> Path:

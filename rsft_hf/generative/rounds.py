@@ -47,6 +47,7 @@ from rsft_hf.generative.round_cache import (
     open_round,
     plan_round,
     round_facts,
+    set_rounds_aside,
     shard_work,
 )
 from rsft_hf.generative.selection import (
@@ -176,6 +177,12 @@ class RoundRunner:
             if plan.generates and not self._is_imported(round_number, self.config.max_attempts - 1):
                 sync_weights(self.accelerator, generator.engine, generator.model)
             return replace(self, generator=generator)._run_stages(round_number, plan, may_be_empty)
+
+    def set_later_rounds_aside(self, round_number: int) -> None:
+        """Moves the candidates of rounds after this one, the last of the run, aside. Collective."""
+        with FailTogether(self.accelerator, "moving the candidates of another run aside"):
+            if self.accelerator.is_main_process:
+                set_rounds_aside(self.store(round_number + 1), f"this one ended with round {round_number}")
 
     def predict(self, prompts: PromptSet) -> Predictions:
         """Returns answers, references and metrics of held-out prompts with the current weights. Collective."""

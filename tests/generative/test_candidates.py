@@ -220,3 +220,16 @@ def test_a_round_that_begins_anew_takes_the_later_ones_with_it(tmp_path: Path) -
     assert not round_dir(tmp_path, 1).exists()
     for number in (0, 1):
         assert load_candidates(tmp_path / "candidates" / "replaced" / f"round-00{number}-0").to_list() == before[number]
+
+
+def test_a_shorter_run_that_goes_on_from_the_first_round_leaves_no_later_ones(tmp_path: Path, caplog) -> None:
+    """Its accepted rows would be exported with those of the longer run, which trained on."""
+    still = {"lr_scheduler_type": "constant"}  # or the first round of the longer run trains otherwise
+    trained(tmp_path, args={"num_train_epochs": 3, **still})
+    before = [stored(tmp_path, number) for number in (0, 1, 2)]
+    engine = CountingEngine()
+    trained(tmp_path, resampler(engine=engine), args={"num_train_epochs": 2, **still})
+    assert engine.calls == []
+    assert load_candidates(tmp_path / "candidates").to_list() == before[0] + before[1]
+    assert load_candidates(tmp_path / "candidates" / "replaced" / "round-002-0").to_list() == before[2]
+    assert "round-002 held candidates of another run (this one ended with round 1)" in caplog.text
