@@ -10,6 +10,7 @@ import torch
 
 from rsft_hf.checkpointing import load_state, logged_lines, state_directory
 from rsft_hf.generative.exports import round_folders
+from rsft_hf.generative.resampler import CandidateResampler
 from rsft_hf.weighted.history import EpochHistory
 from rsft_hf.weighted.label_report import LabelReport
 from rsft_hf.weighted.resampler import LossResampler
@@ -53,8 +54,9 @@ class Run:
         resampler = trainer.resampler
         output_dir = Path(trainer.args.output_dir)
         run = cls(output_dir.resolve().name, list(trainer.state.log_history))
+        if isinstance(resampler, CandidateResampler) and resampler.round_number is not None:
+            run.rounds = _rounds(output_dir)[: resampler.round_number + 1]
         if not isinstance(resampler, LossResampler):
-            run.rounds = _rounds(output_dir)
             return run
         if isinstance(trainer.train_dataset, datasets.Dataset):
             run.dataset = trainer.train_dataset

@@ -114,6 +114,13 @@ def test_the_browser_holds_the_stored_candidates(tmp_path: Path) -> None:
     assert found["total"] == len(stored) == 2 * 36
 
 
+def test_the_report_of_a_shorter_run_shows_no_rounds_of_the_longer_one(tmp_path: Path) -> None:
+    still = {"lr_scheduler_type": "constant"}
+    generative_runs.trained(tmp_path, args={"num_train_epochs": 2, **still})
+    generative_runs.trained(tmp_path, args={"num_train_epochs": 1, **still}, callbacks=[ReportCallback()])
+    assert packed((tmp_path / "report.html").read_text())["total"] == 36
+
+
 def figures_of(found: list[Any]) -> dict[str, Any]:
     return {figure.title: json.loads(figure.json) for figure in found}
 
