@@ -204,7 +204,9 @@ def cleaned(method: str) -> Callable[[Run], hf.Trainer]:
         run.train(observer)
         report = observer.label_report()
         rows = np.flatnonzero(report.probabilities > 0.5)
-        gaps = np.bincount((10 * report.probabilities).int(), report.probabilities - run.case.is_flipped)
+        is_judged = report.probabilities.isfinite()  # classes that the model has not learnt are not
+        judged = report.probabilities[is_judged]
+        gaps = np.bincount((10 * judged).int(), judged - run.case.is_flipped[is_judged])
         run.found["report_ece"] = float(np.abs(gaps).sum() / run.num_rows)
         run.found["estimated_errors"], run.found["true_errors"] = report.num_errors, int(run.case.is_flipped.sum())
         if method == "drop":
