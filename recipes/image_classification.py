@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
 from sklearn.datasets import load_digits
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score
 from transformers import (
@@ -48,7 +48,7 @@ class ScriptArguments:
     image_folder: str | None = field(default=None, metadata={"help": "Folder of images, instead of `dataset_name`."})
     digits: bool = field(default=False, metadata={"help": "The digits of scikit-learn and a small model, offline."})
     image_column: str = field(default="img", metadata={"help": "Column of the images (`image` in a folder)."})
-    label_column: str = field(default="label", metadata={"help": "Column of the classes."})
+    label_column: str = field(default="label", metadata={"help": "Column of the classes, names or integers."})
     model_name_or_path: str = field(
         default="google/vit-base-patch16-224-in21k", metadata={"help": "Pretrained image model."}
     )
@@ -84,26 +84,29 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser = HfArgumentParser((ScriptArguments, TrainingArguments))
-    parser.set_defaults(num_train_epochs=3, learning_rate=2e-5, per_device_train_batch_size=32)
-    parser.set_defaults(
-        logging_strategy="epoch", save_strategy="epoch", save_total_limit=1, remove_unused_columns=False
-    )
+    parser.set_defaults(num_train_epochs=3, learning_rate=2e-5, per_device_train_batch_size=32, save_total_limit=1)
+    parser.set_defaults(logging_strategy="epoch", save_strategy="epoch", remove_unused_columns=False)
     script, args = parser.parse_args_into_dataclasses(argv)
     set_seed(args.seed)
 
     # 1. Data set
+    splits = {"train": script.train_split, "test": script.validation_split}
     if script.digits:
         splits = unbalanced_digits(args.seed)
     elif script.image_folder is not None:
-        splits, script.image_column = load_dataset("imagefolder", data_dir=script.image_folder), "image"
+        splits, script.image_column = load_dataset("imagefolder", data_dir=script.image_folder, split=splits), "image"
     else:
-        splits = load_dataset(script.dataset_name, script.dataset_config)
-    splits = DatasetDict(train=splits[script.train_split], test=splits[script.validation_split])
+        splits = load_dataset(script.dataset_name, script.dataset_config, split=splits)
+    splits, column = DatasetDict(splits), script.label_column
+    if not isinstance(splits["train"].features[column], ClassLabel):
+        splits = splits.cast_column(column, Value("string"))
+        splits["train"] = splits["train"].class_encode_column(column)
+        splits["test"] = splits["test"].cast_column(column, splits["train"].features[column])
     if script.max_train_samples is not None and script.max_train_samples < len(splits["train"]):
         splits["train"] = splits["train"].shuffle(args.seed).select(range(script.max_train_samples))
 
     # 2. Model: pixels are prepared when a row is read
-    names = splits["train"].features[script.label_column].names
+    names = splits["train"].features[column].names
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
     if script.digits:
         size = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
@@ -115,7 +118,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
 
     def prepare(batch: dict[str, list[Any]]) -> dict[str, Any]:
         images = [image.convert("RGB") for image in batch[script.image_column]]
-        return {**processor(images, return_tensors="pt"), "labels": batch[script.label_column]}
+        return {**processor(images, return_tensors="pt"), "labels": batch[column]}
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         pixels = torch.stack([row["pixel_values"] for row in rows])

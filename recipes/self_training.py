@@ -65,8 +65,8 @@ class ScriptArguments:
 def load_splits(script: ScriptArguments, seed: int) -> DatasetDict:
     """Returns the splits "train", "unlabelled" and "test" with the columns `text` and `labels` (class ids)."""
     if script.train_file is None:
-        splits = load_dataset(script.dataset_name, script.dataset_config)
-        splits = DatasetDict(train=splits[script.train_split], test=splits[script.validation_split])
+        names = {"train": script.train_split, "test": script.validation_split}
+        splits = DatasetDict(load_dataset(script.dataset_name, script.dataset_config, split=names))
     else:
         kind = {".csv": "csv", ".parquet": "parquet"}.get(Path(script.train_file).suffix, "json")
         splits = load_dataset(kind, data_files={"train": script.train_file, "test": script.validation_file})

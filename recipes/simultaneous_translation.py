@@ -41,7 +41,7 @@ class ScriptArguments:
     validation_split: str = field(default="validation", metadata={"help": "Held-out split."})
     train_file: str | None = field(default=None, metadata={"help": "CSV, JSONL or Parquet file of rows."})
     validation_file: str | None = field(default=None, metadata={"help": "Such a file of held-out rows."})
-    source_column: str = field(default="en", metadata={"help": "Column of the sentences."})
+    source_column: str = field(default="en", metadata={"help": "Column of the sentences, or translation.en."})
     target_column: str = field(default="de", metadata={"help": "Column of their translations."})
     model_name_or_path: str = field(default="Helsinki-NLP/opus-mt-en-de", metadata={"help": "Encoder-decoder model."})
     max_train_samples: int = field(default=2000, metadata={"help": "Number of prompts of a round."})
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, tuple[float, floa
         name, config = (kind, None) if file else (script.dataset_name, script.dataset_config)
         columns = {script.source_column: "prompt", script.target_column: "reference"}
         rows = load_dataset(name, config, data_files=file, split="train" if file else split)
-        return rows.select_columns(list(columns)).rename_columns(columns).shuffle(seed)
+        return rows.flatten().select_columns(list(columns)).rename_columns(columns).shuffle(seed)
 
     references = load(script.train_split, script.train_file, args.seed)
     train = references.take(min(script.max_train_samples, len(references)))

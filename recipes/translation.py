@@ -54,7 +54,7 @@ class ScriptArguments:
     validation_split: str = field(default="validation", metadata={"help": "Held-out split."})
     train_file: str | None = field(default=None, metadata={"help": "CSV, JSONL or Parquet file of rows."})
     validation_file: str | None = field(default=None, metadata={"help": "CSV, JSONL or Parquet file of held-out rows."})
-    source_column: str = field(default="en", metadata={"help": "Column of the sentences."})
+    source_column: str = field(default="en", metadata={"help": "Column of the sentences, or translation.en."})
     target_column: str = field(default="de", metadata={"help": "Column of their translations."})
     model_name_or_path: str = field(default="Helsinki-NLP/opus-mt-en-de", metadata={"help": "Encoder-decoder model."})
     max_train_samples: int = field(default=2000, metadata={"help": "Number of prompts of a round."})
@@ -71,7 +71,7 @@ def load_split(script: ScriptArguments, split: str, file: str | None, num_rows: 
     kind = {".csv": "csv", ".parquet": "parquet"}.get(Path(file or "").suffix, "json")
     name, config = (kind, None) if file else (script.dataset_name, script.dataset_config)
     dataset = load_dataset(name, config, data_files=file, split="train" if file else split)
-    dataset = dataset.select_columns([script.source_column, script.target_column])
+    dataset = dataset.flatten().select_columns([script.source_column, script.target_column])
     dataset = dataset.rename_columns({script.source_column: "prompt", script.target_column: "reference"})
     return dataset.shuffle(seed).select(range(min(num_rows, len(dataset))))
 

@@ -22,7 +22,7 @@ import torch
 import transformers as hf
 from datasets import Dataset, load_dataset
 
-from rsft_hf import CandidateResampler, LossResampler, RejectionSamplingTrainer, Threshold
+from rsft_hf import CandidateResampler, RejectionSamplingTrainer, Threshold
 
 
 @dataclass
@@ -36,8 +36,8 @@ class ScriptArguments:
     train_file: str | None = field(default=None, metadata={"help": "JSONL or Parquet file of rows."})
     validation_file: str | None = field(default=None, metadata={"help": "Such a file of held-out rows."})
     token_column: str = field(default="input", metadata={"help": "Column of the words."})
-    tag_column: str = field(default="slots", metadata={"help": "Column of their BIO tags, by name."})
-    intent_column: str = field(default="intent", metadata={"help": "Column of the intents, by name."})
+    tag_column: str = field(default="slots", metadata={"help": "Column of their BIO tags."})
+    intent_column: str = field(default="intent", metadata={"help": "Column of the intents."})
     model_name_or_path: str = field(default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Chat model."})
     config_name: str | None = field(default=None, metadata={"help": "Configuration and tokenizer, for random weights."})
     num_supervised: int = field(default=500, metadata={"help": "Labelled commands of the first stage."})
@@ -53,9 +53,13 @@ def load_commands(script: ScriptArguments, split: str, file: str | None, num_row
     kind = "parquet" if file is not None and file.endswith(".parquet") else "json"
     name, config = (kind, None) if file else (script.dataset_name, script.dataset_config)
     rows = load_dataset(name, config, data_files=file, split="train" if file else split).shuffle(seed)
+    columns = {name: rows.features[name] for name in (script.token_column, script.tag_column, script.intent_column)}
+    decode = {
+        name: getattr(getattr(one, "feature", one), "int2str", lambda value: value) for name, one in columns.items()
+    }
 
     def as_prompt(row: dict[str, Any]) -> dict[str, Any]:
-        both = row[script.token_column], row[script.tag_column]
+        *both, intent = (decode[name](row[name]) for name in columns)
         words, tags = (one.split() if isinstance(one, str) else one for one in both)
         slots, name = {}, None
         for word, tag in zip(words, tags, strict=True):
@@ -63,7 +67,7 @@ def load_commands(script: ScriptArguments, split: str, file: str | None, num_row
             name = None if tag == "O" else tag[2:]
             if name is not None:
                 slots[name] = f"{slots[name]} {word}" if is_inside else word
-        parse = json.dumps({"intent": row[script.intent_column], "slots": slots}, ensure_ascii=False)
+        parse = json.dumps({"intent": intent, "slots": slots}, ensure_ascii=False)
         return {"prompt": [{"role": "user", "content": " ".join(words)}], "parse": parse}
 
     return rows.select(range(min(num_rows, len(rows)))).map(as_prompt, remove_columns=rows.column_names)
@@ -100,7 +104,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     # 1. Data set and model
     num_few, num_rows = script.num_supervised, script.num_supervised + script.max_train_samples
     commands = load_commands(script, script.train_split, script.train_file, num_rows, args.seed)
-    few, others = commands.select(range(num_few)), commands.select(range(num_few, len(commands)))
+    few, others = commands.take(num_few), commands.skip(num_few)
     test = load_commands(script, script.validation_split, script.validation_file, script.max_eval_samples, seed=0)
     path, load = script.config_name or script.model_name_or_path, hf.AutoModelForCausalLM
     tokenizer, config = hf.AutoTokenizer.from_pretrained(path), hf.AutoConfig.from_pretrained(path)
@@ -114,10 +118,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         return {"input_ids": ids, "labels": [-100] * len(start) + ids[len(start) :]}
 
     rows, first = few.map(encode, remove_columns=few.column_names), f"{args.output_dir}/supervised"
-    options = {"output_dir": first, "num_train_epochs": script.supervised_epochs, "save_strategy": "no"}
-    first_args = dataclasses.replace(args, **options)
-    keywords = {"processing_class": tokenizer, "data_collator": hf.DataCollatorForSeq2Seq(tokenizer)}
-    RejectionSamplingTrainer(model, first_args, train_dataset=rows, resampler=LossResampler(), **keywords).train()
+    epochs = script.supervised_epochs
+    first_args = dataclasses.replace(args, output_dir=first, num_train_epochs=epochs, save_strategy="no")
+    RejectionSamplingTrainer(model, first_args, hf.DataCollatorForSeq2Seq(tokenizer), rows, None, tokenizer).train()
 
     # 3. Rounds: right parses of the other commands
     resampler = CandidateResampler(
@@ -133,8 +136,6 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     trainer = RejectionSamplingTrainer(model, args, None, others, test, tokenizer, resampler=resampler)
     before = trainer.evaluate(metric_key_prefix="before")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-
-    # 4. Evaluate and save
     after = trainer.evaluate(metric_key_prefix="after")
     trainer.save_model()
     if trainer.is_world_process_zero():

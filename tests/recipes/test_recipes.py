@@ -403,6 +403,45 @@ def test_reward_model_reads_texts_of_other_columns(tmp_path: Path, has_prompt: b
     assert ("is chess hard ?" in text) == has_prompt
 
 
+@pytest.mark.parametrize("name", ["translation", "simultaneous_translation"])
+def test_both_languages_in_one_column(tmp_path: Path, name: str) -> None:
+    rows = [{"id": str(number), "translation": {"en": "one", "fr": f"un {number}"}} for number in range(8)]
+    path = data_set(tmp_path / "data", train=rows, validation=rows)
+    columns = {"source_column": "translation.en", "target_column": "translation.fr"}
+    extra = {"num_train_epochs": 1, "num_candidates": 2, "max_new_tokens": 24}
+    run(name, tmp_path / "out", model_name_or_path=DATA / "numbers" / "model", dataset_name=path, **columns, **extra)
+    assert {row["prompt"] for row in load_candidates(tmp_path / "out")} == {"one"}
+
+
+def test_voice_assistant_names_the_classes_that_are_stored_as_numbers(tmp_path: Path) -> None:
+    features = datasets.Features({
+        "words": datasets.List(datasets.Value("string")),
+        "tags": datasets.List(datasets.ClassLabel(names=["O", "B-city", "I-city"])),
+        "intent": datasets.ClassLabel(names=["weather", "call"]),
+    })  # fmt: skip
+    rows = [{"words": ["rain", "in", "new", "york"], "tags": [0, 0, 1, 2], "intent": 0}]
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "data" / "train.parquet")
+    recipe = load("voice_assistant")
+    script = recipe.ScriptArguments(str(tmp_path / "data"), token_column="words", tag_column="tags")
+    (parse,) = recipe.load_commands(script, "train", None, 1, seed=0)["parse"]
+    assert json.loads(parse) == {"intent": "weather", "slots": {"city": "new york"}}
+
+
+def test_image_classification_takes_names_of_classes_and_a_part_of_a_split(tmp_path: Path) -> None:
+    pixels = {"pixels": datasets.Image(), "animal": datasets.Value("string")}
+    rows = {"pixels": [np.full((8, 8, 3), 20 * row, dtype=np.uint8) for row in range(12)], "animal": ["dog", "cat"] * 6}
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(rows, datasets.Features(pixels)).to_parquet(tmp_path / "data" / "train.parquet")
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    hf.ViTForImageClassification(hf.ViTConfig(image_size=8, patch_size=4, **size)).save_pretrained(tmp_path / "model")
+    hf.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
+    run("image_classification", tmp_path / "out", dataset_name=tmp_path / "data", train_split="train[:8]",
+        validation_split="train[8:]", image_column="pixels", label_column="animal", num_train_epochs=1,
+        model_name_or_path=tmp_path / "model")  # fmt: skip
+    assert hf.AutoConfig.from_pretrained(tmp_path / "out").id2label == {0: "cat", 1: "dog"}
+
+
 def test_one_file_alone_is_refused(tmp_path: Path) -> None:
     for name in NAMES:
         if name == "image_classification":
