@@ -271,7 +271,7 @@ def _accept_whole_passes(probabilities: torch.Tensor, num_passes: int, generator
     rates = torch.where(probabilities > 0.5, 0.0, -torch.log1p(-probabilities.clamp(max=0.5)))
     mean_points = rates.sum() * num_passes
     num_points = int(torch.poisson(mean_points.reshape(1), generator=generator).item())
-    rare_row = _sample_inverse_cdf(rates, num_points, generator) if num_points else torch.empty(0, dtype=torch.int64)
+    rare_row = _sample_inverse_cdf(rates, num_points, generator)
     rare_pass = torch.randint(num_passes, (num_points,), generator=generator)
     frequent_pairs = frequent_pass * num_rows + frequent[frequent_position]
     pairs = torch.cat([frequent_pairs, (rare_pass * num_rows + rare_row).unique()])

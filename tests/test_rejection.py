@@ -176,6 +176,15 @@ def test_whole_passes_accept_each_row_a_binomial_number_of_times(num_passes):
     assert bool(((variances - expected).abs() <= 4 * errors).all()), (variances, expected)
 
 
+def test_permutations_are_compared_with_uniforms_of_double_precision():
+    p, generator = torch.rand(1_000, dtype=torch.float64, generator=seeded(1)) / 2, seeded(3)
+    p[0] = 1.0
+    order = torch.randperm(1_000, generator=generator)
+    uniforms = torch.rand(1_000, dtype=torch.float64, generator=generator)
+    expected = order[uniforms < p[order]]
+    assert torch.equal(_sample_by_permutations(p, len(expected), seeded(3)), expected)
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_row_comes_at_most_once_per_pass_and_scatters_like_a_binomial(route):
     generator, residuals = seeded(11), []
@@ -210,10 +219,11 @@ def test_equal_weights_are_one_permutation_of_the_same_generator():
 
 
 def test_points_of_the_inverse_distribution_are_sorted_uniforms_of_double_precision():
-    spacings = torch.empty(1_001, dtype=torch.float64).exponential_(generator=seeded(5))
+    num_rows = 100_000  # so many that sums of single precision fall into other rows
+    spacings = torch.empty(num_rows + 1, dtype=torch.float64).exponential_(generator=seeded(5))
     uniforms = spacings.cumsum(0)[:-1] / spacings.sum()
-    found = _sample_inverse_cdf(torch.ones(50, dtype=torch.float64), 1_000, seeded(5))
-    assert found.tolist() == (50 * uniforms).long().tolist()
+    found = _sample_inverse_cdf(torch.ones(num_rows, dtype=torch.float64), num_rows, seeded(5))
+    assert torch.equal(found, (num_rows * uniforms).long())
 
 
 @pytest.mark.parametrize("top", [2.0, 2.0**24], ids=["looped", "heavy_tail"])
