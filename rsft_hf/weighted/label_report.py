@@ -20,7 +20,8 @@ logger = logging.get_logger(__name__)
 
 _MIN_GROUP = 10  # labels in a group for a scale of its own
 _MIN_AGREEMENT = 0.5  # share of the labels of a class that a model agrees with after learning it
-_MIN_OF_BEST = 0.8  # of the best epoch's agreement, for an epoch to count
+_MIN_OF_BEST = 0.8  # of the best epoch's agreement, for a task that is learnt
+_USED_UNTIL = 2  # times as many epochs as that took; later ones learn the wrong labels by heart
 
 # Weak normal priors, mean and deviation: log k, so that the model errs on 2 % at its median margin; log-odds of 2 r, so
 # that r is 4 % (0.2 to 31 at two deviations); and those of a class against all, a factor of 4 at two deviations.
@@ -90,8 +91,9 @@ class Learning(NamedTuple):
     """What a model has learnt of the labels.
 
     Attributes:
-        is_used: Epochs whose agreement is at least four fifths of the best one's, shape (epochs,), bool: before, the
-            model had not learnt the task.
+        is_used: Epochs that count, shape (epochs,), bool: those whose agreement is at least four fifths of the best
+            one's, up to twice as many epochs as the first of them took. Before, the model had not learnt the task;
+            later, it learns the wrong labels by heart.
         is_learnt: Labels of a class that the model agreed with at least half of the time in one of them, shape (L,).
         agreement: Mean over the classes of the share of their labels that the model agreed with, in the best epoch.
         is_trusted: Whether that is well above chance: half, and 5 of 8 for two classes.
@@ -125,6 +127,7 @@ def learning(history: torch.Tensor, classes: torch.Tensor) -> Learning:
     agreements = rates.nanmean(1).nan_to_num(0.0)
     best = float(agreements.max())
     is_used = agreements >= _MIN_OF_BEST * best
+    is_used[_USED_UNTIL * (int(is_used.int().argmax()) + 1) :] = False
     is_learnt = rates[is_used].nan_to_num(0.0).amax(0) >= _MIN_AGREEMENT
     chance = 1 / num_classes if num_classes > 1 else 0.0
     return Learning(is_used, is_learnt[classes], best, best >= max(_MIN_AGREEMENT, chance + (1 - chance) / 4))
@@ -168,8 +171,9 @@ def evidence(margins: LabelMargins, is_used: torch.Tensor) -> tuple[torch.Tensor
 class LabelReport:
     """Label errors that a training run found: their probability, their number, and the labels the model prefers.
 
-    The estimate is low where the model cannot learn the task, or learns the wrong labels by heart: observe a plain run
-    with the epochs and the learning rate that generalise best.
+    Margins count from the epoch in which the model had learnt the task to twice that number of epochs: later, it learns
+    wrong labels by heart. The estimate is low where it cannot learn the task, or learns labels by heart at once: observe
+    a plain run with the learning rate that generalises best.
 
     Args:
         margins: Margins of all labels over the run.
@@ -182,8 +186,8 @@ class LabelReport:
         positions: Position of each label among the labels of its row, shape (L,), int64.
         labels: The given labels, shape (L,), int64, -1 for a label that was not read.
         suggestions: The labels that the model prefers, shape (L,), int64; the given one where it agrees.
-        margins: Mean margin of each label, shape (L,), float64, NaN for a label that was not read.
-        probabilities: Probability that a label is wrong, shape (L,), float64, NaN for a label that was not read, or
+        margins: Mean margin of each label, shape (L,), float64, NaN for a label that was not read in those epochs.
+        probabilities: Probability that a label is wrong, shape (L,), float64, NaN for a label without a margin, or
             whose class the model has not learnt.
         agreement: Share of the labels of a class that the model agreed with in its best epoch, mean over the classes.
 

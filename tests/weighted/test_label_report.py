@@ -106,6 +106,15 @@ def test_epochs_before_the_task_is_learnt_are_left_out():
     assert rivals[7:].tolist() == [11, 12, 12]
 
 
+@pytest.mark.parametrize(("first", "used"), [(0, [0, 1]), (1, [1, 2, 3]), (2, [2, 3, 4, 5]), (6, [6, 7])])
+def test_epochs_that_learn_the_labels_by_heart_are_left_out(first, used):
+    """After twice as many epochs as the task took, even labels that contradicted the model are learnt."""
+    history = torch.ones(8, 10)
+    history[:first, 2:] = -1.0
+    history[first : 2 * first + 2, 8:] = -1.0  # a fifth is wrong
+    assert learning(history, torch.zeros(10)).is_used.nonzero().flatten().tolist() == used
+
+
 def test_a_rare_class_that_is_not_learnt_is_not_judged(caplog):
     """Nine rows in ten are learnt; those of the last class always contradict, which is no reason to drop them all."""
     labels = [0, 1, 2] * 30 + [3] * 10
