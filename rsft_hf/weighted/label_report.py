@@ -172,8 +172,8 @@ class LabelReport:
     """Label errors that a training run found: their probability, their number, and the labels the model prefers.
 
     Margins count from the epoch in which the model had learnt the task to twice that number of epochs: later, it learns
-    wrong labels by heart. The estimate is low where it cannot learn the task, or learns labels by heart at once: observe
-    a plain run with the learning rate that generalises best.
+    wrong labels by heart. The estimate is low where it cannot learn the task, or learns labels by heart at once:
+    observe a plain run with the learning rate that generalises best.
 
     Args:
         margins: Margins of all labels over the run.
