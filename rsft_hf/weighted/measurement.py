@@ -315,7 +315,7 @@ def _labelled_probe(
         singles = (
             [slice_rows(batch, row, width) for row in range(width)]
             if is_random
-            else [_collated([example], collate, seed)[0] for example in examples]
+            else [_collate([example], collate, seed) for example in examples]
         )
         expected, recordings = _single_losses(trainer, model, singles)
         try:
