@@ -94,6 +94,8 @@ REGIMES = {
     "class_noise_snips": Regime("snips", 1000, 4, noise=0.15, is_class_noise=True),
     "class_noise_ag_news": Regime("ag_news", 1000, 4, noise=0.15, is_class_noise=True),
     "class_noise_imdb": Regime("imdb", 1500, 4, noise=0.15, is_class_noise=True),
+    "noise_snips_long": Regime("snips", 1000, 12, noise=0.15),
+    "noise_digits_long": Regime("digits", 800, 40, learning_rate=1e-3, noise=0.15),
     "groups_imdb": Regime("imdb", 2000, 3, "worst"),
     "groups_ag_news": Regime("ag_news", 1000, 3, "worst"),
     "groups_snips": Regime("snips", 500, 3, "worst"),
