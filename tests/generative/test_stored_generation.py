@@ -155,17 +155,18 @@ def test_long_prompts_are_dropped_and_named(caplog: pytest.LogCaptureFixture) ->
 
 
 SCRIPT = """
-import json, os, sys
+import sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 from generative.test_stored_generation import generated
 import generators
 from generative_runs import CountingEngine
+from process_groups import write_and_leave
 from rsft_hf.generative import score_again
 output, engine = Path(sys.argv[1]), CountingEngine()
 folder = generated(output / "generated", engine=engine)
 score_again(folder, output / "scored", generators.share_of_wanted)
-(output / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(len(engine.calls)))
+write_and_leave(output, len(engine.calls))
 """
 
 

@@ -3,7 +3,6 @@
 torchrun --nproc_per_node 2 tests/helpers/distributed_runs.py OUTPUT_DIR
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import transformers as hf
 
 import runs
 import zoo
+from process_groups import write_and_leave
 from rsft_hf import LossResampler, PredictionResampler, RejectionSamplingTrainer, Tempered, measure_losses
 from rsft_hf.predictive import load_pseudo_labels
 
@@ -96,8 +96,7 @@ def main() -> None:
         results[f"corrected_{name}"] = corrected(output_dir, name)
     trainer = hf.Trainer(runs.bert(), runs.arguments(output_dir, **ARGS), runs.collate, runs.rows())
     results["measured"] = measure_losses(trainer, batch_size=4).losses.tolist()
-    rank = trainer.args.process_index
-    (output_dir / f"rank_{rank}.json").write_text(json.dumps(results))
+    write_and_leave(output_dir, results)
 
 
 if __name__ == "__main__":

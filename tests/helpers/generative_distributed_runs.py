@@ -3,7 +3,6 @@
 torchrun --nproc_per_node 2 tests/helpers/generative_distributed_runs.py OUTPUT_DIR [broken]
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 import generative_runs
 import generators
+from process_groups import write_and_leave
 from rsft_hf import Deduplicate, DensityRatio, Threshold
 from rsft_hf.generative import RejectTruncated
 
@@ -79,7 +79,7 @@ def main() -> None:
     if sys.argv[2:] == ["broken"]:
         generative_runs.trained(output_dir / "broken", generative_runs.resampler(broken))
     results = {name: run(name, output_dir) for name in RUNS}
-    (output_dir / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(results))
+    write_and_leave(output_dir, results)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ torchrun --nproc_per_node 2 tests/helpers/sharded_runs.py OUTPUT_DIR [broken]
 accelerate makes DDP of FSDP on a CPU, without a word: `Sharding` tells it otherwise after it has looked at the machine.
 """
 
-import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -29,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 import generative_runs
 import generators
 import runs
+from process_groups import write_and_leave
 from rsft_hf import RejectionSamplingTrainer
 from rsft_hf.engines.model_access import whole_model
 
@@ -240,7 +239,7 @@ def main() -> None:
     if runs.RESUMES_PROCESSES:
         results["resumed"] = run(output_dir / "fsdp", tiny(seed=17), Sharding, resume=last)
     results["fsdp, merged"] = run(output_dir / "fsdp_m", with_adapter(tiny()), Sharding, **merged)
-    (output_dir / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(results))
+    write_and_leave(output_dir, results)
 
 
 if __name__ == "__main__":
