@@ -2,8 +2,6 @@
 
 import csv
 import json
-import runpy
-import sys
 
 import datasets
 import pytest
@@ -132,14 +130,3 @@ def test_wrong_options_are_refused_before_a_folder_is_made(run, tmp_path, more, 
     with pytest.raises(ExperimentError, match=message):
         run(*more)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_as_a_script_an_error_is_one_line(monkeypatch):
-    """Python prints the text of `sys.exit`, without a traceback, and returns 1."""
-    monkeypatch.setattr(sys, "argv", ["experiments.sentiment", "--weightin", "margin"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(sentiment.__file__, run_name="__main__")
-    message = str(ended.value.code)
-    assert message.startswith("error: Unknown option '--weightin' (did you mean")
-    assert "\n" not in message

@@ -2,8 +2,6 @@
 
 import csv
 import json
-import runpy
-import sys
 
 import datasets
 import pytest
@@ -218,14 +216,3 @@ def test_the_free_reward_reads_no_reference(translator):
     columns = set().union(*(function.requires for function in make_rewards(options)))
     assert columns == set()
     assert not torch.is_grad_enabled() or make_rewards(translation.TranslationArguments())[0].requires == {"reference"}
-
-
-@pytest.mark.slow
-def test_as_a_script_an_error_is_one_line(monkeypatch):
-    """Python prints the text of `sys.exit`, without a traceback, and returns 1."""
-    monkeypatch.setattr(sys, "argv", ["experiments.translation", "--acceptanc", "topk:1"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(translation.__file__, run_name="__main__")
-    message = str(ended.value.code)
-    assert message.startswith("error: Unknown option '--acceptanc' (did you mean")
-    assert "\n" not in message
