@@ -3,12 +3,15 @@
 import contextlib
 import copy
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import Trainer
+
+_DATA_SETS = ("train_dataset", "eval_dataset")  # lists that no loss changes
 
 
 @contextlib.contextmanager
@@ -42,11 +45,11 @@ def forked_rng(seed: int) -> Iterator[None]:
 @contextlib.contextmanager
 def preserved_trainer_state(trainer: Trainer) -> Iterator[None]:
     """Restores the counters and metric lists that a trainer updates when it computes a loss, as TRL's do."""
-    kinds = (int, float, str, dict, list, set, type(None))
+    kinds = (int, float, str, dict, list, set, deque, type(None))
     saved = {
-        name: copy.deepcopy(value)
+        name: _copied(value)
         for name, value in vars(trainer).items()
-        if isinstance(value, kinds) and _is_plain_data(value)
+        if isinstance(value, kinds) and name not in _DATA_SETS
     }
     try:
         yield
@@ -55,13 +58,15 @@ def preserved_trainer_state(trainer: Trainer) -> Iterator[None]:
             _restore(trainer, name, value)
 
 
-def _is_plain_data(value: Any) -> bool:
-    """Whether a value consists of numbers, strings and containers of them only."""
-    if isinstance(value, Mapping):
-        return all(_is_plain_data(item) for item in value.values())
-    if isinstance(value, Sequence | set) and not isinstance(value, str):
-        return all(_is_plain_data(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))
+def _copied(value: Any) -> Any:
+    """A copy of the containers of a value; what they hold in the end, such as tensors, is shared."""
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # a defaultdict stays one
+        copied.update({key: _copied(item) for key, item in value.items()})
+        return copied
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    return copy.copy(value) if isinstance(value, (set, deque)) else value
 
 
 def _restore(trainer: Trainer, name: str, value: Any) -> None:
@@ -69,7 +74,8 @@ def _restore(trainer: Trainer, name: str, value: Any) -> None:
     if isinstance(present, dict):  # in place: a callback may hold a reference
         present.clear()
         present.update(value)
-    elif isinstance(present, list):
-        present[:] = value
+    elif isinstance(present, (list, deque)):
+        present.clear()
+        present.extend(value)
     else:
         vars(trainer)[name] = value

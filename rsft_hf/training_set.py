@@ -1,11 +1,13 @@
 """Training set: validation, lengths of the examples, reading order of an epoch, and fingerprint."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
 import pyarrow.compute
 import torch
 from transformers import Trainer
@@ -54,7 +56,9 @@ def example_lengths(dataset: Any, length_column: str) -> list[int] | None:
     """
     if isinstance(dataset, datasets.Dataset):
         if length_column in dataset.column_names:
-            return list(dataset[length_column])
+            lengths = list(dataset[length_column])
+            if all(isinstance(length, (int, float)) for length in lengths):
+                return lengths
         if "input_ids" in dataset.column_names:
             column = dataset.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"]
             return pyarrow.compute.list_value_length(column).to_pylist()
@@ -107,15 +111,51 @@ def _required_lengths(trainer: Trainer, dataset: Any) -> list[int]:
 
 
 def dataset_fingerprint(dataset: Any, num_rows: int = _NUM_FINGERPRINT_ROWS) -> str:
-    """Returns a hash of the columns and of `num_rows` rows spread over the data set, equal from run to run."""
+    """Returns a hash of the columns and of rows, equal from run to run.
+
+    Of a `datasets.Dataset` it reads all rows of the columns of single numbers (classes, say).
+
+    Args:
+        dataset: A data set with a length and random access.
+        num_rows: Number of rows, spread over it, whose other columns are read, but for those drawn anew at each access.
+    """
     digest = hashlib.blake2b(digest_size=8)
-    if isinstance(dataset, datasets.Dataset):
+    is_stored = isinstance(dataset, datasets.Dataset)
+    if is_stored:
         dataset = dataset.with_format(None)  # the stored values: a random transform gives others at every access
+        for part in _numbers(dataset):
+            digest.update(part)
+    rows = [number * len(dataset) // min(num_rows, len(dataset)) for number in range(min(num_rows, len(dataset)))]
     with forked_rng(0):
-        for number in range(min(num_rows, len(dataset))):
-            for part in _hashed_parts(dataset[number * len(dataset) // min(num_rows, len(dataset))]):
-                digest.update(part)
+        columns = _column_digests(dataset, rows)
+        again = columns if is_stored else _column_digests(dataset, rows)  # a data set may have an RNG of its own
+    for name, found in sorted(columns.items()):
+        digest.update(name.encode())
+        if found == again.get(name):
+            digest.update(found)
     return digest.hexdigest()
+
+
+def _numbers(dataset: datasets.Dataset) -> Iterable[bytes]:
+    for name, feature in dataset.features.items():
+        dtype = getattr(feature, "dtype", None)
+        if isinstance(dtype, str) and dtype.startswith(("int", "uint", "float", "bool")):
+            column = dataset.select_columns([name]).with_format("arrow")[:][name]
+            values = pyarrow.compute.cast(column, pyarrow.float64(), safe=False)
+            yield pyarrow.compute.fill_null(values, math.nan).to_numpy().tobytes()
+
+
+def _column_digests(dataset: Any, rows: Iterable[int]) -> dict[str, bytes]:
+    digests: dict[str, Any] = {}
+    for row in rows:
+        values = dataset[row]
+        if not isinstance(values, Mapping):
+            values = dict(enumerate(values if isinstance(values, (list, tuple)) else [values]))
+        for name, value in values.items():
+            digest = digests.setdefault(str(name), hashlib.blake2b(digest_size=8))
+            for part in _hashed_parts(value):
+                digest.update(part)
+    return {name: digest.digest() for name, digest in digests.items()}
 
 
 def _hashed_parts(value: Any) -> Iterable[bytes]:

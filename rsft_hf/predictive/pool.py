@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from rsft_hf.weighted.labels import IGNORED, column_values
+from rsft_hf.weighted.labels import IGNORED, as_list, column_values
 
 FOLDER = "pseudo_labels"
 
@@ -87,7 +86,7 @@ class SemiLabelledRows(torch.utils.data.Dataset[Any]):
     ) -> None:
         self._labelled, self._unlabelled, self._doubtful = labelled, unlabelled, doubtful
         self._column, *self._others = columns
-        self._num_labels = len(labelled[0][self._column]) if kind == "multi_label" else 1
+        self._example = labelled[0][self._column]
         self.trusted = sorted(set(range(len(labelled))) - set(doubtful))
         self.pseudo = PseudoLabels.none(kind)
 
@@ -108,19 +107,30 @@ class SemiLabelledRows(torch.utils.data.Dataset[Any]):
         if index < self.num_labelled:
             return dict(self._labelled[self.trusted[index]])
         row = self.unlabelled_row(index - self.num_labelled)
-        return row | {self._column: self.pseudo.label(index - self.num_labelled, row[self._column])}
+        return row | {self._column: self._stored(self.pseudo.label(index - self.num_labelled, row[self._column]))}
+
+    def input_row(self, number: int) -> dict[str, Any]:
+        """Returns a row whose label is drawn, with a blank label, as a collator takes it."""
+        row = self.unlabelled_row(number)
+        return row | {self._column: self._stored(row[self._column])}
 
     def unlabelled_row(self, number: int) -> dict[str, Any]:
-        """Returns a row whose label is drawn, with a blank label."""
+        """Returns a row whose label is drawn, with a blank label: a number or a list."""
         row = self.given_row(number)
         if self.pseudo.kind == "class":
             blank: Any = IGNORED
         elif self.pseudo.kind == "multi_label":
-            blank = [0.0] * self._num_labels
+            blank = [0.0] * len(self._example)
         else:
             marks = as_list(row.get(self._column))
             blank = [0] * len(row["input_ids"]) if marks is None else [min(one, 0) for one in marks]
         return {name: value for name, value in row.items() if name not in self._others} | {self._column: blank}
+
+    def _stored(self, label: Any) -> Any:
+        """A label as the labelled rows hold theirs: a collator stacks both."""
+        if not isinstance(self._example, torch.Tensor):
+            return label
+        return torch.tensor(label, dtype=self._example.dtype)
 
     def given_row(self, number: int) -> dict[str, Any]:
         """Returns a row whose label is drawn, as its data set holds it."""
@@ -130,11 +140,22 @@ class SemiLabelledRows(torch.utils.data.Dataset[Any]):
         )
 
     def given_values(self, numbers: Sequence[int], column: str) -> list[Any]:
-        """Returns a column of some of these rows, as their data sets hold it; None for a row without it."""
+        """Returns a column of some of these rows, as their data sets hold it.
+
+        None for a row without it, and for the label of a doubtful row, which is what is in doubt.
+        """
         unlabelled = self._unlabelled
         is_stored = isinstance(unlabelled, datasets.Dataset) and column in unlabelled.column_names
         stored = column_values(unlabelled, column) if is_stored else []  # a whole row may be an image to decode
-        return [stored[number] if number < len(stored) else self.given_row(number).get(column) for number in numbers]
+        is_label = column in (self._column, *self._others)
+
+        def value(number: int) -> Any:
+            if number < len(stored):
+                return stored[number]
+            is_doubted = is_label and number >= len(unlabelled)
+            return None if is_doubted else self.given_row(number).get(column)
+
+        return [value(number) for number in numbers]
 
 
 class InputRows(torch.utils.data.Dataset[Any]):
@@ -147,12 +168,7 @@ class InputRows(torch.utils.data.Dataset[Any]):
         return self._rows.num_unlabelled
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        return self._rows.unlabelled_row(number)
-
-
-def as_list(value: Any) -> Any:
-    """Returns a tensor or an array as a list or number; anything else as it is."""
-    return value.tolist() if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) else value
+        return self._rows.input_row(number)
 
 
 def write_round(directory: Path, number: int, columns: Mapping[str, Sequence[Any]]) -> None:

@@ -19,14 +19,14 @@ from rsft_hf.distributed import FailTogether, broadcast_from_main, run_seed
 from rsft_hf.engines.model_access import is_sharded, unwrapped
 from rsft_hf.predictive.acceptance import Decisions, decide, expected_calibration_error, is_confident
 from rsft_hf.predictive.ema import EmaTeacher
-from rsft_hf.predictive.pool import InputRows, PseudoLabels, SemiLabelledRows, as_list, write_round
+from rsft_hf.predictive.pool import InputRows, PseudoLabels, SemiLabelledRows, write_round
 from rsft_hf.predictive.predictions import LabelPredictions, Predictor
 from rsft_hf.predictive.targets import Proposals, Sharpened, Target
 from rsft_hf.predictive.validation import label_column, label_kind, labelled_units, validate_rows
 from rsft_hf.rejection import MANY_REPEATS, rejection_sample, sample_parts
 from rsft_hf.resampler import Resampler
 from rsft_hf.training_set import dataset_fingerprint, example_lengths
-from rsft_hf.weighted.labels import IGNORED, label_names
+from rsft_hf.weighted.labels import IGNORED, as_list, label_names
 from rsft_hf.weighted.measurement import trained_model, training_loader
 
 logger = logging.get_logger(__name__)
@@ -323,7 +323,7 @@ class PredictionResampler(Resampler):
         for given, count in zip(self._bound().given_values(rows, self.reference_column), counts, strict=True):
             value = as_list(given)
             units = [value] if self.kind == "class" else [one for one in value or () if one != IGNORED]
-            is_known = len(units) == count and units[0] is not None
+            is_known = len(units) == count and all(unit is not None and unit >= 0 for unit in units)
             found += [int(unit) for unit in units] if is_known else [IGNORED] * count
         return torch.tensor(found)
 

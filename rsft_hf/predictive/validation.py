@@ -9,8 +9,7 @@ import torch
 from transformers import Trainer
 
 from rsft_hf.engines.model_access import unwrapped
-from rsft_hf.predictive.pool import as_list
-from rsft_hf.weighted.labels import IGNORED, column_values, label_names, stored_column
+from rsft_hf.weighted.labels import IGNORED, as_list, column_values, label_names, stored_column
 
 
 def label_column(trainer: Trainer, row: Mapping[str, Any]) -> str:

@@ -2,8 +2,9 @@
 
 from rsft_hf.weighted.history_rules import ErrorSet, LeaveOutSuspects
 from rsft_hf.weighted.label_report import LabelReport
-from rsft_hf.weighted.measurement import Measurement, NotPerExampleError, measure_losses
+from rsft_hf.weighted.measurement import Measurement, measure_losses
 from rsft_hf.weighted.prediction_rules import Entropy, LeastConfidence, Margin
+from rsft_hf.weighted.reading import NotPerExampleError
 from rsft_hf.weighted.resampler import LossResampler
 from rsft_hf.weighted.weightings import (
     Chain,

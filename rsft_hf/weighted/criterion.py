@@ -41,11 +41,13 @@ class Choices:
         labels: Class of the label, int64; of a binary criterion 0 or 1.
         rivals: Class with the largest logit among the others, int64.
         margins: Logit of the label minus that of the rival; of a binary criterion the other class has logit 0.
+        is_binary: Whether the criterion is binary.
     """
 
     labels: torch.Tensor
     rivals: torch.Tensor
     margins: torch.Tensor
+    is_binary: bool = False
 
 
 class CriterionCapture(TorchFunctionMode):
@@ -195,7 +197,7 @@ class CriterionCapture(TorchFunctionMode):
         if input.shape == target.shape:
             with torch.no_grad():
                 labels, logits = target.flatten(), input.flatten().float()
-                choices = Choices(labels.gt(0.5).long(), labels.le(0.5).long(), (2 * labels - 1) * logits)
+                choices = Choices(labels.gt(0.5).long(), labels.le(0.5).long(), (2 * labels - 1) * logits, True)
             self.calls[-1] = dataclasses.replace(self.calls[-1], choices=choices)
         return loss
 

@@ -92,10 +92,18 @@ class ErrorSet:
     def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
         """Returns the weights; the scores are not used.
 
+        Raises:
+            ValueError: If no row has a margin: the loss does not compare one class per row with others.
+
         Example:
             >>> margins = torch.tensor([[1.0, -2.0], [1.0, 3.0]])
             >>> ErrorSet(5.0)(torch.zeros(2), ExampleStatistics(margin_history=margins)).tolist()
             [1.0, 5.0]
         """
         first = read_statistic(statistics, "margin_history", "ErrorSet")[0]
+        if not bool(first.isfinite().any()):
+            raise ValueError(
+                "ErrorSet reads the margin of each row's label, and this loss gives none: it needs one class per row, "
+                "of 2 to 1,024. Take a rule on the losses, such as Tempered(0.5)."
+            )
         return torch.where(first < 0, self.upweight, 1.0).double()

@@ -90,6 +90,7 @@ class LabelMargins:
         num_per_row: Those numbers, once a margin has been recorded.
         labels: Class of each label, shape (L,), int64, -1 for a label never read.
         epochs: Mean margins, float32, NaN for a label not read, and rivals, int32, both of shape (L,), of each epoch.
+        is_binary: Whether each label is a yes or no of its own, as those of a multi-label task.
         problem: Why the margins cannot be assigned to the labels, or None.
 
     Example:
@@ -105,6 +106,7 @@ class LabelMargins:
         self._count_labels = count_labels
         self.num_per_row = self._first_labels = self.labels = torch.empty(0, dtype=torch.int64)
         self.epochs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.is_binary = False
         self.problem: str | None = None
         self._own: MarginSums | None = None
         self._queue: list[tuple[list[int], Choices, torch.Tensor]] = []
@@ -117,6 +119,7 @@ class LabelMargins:
             choices: Labels and margins of its elements, row after row, each of shape (elements,).
             is_labelled: Whether an element has a label, shape (elements,).
         """
+        self.is_binary = choices.is_binary
         if self.problem is None:
             self._queue.append((rows, choices, is_labelled))
             if len(self._queue) >= _QUEUE_LENGTH:
@@ -149,6 +152,7 @@ class LabelMargins:
             return {}
         state = {f"label_{name}": values for name, values in vars(total).items()}
         state |= {"label_classes": self.labels, "label_num_per_row": self.num_per_row}
+        state["label_is_binary"] = torch.tensor(self.is_binary)
         if self.epochs:
             state["label_epoch_margins"], state["label_epoch_rivals"] = map(torch.stack, zip(*self.epochs, strict=True))
         return state
@@ -162,6 +166,7 @@ class LabelMargins:
         if is_main_process:
             own = MarginSums(*(state[f"label_{name}"] for name in vars(own)))
         self._own, self.labels = own, state["label_classes"]
+        self.is_binary = bool(state["label_is_binary"])
         if "label_epoch_margins" in state:
             self.epochs = list(zip(state["label_epoch_margins"], state["label_epoch_rivals"], strict=True))
 
@@ -189,7 +194,9 @@ class LabelMargins:
             own, places = self._sums(), self._places(torch.tensor(rows), is_labelled.cpu())
             if places is not None:
                 is_read = is_labelled.cpu() & choices.margins.cpu().isfinite()
-                own.add(places[is_read], Choices(*(values.cpu()[is_read] for values in vars(choices).values())))
+                labels, rivals, margins = choices.labels, choices.rivals, choices.margins
+                read = Choices(labels.cpu()[is_read], rivals.cpu()[is_read], margins.cpu()[is_read])
+                own.add(places[is_read], read)
         self._queue.clear()
 
     def _places(self, rows: torch.Tensor, is_labelled: torch.Tensor) -> torch.Tensor | None:

@@ -105,12 +105,13 @@ class Learning(NamedTuple):
     is_trusted: bool
 
 
-def learning(history: torch.Tensor, classes: torch.Tensor) -> Learning:
+def learning(history: torch.Tensor, classes: torch.Tensor, num_choices: int | None = None) -> Learning:
     """Returns what the model has learnt of the labels; a class counts as much as any other, however rare.
 
     Args:
         history: Margins, shape (epochs, L), NaN for a label that was not read.
-        classes: Class of each label, shape (L,).
+        classes: Class of each label, shape (L,); of one that was never read it does not count.
+        num_choices: Classes that the model chooses among; those that were read by default.
 
     Example:
         >>> history = torch.tensor([[1.0, 1.0, 1.0, -1.0], [1.0, 1.0, -1.0, -1.0]])  # class 1 is never learnt
@@ -129,7 +130,8 @@ def learning(history: torch.Tensor, classes: torch.Tensor) -> Learning:
     is_used = agreements >= _MIN_OF_BEST * best
     is_used[_USED_UNTIL * (int(is_used.int().argmax()) + 1) :] = False
     is_learnt = rates[is_used].nan_to_num(0.0).amax(0) >= _MIN_AGREEMENT
-    chance = 1 / num_classes if num_classes > 1 else 0.0
+    num_choices = num_choices or int(read.any(0).sum())
+    chance = 1 / num_choices if num_choices > 1 else 0.0
     return Learning(is_used, is_learnt[classes], best, best >= max(_MIN_AGREEMENT, chance + (1 - chance) / 4))
 
 
@@ -223,20 +225,24 @@ class LabelReport:
                 "No label has been read yet, or the loss does not compare classes (2 to 1,024). Call `label_report()` "
                 'after an epoch of LossResampler(losses="training").'
             )
-        self.kind, self._column, self._names = kind, column, class_names
+        # Stored as integers, the 0 and 1 of a multi-label task look like the classes of tokens.
+        self.kind = "multi_label" if kind == "token" and margins.is_binary else kind
+        self._column, self._names = column, class_names
         self._num_per_row, self.labels = margins.num_per_row, margins.labels
         self.rows = torch.arange(len(self._num_per_row)).repeat_interleave(self._num_per_row)
         first = self._num_per_row.cumsum(0) - self._num_per_row
         self.positions = torch.arange(len(self.rows)) - first[self.rows]
-        classes = 2 * self.positions + self.labels if kind == "multi_label" else self.labels
-        learnt = learning(torch.stack([means for means, _ in margins.epochs]), classes)
+        is_multi_label = self.kind == "multi_label"
+        classes = 2 * self.positions + self.labels if is_multi_label else self.labels
+        history = torch.stack([means for means, _ in margins.epochs])
+        learnt = learning(history, classes, num_choices=2 if is_multi_label else None)
         self.agreement, self._is_trusted = learnt.agreement, learnt.is_trusted
         self.margins, rivals = evidence(margins, learnt.is_used)
         is_read = self.margins.isfinite()
         self._warn(is_read & ~learnt.is_learnt)
         self.suggestions = torch.where(self.margins < 0, rivals, self.labels)
         # Of a multi-label task each class is a problem of its own.
-        groups = 2 * self.positions + self.suggestions if kind == "multi_label" else self.suggestions
+        groups = 2 * self.positions + self.suggestions if is_multi_label else self.suggestions
         is_judged = is_read & learnt.is_learnt
         self.probabilities = torch.full_like(self.margins, float("nan"))
         if bool(is_judged.any()):
@@ -286,7 +292,7 @@ class LabelReport:
             (mean over the reads of the label's logit minus the largest other one), and those of `dataset`.
 
         Raises:
-            ValueError: If `dataset` has another number of rows.
+            ValueError: If `dataset` has another number of rows, or other labels, where it has labels as integers.
         """
         num_read = int(self.probabilities.isfinite().sum())
         order = self.probabilities.nan_to_num(-1.0).argsort(descending=True, stable=True)
@@ -309,7 +315,10 @@ class LabelReport:
         if dataset is None:
             return table
         self._check_length(dataset)
-        hidden = {*table.column_names, self._label_column(dataset)}
+        column = self._label_column(dataset)
+        if column is not None and stored_labels(dataset, column) is not None:
+            self._check_labels(dataset)
+        hidden = {*table.column_names, column}
         if not (shown := [name for name in dataset.column_names if name not in hidden]):
             return table
         others = dataset.with_format(None).select_columns(shown).select(lines["row"]).flatten_indices()
@@ -400,7 +409,8 @@ class LabelReport:
         self._check_length(dataset)
         column = self._label_column(dataset)
         stored = None if column is None else stored_labels(dataset, column)
-        if column is None or stored is None or stored.kind != self.kind:
+        kinds = {self.kind, "token"} if self.kind == "multi_label" else {self.kind}
+        if column is None or stored is None or stored.kind not in kinds:
             raise ValueError(
                 f"`dataset` has no column {self._column!r} with labels as they were trained on ({self.kind}): its "
                 f"columns are {dataset.column_names}. Rename the column, or encode its labels as integers."

@@ -132,9 +132,13 @@ def _as_class(value: Any) -> int | None:
     """The class as an integer, -100 for a missing one, None for a value that is not a class."""
     if value is None:
         return IGNORED
-    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and np.ndim(value) == 0:
-        value = value.item()
+    value = as_list(value)
     return int(value) if isinstance(value, (int, bool)) else None
+
+
+def as_list(value: Any) -> Any:
+    """Returns a tensor or an array as a list or number; anything else as it is."""
+    return value.tolist() if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) else value
 
 
 def column_values(dataset: Any, column: str, rows: Sequence[int] | None = None) -> list[Any]:

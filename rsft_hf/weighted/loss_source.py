@@ -30,11 +30,11 @@ from rsft_hf.weighted.losses import (
 )
 from rsft_hf.weighted.measurement import (
     PREDICTION_STATISTICS,
-    find_reading,
     measure_losses,
     trained_model,
     training_loader,
 )
+from rsft_hf.weighted.reading import NUM_VERIFIED, find_reading
 
 logger = logging.get_logger(__name__)
 
@@ -89,7 +89,7 @@ class LossSource:
         self.label_margins = LabelMargins(lambda: labels_per_row(trainer, trainer.train_dataset))
         self.predictions: dict[str, torch.Tensor] = {}
         self._reading: Reading | None = None
-        self._is_measured = False
+        self._is_measured = self._has_further_calls = False
 
     def losses_at(self, epoch: int, seed: int, may_measure: bool) -> torch.Tensor:
         """Returns the known loss of every row at the start of an epoch. Collective.
@@ -144,6 +144,8 @@ class LossSource:
         """
         with record_loss(self.trainer, model, len(rows), factors, is_count_weighted) as recording:
             yield
+        if self._reading is not None and 0 < self._reading.num_calls < len(recording.calls):
+            self._warn_of_further_calls(len(recording.calls))
         if factors is not None and not recording.capture.calls and not recording.is_smoothed:
             raise RuntimeError(
                 "`importance_correction` found no loss of torch.nn.functional to scale in this training step (a fused "
@@ -215,13 +217,22 @@ class LossSource:
         Once is not enough: a term that is zero at the start (a penalty on the distance from the initial weights, say)
         appears later.
         """
+        if self._reading is not None and self._reading.is_final:
+            return
         if self._per_example_loss is not None:
             reading = Reading("given")
         else:
             model, loader = trained_model(self.trainer), training_loader(self.trainer)
+            num_verified = NUM_VERIFIED if self._reading is None else 0
             with forked_rng(seed), preserved_trainer_state(self.trainer), in_evaluation_mode(model):
                 reading = find_reading(
-                    self.trainer, model, loader.dataset, loader.collate_fn, self._reading_batch_size(), seed
+                    self.trainer,
+                    model,
+                    loader.dataset,
+                    loader.collate_fn,
+                    self._reading_batch_size(),
+                    seed,
+                    num_verified,
                 )
         # The main process decides: near a tolerance the processes might choose differently, and deadlock.
         (reading,) = broadcast_object_list([reading])
@@ -237,6 +248,21 @@ class LossSource:
                 "now on: a term of the loss appeared that was zero before."
             )
         self._reading = reading
+
+    def _warn_of_further_calls(self, num_calls: int) -> None:
+        """Gives up training losses and correction if it may, as the loss has terms that no probe has seen."""
+        if self._has_further_calls or self._reading is None:
+            return
+        self._has_further_calls = True
+        if self._adaptable:
+            self._fall_back("training mode adds terms to them", is_from_training=False)
+            return
+        logger.warning(
+            f"A training step computes {num_calls} losses of torch.nn.functional, and evaluation mode "
+            f"{self._reading.num_calls}: the losses of training steps are not those that a scoring pass measures, and "
+            "`importance_correction` does not scale what else is added. Compute one loss in both modes, or use "
+            'losses="forward" without `importance_correction`.'
+        )
 
     def _fall_back(self, reason: str, is_from_training: bool) -> None:
         """Goes on without correction, and with scoring passes if training steps give no losses, if it may."""

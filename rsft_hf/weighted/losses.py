@@ -9,7 +9,7 @@ computation of a batch's loss: the calls of a criterion, the model's outputs, th
 - `given`: from the user's `per_example_loss`;
 - `single`: from batches of one example, exact for every model, but slow.
 
-`measurement.find_reading` takes the first that reproduces batches of one on rows of the data set.
+`reading.find_reading` takes the first that reproduces batches of one on rows of the data set.
 """
 
 import contextlib
@@ -45,6 +45,8 @@ class Reading:
         is_collator_random: Whether the collator is random, as with masking: a row without a label in one batch may
             have one in the next.
         is_fused: Whether the losses come from the log-probabilities of a fused head, which cannot be scaled.
+        num_calls: Criterion calls of a batch ("criterion" only).
+        is_final: Whether other batches have contradicted a faster reading, which is not looked for again.
 
     Example:
         >>> Reading("criterion", is_mean=False).is_averaged
@@ -57,6 +59,8 @@ class Reading:
     is_scored_singly: bool = False
     is_collator_random: bool = False
     is_fused: bool = False
+    num_calls: int = 0
+    is_final: bool = False
 
 
 class RowLosses(NamedTuple):
@@ -83,6 +87,7 @@ class Recording:
         loss_arguments: The outputs and labels it was called with.
         fused_calls: Token log-probabilities of a fused head, as criterion calls.
         is_smoothed: Whether the factors scaled the losses of the label smoother.
+        is_aligned: Whether each label is that of the logits at its place, as the label smoother has them.
     """
 
     capture: CriterionCapture
@@ -92,6 +97,7 @@ class Recording:
     loss_arguments: tuple[Any, Any] | None = None
     fused_calls: list[CriterionCall] = field(default_factory=list)
     is_smoothed: bool = False
+    is_aligned: bool = False
 
     @property
     def calls(self) -> list[CriterionCall]:
@@ -99,21 +105,23 @@ class Recording:
         return self.capture.calls or self.fused_calls
 
     def row_margins(self) -> torch.Tensor | None:
-        """Returns the margins of the only call of a criterion over classes, shape (num_rows,), or None."""
-        (call,) = self.calls if len(self.calls) == 1 else (None,)
-        if call is None or call.choices is None or call.num_classes is None:
-            return None
-        return call.choices.margins if len(call.losses) == self.capture.num_rows else None
+        """Returns the margin of the label of each row, shape (num_rows,); None unless each row has one, of classes."""
+        choices, _ = self.label_choices() or (None, None)
+        return None if choices is None or len(choices.margins) != self.capture.num_rows else choices.margins
 
     def label_choices(self) -> tuple[Choices, torch.Tensor] | None:
         """Returns the labels against the model's other choices, and which elements have a label; None if unknown."""
         if len(self.calls) == 1 and (choices := self.calls[0].choices) is not None:
             return choices, self.calls[0].normalisers > 0
-        logits = logits_of(self.outputs)
-        if self.calls or logits is None or not isinstance(self.labels, torch.Tensor) or self.labels.ndim != 1:
+        logits, labels = logits_of(self.outputs), self.labels
+        if self.calls or logits is None or not isinstance(labels, torch.Tensor):
             return None
-        choices = choices_of(logits.detach(), self.labels)  # label smoothing, or a loss of the user's own
-        return None if choices is None else (choices, self.labels.ne(-100))
+        if self.is_aligned and logits.shape[:-1] == labels.shape:
+            logits, labels = logits.flatten(end_dim=-2), labels.flatten()
+        if labels.ndim != 1:
+            return None
+        choices = choices_of(logits.detach(), labels)  # label smoothing, or a loss of the user's own
+        return None if choices is None else (choices, labels.ne(-100))
 
 
 @contextlib.contextmanager
@@ -145,6 +153,7 @@ def record_loss(
             recording.loss_arguments, recording.labels = (outputs, labels), labels
             row_kwargs = {**kwargs, "num_items_in_batch": None}
             recording.loss_function = lambda outputs, labels: criterion(outputs, labels, *args, **row_kwargs)
+            recording.is_aligned = name == "label_smoother" and not kwargs.get("shift_labels", False)
             if name == "label_smoother" and row_factors is not None:
                 recording.is_smoothed = True
                 return _scaled_smoothing(criterion, (outputs, labels), row_factors, **kwargs)
@@ -153,10 +162,11 @@ def record_loss(
         return call
 
     loss_functions = {
-        name: criterion
+        name: criterion if name == "label_smoother" else _given_count(criterion)
         for name in ("compute_loss_func", "label_smoother")
         if (criterion := vars(trainer).get(name)) is not None
     }
+    original = {name: vars(trainer)[name] for name in loss_functions}
     hook = model.register_forward_hook(record_outputs, with_kwargs=True)
     try:
         for name, criterion in loss_functions.items():
@@ -165,8 +175,21 @@ def record_loss(
             yield recording
     finally:
         hook.remove()
-        for name, criterion in loss_functions.items():
-            setattr(trainer, name, criterion)
+        vars(trainer).update(original)
+
+
+def _given_count(criterion: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The loss function, called with the number of labels where it divides by one and none is counted."""
+
+    def call(outputs: Any, labels: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        try:
+            return criterion(outputs, labels, *args, **kwargs)
+        except TypeError:
+            if kwargs.get("num_items_in_batch", 0) is not None or not isinstance(labels, torch.Tensor):
+                raise
+            return criterion(outputs, labels, *args, **{**kwargs, "num_items_in_batch": labels.ne(-100).sum()})
+
+    return call
 
 
 def compute_loss(trainer: Trainer, model: torch.nn.Module, batch: Batch, num_rows: int) -> tuple[float, Recording]:
@@ -182,7 +205,7 @@ def row_losses(recording: Recording, reading: Reading, num_rows: int) -> RowLoss
 
     Args:
         recording: From `record_loss`.
-        reading: From `measurement.find_reading`; its kind is "criterion" or "outputs".
+        reading: From `reading.find_reading`; its kind is "criterion" or "outputs".
         num_rows: Number of examples in the batch.
 
     Returns:

@@ -1,11 +1,9 @@
 """Scoring pass: losses, margins and prediction statistics of every example of a data set, by forward passes.
 
 The pass runs in evaluation mode without gradient, longest rows first in batches of similar length, on all processes,
-and changes neither the model nor the trainer nor the RNGs. `find_reading` chooses the method of reading per-example
-losses by trying it on rows of the data set.
+and changes neither the model nor the trainer nor the RNGs.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
@@ -30,21 +28,14 @@ from rsft_hf.weighted.losses import (
     given_losses,
     has_label,
     logits_of,
-    raise_diverged,
     row_losses,
-    slice_rows,
     validate_losses,
 )
+from rsft_hf.weighted.reading import NUM_VERIFIED, find_reading
 
 logger = logging.get_logger(__name__)
 
 PREDICTION_STATISTICS = ("entropies", "margins", "confidences")
-
-_NUM_PROBED = 4  # rows in a probe batch
-
-_MAX_PROBED = 64  # rows read until one with a loss is found
-
-_NUM_SEEDS = 4  # seeds by which a random collator is detected
 
 
 @dataclass(frozen=True)
@@ -65,15 +56,6 @@ class Measurement:
     losses: torch.Tensor
     logit_margins: torch.Tensor
     predictions: dict[str, torch.Tensor]
-
-
-class NotPerExampleError(ValueError):
-    """Error for a loss that compares the examples of a batch with each other, so that no per-example loss exists.
-
-    Example:
-        >>> issubclass(NotPerExampleError, ValueError)
-        True
-    """
 
 
 def measure_losses(
@@ -112,7 +94,7 @@ def measure_losses(
     batch_size = batch_size or trainer.args.per_device_eval_batch_size
     with forked_rng(seed), preserved_trainer_state(trainer), in_evaluation_mode(model):
         if per_example_loss is None and reading is None:
-            reading = find_reading(trainer, model, dataset, collate, batch_size, seed)
+            reading = find_reading(trainer, model, dataset, collate, batch_size, seed, NUM_VERIFIED)
         scorer = _Scorer(trainer, model, reading, per_example_loss, statistics, len(dataset))
         if scorer.reading.kind == "single" or scorer.reading.is_scored_singly:
             batch_size = 1
@@ -257,172 +239,6 @@ def _longest_first(dataset: Sized, length_column: str) -> list[int]:
         return list(range(len(dataset)))
     # The longest rows first, so that an out-of-memory error comes at once.
     return torch.tensor(lengths).argsort(descending=True, stable=True).tolist()
-
-
-def find_reading(
-    trainer: Trainer, model: torch.nn.Module, dataset: Sequence[Any], collate: Collate, batch_size: int, seed: int
-) -> Reading:
-    """Returns the fastest reading that reproduces batches of one on a few labelled rows of the data set.
-
-    Args:
-        trainer: Trainer that computes the loss.
-        model: Model in evaluation mode.
-        dataset: Data set of the training loader.
-        collate: Collator of the training loader. If it is random (masking, say), slices of the collated batch are used
-            as batches of one.
-        batch_size: Rows of the batches that the reading is for; a probe takes no more.
-        seed: Seed of the collator during the probe.
-
-    Raises:
-        NotPerExampleError: If the loss compares the examples of a batch with each other.
-        ValueError: If none of the probed rows has a label, or none of their losses is finite.
-    """
-    width = min(_NUM_PROBED, batch_size, len(dataset))
-    try:
-        batch, is_random, expected, recording = _labelled_probe(trainer, model, dataset, collate, width, seed)
-    except _OneRowAtATimeError as error:
-        _warn_of_batches_of_one(*error.args)
-        single = find_reading(trainer, model, dataset, collate, batch_size=1, seed=seed)
-        return dataclasses.replace(single, is_scored_singly=True)
-    is_half = trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype != torch.float32
-    if reading := _matching_reading(recording, expected, width, is_half):
-        return dataclasses.replace(reading, is_collator_random=is_random)
-    # Sliced from the batch, the rows keep its padding: a match now means that the loss depends on the padding.
-    sliced, _ = _single_losses(trainer, model, [slice_rows(batch, row, width) for row in range(width)])
-    if reading := _matching_reading(recording, sliced, width, is_half):
-        _warn_of_batches_of_one("The loss of an example depends on the padding of its batch", "Pad all rows alike")
-        return dataclasses.replace(reading, is_scored_singly=True, is_collator_random=is_random)
-    _warn_of_batches_of_one("The loss of an example depends on a term of its batch", "Pass `per_example_loss`")
-    return Reading("single", is_collator_random=is_random)
-
-
-class _OneRowAtATimeError(Exception):
-    """The rows of a probe can be read one by one, but not together; its arguments are the cause and the remedy."""
-
-
-def _labelled_probe(
-    trainer: Trainer, model: torch.nn.Module, dataset: Sequence[Any], collate: Collate, width: int, seed: int
-) -> tuple[Batch, bool, torch.Tensor, Recording]:
-    """The first batch with a loss, whether its collator is random, the losses of its rows alone, and its recording."""
-    if width > 1 and not _can_be_collated(dataset, collate, width, seed):
-        raise _OneRowAtATimeError("Rows cannot be collated in one batch", "Pad all rows to one length")
-    num_probes = min(_MAX_PROBED // width, -(-len(dataset) // width))
-    num_diverged = 0
-    for attempt in range(num_probes):
-        first = attempt * len(dataset) // num_probes
-        examples = [dataset[row] for row in _probe_rows(dataset, first, width)]
-        batch, is_random = _collated(examples, collate, seed)
-        singles = (
-            [slice_rows(batch, row, width) for row in range(width)]
-            if is_random
-            else [_collate([example], collate, seed) for example in examples]
-        )
-        expected, recordings = _single_losses(trainer, model, singles)
-        try:
-            scalar, recording = compute_loss(trainer, model, batch, width)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if width == 1 or is_out_of_memory(error):
-                raise
-            cause = f"The model reads single rows but not {width} at once ({str(error)[:200]})"
-            raise _OneRowAtATimeError(cause, "Mend its forward") from error
-        _validate_per_example(scalar, recording, expected, recordings)
-        is_finite, is_labelled = expected.isfinite(), not _is_unlabelled([recording])
-        if bool((is_finite & (expected != 0)).any()) or (is_labelled and bool(is_finite.any())):
-            return batch, is_random, expected, recording
-        num_diverged += width * is_labelled
-    if num_diverged:
-        raise_diverged(min(num_diverged, len(dataset)))
-    raise ValueError(
-        f"None of {num_probes * width} rows spread over the data set has a loss: all labels are missing or "
-        "ignored. Check that the label column survives `remove_unused_columns` and the collator."
-    )
-
-
-def _probe_rows(dataset: Sequence[Any], first: int, width: int) -> list[int]:
-    return [(first + i * max(1, len(dataset) // width)) % len(dataset) for i in range(width)]
-
-
-def _can_be_collated(dataset: Sequence[Any], collate: Collate, width: int, seed: int) -> bool:
-    examples = [dataset[row] for row in _probe_rows(dataset, 0, width)]
-    try:
-        _collate(examples, collate, seed)
-    except (ValueError, TypeError, RuntimeError):
-        _collate(examples[:1], collate, seed)  # the collator's own error if it is not the number of rows
-        return False
-    return True
-
-
-def _warn_of_batches_of_one(cause: str, remedy: str) -> None:
-    logger.warning(f"{cause}, so each row is scored in a batch of its own: exact, but slower. {remedy} to avoid it.")
-
-
-def _single_losses(
-    trainer: Trainer, model: torch.nn.Module, singles: list[Batch]
-) -> tuple[torch.Tensor, list[Recording]]:
-    losses, recordings = zip(*(compute_loss(trainer, model, single, 1) for single in singles), strict=True)
-    return torch.tensor(losses, dtype=torch.float64), list(recordings)
-
-
-def _matching_reading(recording: Recording, expected: torch.Tensor, width: int, is_half: bool) -> Reading | None:
-    relative, absolute = (3e-2, 1e-3) if is_half else (1e-4, 1e-5)
-    candidates = [
-        Reading("criterion", is_mean, is_averaged) for is_averaged in (False, True) for is_mean in (True, False)
-    ]
-    for reading in [*candidates, Reading("outputs")]:
-        losses = row_losses(recording, reading, width)
-        # A row without a label is 0 here, and NaN or 0 in a batch of one, depending on a guard of its mean.
-        if losses is not None and torch.allclose(
-            losses.losses.double().cpu(), expected.nan_to_num(0.0), rtol=relative, atol=absolute
-        ):
-            return dataclasses.replace(reading, is_fused=not recording.capture.calls and bool(recording.fused_calls))
-    return None
-
-
-def _validate_per_example(
-    scalar: float, recording: Recording, expected: torch.Tensor, singles: list[Recording]
-) -> None:
-    """Raises NotPerExampleError if classes come from the batch, or if the loss vanishes for a single example."""
-    has_candidates_from_batch = len(expected) > 1 and any(
-        call.num_classes is not None
-        and all(
-            len(single.calls) > number and call.num_classes == len(expected) * (single.calls[number].num_classes or 0)
-            for single in singles
-        )
-        for number, call in enumerate(recording.calls)
-    )
-    vanishes_alone = scalar > 0 and bool((expected == 0).all())
-    if has_candidates_from_batch or (vanishes_alone and recording.calls and not _is_unlabelled(singles)):
-        raise NotPerExampleError(
-            f"The loss compares the examples of a batch with each other: {len(expected)} examples together have loss "
-            f"{scalar:.4g}, alone {expected[0]:.4g}. Such a loss (contrastive, triplet) is not defined for one "
-            "example; train with the plain Trainer, or pass `per_example_loss` with a score of your own."
-        )
-
-
-def _is_unlabelled(recordings: list[Recording]) -> bool:
-    """Whether no element of the recorded criterion calls has a label; True without any call."""
-    return all(float(call.normalisers.sum()) == 0 for one in recordings for call in one.calls)
-
-
-def _collated(examples: list[Any], collate: Collate, seed: int) -> tuple[Batch, bool]:
-    """The collated batch of a seed, and whether other seeds give other batches."""
-    batch = _collate(examples, collate, seed)
-    return batch, not all(_same(batch, _collate(examples, collate, seed + shift)) for shift in range(1, _NUM_SEEDS))
-
-
-def _collate(examples: list[Any], collate: Collate, seed: int) -> Batch:
-    with forked_rng(seed):
-        return collate([dict(row) if isinstance(row, Mapping) else row for row in examples])
-
-
-def _same(left: Any, right: Any) -> bool:
-    if isinstance(left, torch.Tensor):
-        return isinstance(right, torch.Tensor) and torch.equal(left, right)
-    if isinstance(left, Mapping):
-        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
-    if isinstance(left, (tuple, list)):
-        return len(left) == len(right) and all(_same(one, other) for one, other in zip(left, right, strict=True))
-    return True
 
 
 def prediction_statistics(outputs: Any, batch: Batch) -> dict[str, torch.Tensor]:

@@ -300,8 +300,11 @@ class LossResampler(Resampler):
             )
         self.seed, self._metrics = numbers["seed"], numbers["metrics"]
         self._row_factors = tensors.get("row_factors")
-        self._bound().load(numbers, tensors)
+        source = self._bound()
+        source.load(numbers, tensors)
         self.history.load(numbers["history_epochs"], tensors)
+        if source.is_from_training:  # of a finished run no epoch follows that would record it
+            self._last_epoch = source.ledger.pending(source.trainer.accelerator)
 
     def _bound(self) -> LossSource:
         if self.source is None:

@@ -6,13 +6,17 @@ from typing import Any
 import torch
 
 from rsft_hf.rejection import sample_parts
+from rsft_hf.weighted.labels import as_list
 
 
 class Tasks:
     """Tasks of the rows of a training set: each keeps its share of the draws, with weights and envelope of its own.
 
     Args:
-        names: Task of each row, by any value that can be compared.
+        names: Task of each row, a string or a number; None and NaN are one task more.
+
+    Raises:
+        ValueError: If the task of a row is a list or a mapping.
 
     Example:
         >>> tasks = Tasks(["a", "b", "a", "a"])
@@ -24,8 +28,10 @@ class Tasks:
 
     def __init__(self, names: Sequence[Any]) -> None:
         places: dict[Any, list[int]] = {}
-        for row, name in enumerate(names):
-            places.setdefault(name, []).append(row)
+        for row, name in enumerate(map(as_list, names)):
+            if isinstance(name, (list, dict)):
+                raise ValueError(f"The task of row {row} is {name!r}. Name one task per row, by a string or a number.")
+            places.setdefault(None if name != name else name, []).append(row)  # NaN is no name, as None
         self.names, self.rows = list(places), [torch.tensor(rows) for rows in places.values()]
         self.num_rows = len(names)
 

@@ -60,6 +60,7 @@ def test_fails_anyhow():
 
 def test_tests_that_pass_with_plain_trainer_alone_are_listed(tmp_path: Path) -> None:
     (tmp_path / "test_some.py").write_text(TESTS, encoding="utf-8")
+    (tmp_path / "test_of_another_version.py").write_text("from transformers import NoLonger", encoding="utf-8")
     command = [sys.executable, SCRIPT, "--json", tmp_path / "found.json", tmp_path, "--", "-p", "no:cacheprovider"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
@@ -68,3 +69,11 @@ def test_tests_that_pass_with_plain_trainer_alone_are_listed(tmp_path: Path) -> 
     names = sorted(name.rpartition(".")[2] for name in found["differing"])
     assert names == ["test_iterable_data", "test_only_the_original"]
     assert "whose rows cannot be chosen by index" in str(found["differing"])
+
+
+def test_a_run_without_a_passing_test_is_no_success(tmp_path: Path) -> None:
+    (tmp_path / "test_of_another_version.py").write_text("from transformers import NoLonger", encoding="utf-8")
+    command = [sys.executable, SCRIPT, tmp_path, "--", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "No test of" in done.stderr

@@ -40,7 +40,7 @@ def test_passing_faults_are_tried_again(server, mishap):
     undisturbed = tokens(run(engine(server), asked))
     server.bodies.clear()
     server.mishaps = [mishap] * 2
-    quick = {"timeout_seconds": 0.5} if mishap == "hang" else {}
+    quick = {"timeout_seconds": 1.5} if mishap == "hang" else {}
     assert tokens(run(engine(server, **quick), asked)) == undisturbed
     assert len(server.bodies) == len(IDS) + 2
 

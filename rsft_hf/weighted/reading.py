@@ -1,0 +1,305 @@
+"""Choice of the reading: the fastest way to per-example losses that reproduces batches of one on a few rows.
+
+A reading that only seems right, because those rows are alike (equal weights, equal lengths), is found out by the losses
+of other batches, which must be the mean or the sum of those of their rows.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import Trainer
+from transformers.utils import logging
+
+from rsft_hf.isolation import forked_rng
+from rsft_hf.memory import is_out_of_memory
+from rsft_hf.weighted.losses import (
+    Batch,
+    Collate,
+    Reading,
+    Recording,
+    compute_loss,
+    has_label,
+    raise_diverged,
+    row_losses,
+    slice_rows,
+)
+
+logger = logging.get_logger(__name__)
+
+NUM_VERIFIED = 64  # rows of other batches by which a reading is verified, once in a run
+
+_NUM_PROBED = 4  # rows in a probe batch
+
+_MAX_PROBED = 64  # rows read until one with a loss is found
+
+_NOT_ALONE = (
+    "Such a loss (contrastive, triplet) is not defined for one example; train with the plain Trainer, or pass "
+    "`per_example_loss` with a score of your own."
+)
+
+_NO_MEAN = "The loss of a batch is not that of its rows (a term, weights, or rows joined into one sequence)"
+
+_NUM_SEEDS = 4  # seeds by which a random collator is detected
+
+
+class NotPerExampleError(ValueError):
+    """Error for a loss that compares the examples of a batch with each other, so that no per-example loss exists.
+
+    Example:
+        >>> issubclass(NotPerExampleError, ValueError)
+        True
+    """
+
+
+def find_reading(
+    trainer: Trainer,
+    model: torch.nn.Module,
+    dataset: Sequence[Any],
+    collate: Collate,
+    batch_size: int,
+    seed: int,
+    num_verified: int = 0,
+) -> Reading:
+    """Returns the fastest reading that reproduces batches of one on a few labelled rows of the data set.
+
+    Args:
+        trainer: Trainer that computes the loss.
+        model: Model in evaluation mode.
+        dataset: Data set of the training loader.
+        collate: Collator of the training loader. If it is random (masking, say), slices of the collated batch are used
+            as batches of one.
+        batch_size: Rows of the batches that the reading is for; a probe takes no more.
+        seed: Seed of the collator during the probe.
+        num_verified: Number of further rows, in batches, by which the reading is verified.
+
+    Raises:
+        NotPerExampleError: If the loss compares the examples of a batch with each other.
+        ValueError: If none of the probed rows has a label, or none of their losses is finite.
+    """
+    width = min(_NUM_PROBED, batch_size, len(dataset))
+    try:
+        batch, is_random, expected, recording = _labelled_probe(trainer, model, dataset, collate, width, seed)
+    except _OneRowAtATimeError as error:
+        _warn_of_batches_of_one(*error.args)
+        single = find_reading(trainer, model, dataset, collate, batch_size=1, seed=seed)
+        return dataclasses.replace(single, is_scored_singly=True)
+    is_half = trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype != torch.float32
+    if not _is_joined(batch, width):
+        if reading := _matching_reading(recording, expected, width, is_half):
+            batches = _some_batches(dataset, collate, num_verified, width, seed)
+            if not _is_contradicted(trainer, model, reading, (batch, width), batches, is_half):
+                return dataclasses.replace(reading, is_collator_random=is_random)
+            _warn_of_batches_of_one(_NO_MEAN, "Pass `per_example_loss`")
+            return Reading("single", is_collator_random=is_random, is_final=True)
+        # Sliced from the batch, the rows keep its padding: a match now means that the loss depends on the padding.
+        sliced, _ = _single_losses(trainer, model, [slice_rows(batch, row, width) for row in range(width)])
+        if reading := _matching_reading(recording, sliced, width, is_half):
+            _warn_of_batches_of_one("The loss of an example depends on the padding of its batch", "Pad all rows alike")
+            return dataclasses.replace(reading, is_scored_singly=True, is_collator_random=is_random)
+    for other, num_rows in _some_batches(dataset, collate, num_verified, width, seed):
+        _validate_per_example(*compute_loss(trainer, model, other, num_rows), expected, [recording])
+    _warn_of_batches_of_one(_NO_MEAN, "Pass `per_example_loss`")
+    return Reading("single", is_collator_random=is_random)
+
+
+class _OneRowAtATimeError(Exception):
+    """The rows of a probe can be read one by one, but not together; its arguments are the cause and the remedy."""
+
+
+def _labelled_probe(
+    trainer: Trainer, model: torch.nn.Module, dataset: Sequence[Any], collate: Collate, width: int, seed: int
+) -> tuple[Batch, bool, torch.Tensor, Recording]:
+    """The first batch with a loss, whether its collator is random, the losses of its rows alone, and its recording."""
+    if width > 1 and not _can_be_collated(dataset, collate, width, seed):
+        raise _OneRowAtATimeError("Rows cannot be collated in one batch", "Pad all rows to one length")
+    num_probes = min(_MAX_PROBED // width, -(-len(dataset) // width))
+    num_diverged = num_zero = 0
+    for attempt in range(num_probes):
+        first = attempt * len(dataset) // num_probes
+        examples = [dataset[row] for row in _probe_rows(dataset, first, width)]
+        batch, is_random = _collated(examples, collate, seed)
+        singles = (
+            [slice_rows(batch, row, width) for row in range(width)]
+            if is_random
+            else [_collate([example], collate, seed) for example in examples]
+        )
+        expected, recordings = _single_losses(trainer, model, singles)
+        try:
+            scalar, recording = compute_loss(trainer, model, batch, width)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if width == 1 or is_out_of_memory(error):
+                raise
+            cause = f"The model reads single rows but not {width} at once ({str(error)[:200]})"
+            raise _OneRowAtATimeError(cause, "Mend its forward") from error
+        _validate_per_example(scalar, recording, expected, recordings)
+        is_finite, is_labelled = expected.isfinite(), not _is_unlabelled([recording])
+        if bool((is_finite & (expected != 0)).any()) or (is_labelled and bool(is_finite.any())):
+            return batch, is_random, expected, recording
+        num_diverged += width * is_labelled
+        num_zero += width * (not recording.calls and _has_labels(recordings))
+    if num_diverged:
+        raise_diverged(min(num_diverged, len(dataset)))
+    if num_zero:
+        raise NotPerExampleError(f"The loss of {min(num_zero, len(dataset))} labelled rows alone is 0. {_NOT_ALONE}")
+    raise ValueError(
+        f"None of {num_probes * width} rows spread over the data set has a loss: all labels are missing or "
+        "ignored. Check that the label column survives `remove_unused_columns` and the collator."
+    )
+
+
+def _probe_rows(dataset: Sequence[Any], first: int, width: int) -> list[int]:
+    return [(first + i * max(1, len(dataset) // width)) % len(dataset) for i in range(width)]
+
+
+def _can_be_collated(dataset: Sequence[Any], collate: Collate, width: int, seed: int) -> bool:
+    examples = [dataset[row] for row in _probe_rows(dataset, 0, width)]
+    try:
+        _collate(examples, collate, seed)
+    except (ValueError, TypeError, RuntimeError):
+        _collate(examples[:1], collate, seed)  # the collator's own error if it is not the number of rows
+        return False
+    return True
+
+
+def _warn_of_batches_of_one(cause: str, remedy: str) -> None:
+    logger.warning(f"{cause}, so each row is scored in a batch of its own, which is slower. {remedy} to avoid it.")
+
+
+def _single_losses(
+    trainer: Trainer, model: torch.nn.Module, singles: list[Batch]
+) -> tuple[torch.Tensor, list[Recording]]:
+    losses, recordings = zip(*(compute_loss(trainer, model, single, 1) for single in singles), strict=True)
+    return torch.tensor(losses, dtype=torch.float64), list(recordings)
+
+
+def _matching_reading(recording: Recording, expected: torch.Tensor, width: int, is_half: bool) -> Reading | None:
+    relative, absolute = _tolerances(is_half)
+    candidates = [
+        Reading("criterion", is_mean, is_averaged) for is_averaged in (False, True) for is_mean in (True, False)
+    ]
+    for reading in [*candidates, Reading("outputs")]:
+        losses = row_losses(recording, reading, width)
+        # A row without a label is 0 here, and NaN or 0 in a batch of one, depending on a guard of its mean.
+        if losses is not None and torch.allclose(
+            losses.losses.double().cpu(), expected.nan_to_num(0.0), rtol=relative, atol=absolute
+        ):
+            is_fused = not recording.capture.calls and bool(recording.fused_calls)
+            return dataclasses.replace(reading, is_fused=is_fused, num_calls=len(recording.capture.calls))
+    return None
+
+
+def _tolerances(is_half: bool) -> tuple[float, float]:
+    return (3e-2, 1e-3) if is_half else (1e-4, 1e-5)
+
+
+def _is_joined(batch: Batch, num_rows: int) -> bool:
+    """Whether the rows are joined into one sequence (padding-free): no tensor has an entry for each of them."""
+    sizes = [len(tensor) for tensor in _tensors(batch) if tensor.ndim]
+    return num_rows > 1 and bool(sizes) and num_rows not in sizes
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, Mapping | list | tuple):
+        for value in values.values() if isinstance(values, Mapping) else values:
+            yield from _tensors(value)
+
+
+def _some_batches(
+    dataset: Sequence[Any], collate: Collate, num_rows: int, batch_size: int, seed: int
+) -> Iterator[tuple[Batch, int]]:
+    """Batches of rows at random, and the number of their rows."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:num_rows].tolist()
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        yield _collate([dataset[row] for row in rows], collate, seed), len(rows)
+
+
+def _is_contradicted(
+    trainer: Trainer,
+    model: torch.nn.Module,
+    reading: Reading,
+    probe: tuple[Batch, int],
+    batches: Iterator[tuple[Batch, int]],
+    is_half: bool,
+) -> bool:
+    """Whether the loss of one of the batches is no mean or sum of the losses of its rows, as that of the probe is."""
+    if reading.kind != "criterion" or reading.is_fused:
+        return False
+
+    def holds(batch: Batch, num_rows: int) -> bool:
+        scalar, recording = compute_loss(trainer, model, batch, num_rows)
+        totals = _batch_losses(recording, reading, num_rows)
+        relative, absolute = _tolerances(is_half)
+        return not totals or bool(
+            torch.isclose(torch.tensor(totals), torch.tensor(scalar), relative, absolute, equal_nan=True).any()
+        )
+
+    return holds(*probe) and not all(holds(batch, num_rows) for batch, num_rows in batches)
+
+
+def _batch_losses(recording: Recording, reading: Reading, num_rows: int) -> list[float]:
+    """The loss of a batch by its elements: sum and mean over the rows, and mean over the elements of each call."""
+    rows, calls = row_losses(recording, reading, num_rows), recording.calls
+    if rows is None or not bool(rows.is_labelled.any()):
+        return []
+    total = float(rows.losses.sum())
+    by_element = sum(float(call.losses.sum() / call.normalisers.sum().clamp(min=1e-30)) for call in calls)
+    by_element /= len(calls) if reading.is_averaged else 1
+    return [total, total / num_rows, total / int(rows.is_labelled.sum()), by_element]
+
+
+def _validate_per_example(
+    scalar: float, recording: Recording, expected: torch.Tensor, singles: list[Recording]
+) -> None:
+    """Raises NotPerExampleError if classes come from the batch, or if all rows have the same loss alone, such as 0."""
+    has_candidates_from_batch = len(expected) > 1 and any(
+        call.num_classes is not None
+        and all(
+            len(single.calls) > number and call.num_classes == len(expected) * (single.calls[number].num_classes or 0)
+            for single in singles
+        )
+        for number, call in enumerate(recording.calls)
+    )
+    gap = abs(scalar - float(expected.mean()))
+    is_constant = gap > 1e-4 * abs(scalar) and gap > 100 * float(expected.max() - expected.min())
+    is_labelled = not _is_unlabelled(singles) if recording.calls else _has_labels(singles)
+    if has_candidates_from_batch or (len(expected) > 1 and is_constant and is_labelled):
+        raise NotPerExampleError(
+            f"The loss compares the examples of a batch with each other: {len(expected)} examples together have loss "
+            f"{scalar:.4g}, alone {abs(expected[0]):.4g}. {_NOT_ALONE}"
+        )
+
+
+def _has_labels(singles: list[Recording]) -> bool:
+    """Whether the labels of batches of one, where a model is given any, are labels of all rows."""
+    return all(bool(has_label(single.labels, 1).all()) for single in singles)
+
+
+def _is_unlabelled(recordings: list[Recording]) -> bool:
+    """Whether no element of the recorded criterion calls has a label; True without any call."""
+    return all(float(call.normalisers.sum()) == 0 for one in recordings for call in one.calls)
+
+
+def _collated(examples: list[Any], collate: Collate, seed: int) -> tuple[Batch, bool]:
+    """The collated batch of a seed, and whether other seeds give other batches."""
+    batch = _collate(examples, collate, seed)
+    return batch, not all(_same(batch, _collate(examples, collate, seed + shift)) for shift in range(1, _NUM_SEEDS))
+
+
+def _collate(examples: list[Any], collate: Collate, seed: int) -> Batch:
+    with forked_rng(seed):
+        return collate([dict(row) if isinstance(row, Mapping) else row for row in examples])
+
+
+def _same(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and torch.equal(left, right)
+    if isinstance(left, Mapping):
+        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
+    if isinstance(left, (tuple, list)):
+        return len(left) == len(right) and all(_same(one, other) for one, other in zip(left, right, strict=True))
+    return True
