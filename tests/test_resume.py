@@ -174,6 +174,18 @@ def test_suspects_count_measured_epochs_alone_and_alike_after_a_resume(tmp_path:
     assert tables[0] == tables[1]
 
 
+def test_suspects_of_a_finished_run_are_those_of_its_last_checkpoint(tmp_path: Path) -> None:
+    def run(resume: str | None) -> list[dict]:
+        resampler = LossResampler(losses="training", warmup_epochs=3)
+        args = {"save_strategy": "steps", "save_steps": STEPS_PER_EPOCH}
+        trainer = runs.trained(RejectionSamplingTrainer, tmp_path, resume=resume, resampler=resampler, args=args)
+        return trainer.resampler.suspects(5).to_list()
+
+    whole = run(None)
+    assert {len(row["losses"]) for row in whole} == {3}
+    assert run(str(tmp_path / f"checkpoint-{3 * STEPS_PER_EPOCH}")) == whole
+
+
 def rates(trainer: hf.Trainer) -> list[float]:
     return [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line]
 

@@ -60,9 +60,18 @@ def test_a_row_is_wrong_if_its_margin_is_negative_and_not_at_0():
         ErrorSet()(torch.zeros(3))
 
 
-def test_the_error_set_is_that_of_the_first_measured_epoch(tmp_path):
+def test_an_error_set_without_margins_is_refused():
+    nan = float("nan")
+    with pytest.raises(ValueError, match=r"ErrorSet reads the margin of each row's label, and this loss gives none"):
+        ErrorSet()(torch.zeros(2), ExampleStatistics(margin_history=torch.tensor([[nan, nan], [1.0, 1.0]])))
+    margins = torch.tensor([[-1.0, nan]])  # the second row was not read
+    assert ErrorSet(3.0)(torch.zeros(2), ExampleStatistics(margin_history=margins)).tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_error_set_is_that_of_the_first_measured_epoch(tmp_path, smoothing):
     resampler = LossResampler(ErrorSet(5.0), losses="training")
-    args = {"num_train_epochs": 4, "learning_rate": 1e-2}
+    args = {"num_train_epochs": 4, "learning_rate": 1e-2, "label_smoothing_factor": smoothing}
     runs.trained(RejectionSamplingTrainer, tmp_path, args=args, resampler=resampler)
     margins = torch.tensor([row["margin"] for row in resampler.table() if row["epoch"] == 1])
     expected = torch.where(margins < 0, 5.0, 1.0)

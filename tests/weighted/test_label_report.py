@@ -138,6 +138,25 @@ def test_a_model_that_predicts_one_of_two_classes_is_not_trusted(caplog, num_min
         report.relabel(datasets.Dataset.from_dict({"label": labels}))
 
 
+def test_chance_is_a_half_for_a_yes_or_no_and_counts_no_label_that_was_not_read(caplog):
+    """Agreement of 0.55: well above 1/8, the share of a class among 4 yes and 4 no, but not above 1/2."""
+    margins = LabelMargins(lambda: torch.full((40,), 4))
+    given = [number % 2 for number in range(160)]
+    signs = [1.0 if number % 20 < 11 else -1.0 for number in range(160)]
+    margins.record(list(range(40)), choices(given, [1 - one for one in given], signs), torch.ones(160) > 0)
+    margins.end_epoch(CPU)
+    report = LabelReport(margins, "multi_label")
+    assert report.agreement == pytest.approx(0.55, abs=0.01)
+    with pytest.raises(RuntimeError, match="has not learnt the task"):
+        report.drop(datasets.Dataset.from_dict({"labels": [[0.0, 1.0, 0.0, 1.0]] * 40}))
+    history = torch.tensor([[1.0, 1.0, -1.0, 1.0, 1.0, -1.0, float("nan")]])  # 2 of 3 in both classes, one not read
+    for unread in (2, -100):  # 2/3 is above 5/8, of two classes
+        found = learning(history, torch.tensor([0, 0, 0, 1, 1, 1, unread]))
+        assert (found.agreement, found.is_trusted) == (pytest.approx(2 / 3), True)
+        of_half = learning(torch.tensor([[1.0, -1.0, 1.0, -1.0, float("nan")]]), torch.tensor([0, 0, 1, 1, unread]))
+        assert (of_half.agreement, of_half.is_trusted) == (0.5, False)
+
+
 @pytest.mark.parametrize("at", [1, 2])
 @pytest.mark.parametrize("ends", [[0, 1, 2], [2], [0]])
 def test_margins_go_on_from_their_state(at, ends):
@@ -253,12 +272,16 @@ def test_multi_label_rows():
         (lambda rows: rows.to_list(), TypeError, r"must be a datasets.Dataset, got list"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("method", ["drop", "relabel"])
+@pytest.mark.parametrize("method", ["drop", "relabel", "table"])
 def test_another_data_set_is_refused(change, error, message, method):
     labels = [0, 1] * 30
     report = report_of("class", [1] * 60, labels, wrong=[4])
+    other = change(datasets.Dataset.from_dict({"labels": labels}))
+    if method == "table" and "no column" in message:  # texts alone can be shown
+        assert report.table(other)["topic"][:1] == [labels[4]]
+        return
     with pytest.raises(error, match=message):
-        getattr(report, method)(change(datasets.Dataset.from_dict({"labels": labels})))
+        getattr(report, method)(other)
 
 
 def test_a_threshold_outside_of_its_interval_is_refused():
@@ -313,7 +336,9 @@ def test_errors_are_found_whatever_computes_the_loss(tmp_path, args):
     assert sorted(report.table(num_labels=len(WRONG))["row"][:]) == WRONG
 
 
-def test_tokens_and_multi_labels_of_a_run(tmp_path):
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("as_stored", [float, int])
+def test_tokens_and_multi_labels_of_a_run(tmp_path, smoothing, as_stored):
     config = runs.bert(dropout=0.0).config
     rows = learnable()
     for row in rows:
@@ -322,7 +347,8 @@ def test_tokens_and_multi_labels_of_a_run(tmp_path):
     dataset = datasets.Dataset.from_list(rows)
     torch.manual_seed(0)
     model = hf.BertForTokenClassification(config)
-    report = observed(tmp_path, dataset, model=model).resampler.label_report()
+    args = {"label_smoothing_factor": smoothing}
+    report = observed(tmp_path, dataset, model=model, args=args).resampler.label_report()
     assert (report.kind, len(report.labels)) == ("token", 5 * NUM_ROWS)
     line = report.table()[0]
     assert (line["row"], line["position"], line["error_probability"] > 0.5) == (7, 2, True)
@@ -330,17 +356,23 @@ def test_tokens_and_multi_labels_of_a_run(tmp_path):
 
     rows = learnable()
     for row in rows:
-        row["labels"] = [float(row["labels"]), float(1 - row["labels"])]
-    rows[7]["labels"] = [1.0, 1.0]
+        row["labels"] = [as_stored(row["labels"]), as_stored(1 - row["labels"])]
+    rows[7]["labels"] = [as_stored(1), as_stored(1)]
     dataset = datasets.Dataset.from_list(rows)
     config.problem_type = "multi_label_classification"
     torch.manual_seed(0)
     model = hf.BertForSequenceClassification(config)
-    collate = lambda rows: {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}  # noqa: E731
+
+    def collate(rows):
+        batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+        return batch | {"labels": batch["labels"].float()}
+
     report = observed(tmp_path, dataset, model=model, data_collator=collate).resampler.label_report()
     line = report.table()[0]
     assert report.kind == "multi_label"
     assert (line["row"], line["position"], line["given_label"], line["suggested_label"]) == (7, 1, 1, 0)
+    assert len(report.drop(dataset)) == NUM_ROWS - 1
+    assert report.relabel(dataset)["labels"][7] == [1, 0]
 
 
 def test_the_report_of_a_resumed_run_is_that_of_the_whole_run(tmp_path):

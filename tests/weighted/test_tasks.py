@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -27,6 +28,13 @@ def test_each_task_has_its_share_whatever_its_losses() -> None:
     counts = torch.bincount(drawn, minlength=26).double()
     assert counts[:20].sum() == 20_000  # held exactly
     assert torch.allclose(counts / 26_000, weights, atol=0.01)
+
+
+def test_a_task_is_named_by_the_value_of_a_tensor_and_none_by_nan() -> None:
+    names = [torch.tensor(1), np.int64(1), 1, float("nan"), None, torch.tensor(float("nan"))]
+    assert [rows.tolist() for rows in Tasks(names).rows] == [[0, 1, 2], [3, 4, 5]]
+    with pytest.raises(ValueError, match=r"The task of row 1 is \['a', 'b'\]. Name one task per row"):
+        Tasks(["a", ["a", "b"]])
 
 
 def test_a_task_whose_weights_are_0_is_drawn_uniformly() -> None:
