@@ -1,7 +1,8 @@
 """Published methods as functions that return a configured resampler; every option can still be given.
 
 What a paper leaves to its training (learning rates, decoding temperatures, epochs) is left to `TrainingArguments` and
-`generation_config` here.
+`generation_config` here. So is how many rows are trained on: as many as there are prompts by default. ReST-EM and RFT
+train on all that they accept, several to a prompt: `num_draws` is their number at most.
 """
 
 from typing import Any
@@ -91,7 +92,8 @@ def rft(reward_funcs: Any, num_train_epochs: int, **options: Any) -> CandidateRe
 def rso(reward_funcs: Any, beta: float = 0.5, k: int = 8, **options: Any) -> CandidateResampler:
     """RSO: k answers distributed as q(y|x) exp(r / beta). Liu et al. 2023, arXiv:2309.06657.
 
-    The paper accepts 8 of 64 and trains on pairs of them: `export_dpo(output_dir)` gives pairs for TRL's DPOTrainer.
+    The paper accepts 8 of 64 and trains on pairs of them: of the best and the worst accepted answer,
+    `export_dpo(load_candidates(round_folder).filter(lambda row: row["is_accepted"]))` for TRL's DPOTrainer.
 
     Args:
         reward_funcs: As in `CandidateResampler`.

@@ -25,6 +25,7 @@ PRIVATE = {
     "transformers.GenerationMixin": ("_sample", "_prefill", "_update_model_kwargs_for_generation"),
     "transformers.PreTrainedModel": ("_keys_to_ignore_on_save",),
     "transformers.PretrainedConfig": ("_attn_implementation",),
+    "accelerate.Accelerator": ("_original_forward",),  # of a model that it has prepared for autocast
     "torch._dynamo.OptimizedModule": ("_orig_mod",),  # of an instance
     "trl.SFTTrainer": ("_prepare_dataset", "_metrics"),  # the second one of an instance
     "deepspeed.runtime.zero.parameter_offload.DeepSpeedZeRoOffload": ("_register_deepspeed_module",),

@@ -37,6 +37,9 @@ def instance_of(owner: str, folder: Path) -> object:
         return torch.compile(model)
     if owner == "transformers.PreTrainedModel":
         return model
+    if owner == "accelerate.Accelerator":
+        args = hf.TrainingArguments(str(folder), report_to="none", use_cpu=True, bf16=True)
+        return hf.Trainer(model, args).accelerator.prepare(model)
     if owner == "transformers.PretrainedConfig":
         return model.config
     trl = pytest.importorskip("trl") if owner.startswith("trl.") else None

@@ -169,6 +169,9 @@ def _export(options: argparse.Namespace) -> str:
         rows = export_dpo(options.directory, options.min_margin)
     else:
         rows = export_kto(options.directory)
+    nested = [name for name, feature in rows.features.items() if getattr(feature, "dtype", None) is None]
+    if options.output.suffix == ".csv" and nested:
+        raise ValueError(f"A CSV file cannot hold the conversations of {nested}. Write .jsonl or .parquet.")
     _write(rows, options.output)
     return f"{len(rows)} rows with {', '.join(rows.column_names)} are in {options.output}"
 

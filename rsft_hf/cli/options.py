@@ -35,7 +35,10 @@ TRAINING = {
     "resampler": "CandidateResampler (the default with `reward_funcs`) or LossResampler (otherwise)",
     "lora_r": "rank of a LoRA adapter; 0 trains all weights (default: 0)",
 }
-GENERATION = ("num_candidates", "generation_config", "engine", "prompt_column", "max_prompt_length", "on_long_prompt")
+GENERATION = (
+    "num_candidates", "generation_config", "engine", "prompt_column", "chat_template_kwargs", "max_prompt_length",
+    "on_long_prompt",
+)  # fmt: skip
 
 
 class _Loader(yaml.SafeLoader):

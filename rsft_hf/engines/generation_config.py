@@ -62,7 +62,8 @@ def sampling_config(
         config: The user's, None for the model's alone.
         model: Has a `generation_config`.
         tokenizer: Supplies special tokens that the model does not name.
-        is_greedy: Whether to take the most probable tokens instead; a beam search of the user's stays.
+        is_greedy: Whether to take the most probable tokens instead, as with the user's do_sample=False; a beam search
+            of the user's stays.
 
     Raises:
         ValueError: If no `max_new_tokens` is set anywhere, or nothing can end a candidate.
@@ -85,7 +86,7 @@ def sampling_config(
     if "forced_eos_token_id" not in user:
         merged.forced_eos_token_id = None  # BART's and Marian's own: at the limit, a cut-off answer would seem complete
     _fill_special_tokens(merged, tokenizer)
-    if is_greedy:
+    if is_greedy or user.get("do_sample") is False:
         merged.do_sample = False
         for name in _SAMPLING:
             setattr(merged, name, None)

@@ -10,7 +10,7 @@ columns.
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rsft_hf.generative.prompts import TEMPLATE_COLUMNS, Prompt, PromptSet, message_text
+from rsft_hf.generative.prompts import TEMPLATE_COLUMNS, Prompt, message_text
 
 STAGES = ("generated", "scored", "judged")
 
@@ -189,13 +189,20 @@ class CandidateStore:
         """Returns the candidates of a shard, in the order written."""
         return [_from_row(row, self.reward_names) for row in pq.read_table(path).to_pylist()]
 
-    def read_generated(self, path: Path, prompts: "PromptSet") -> list[Candidate]:
-        """Returns the candidates of a shard as generated: without scores, and with the columns of their prompts."""
+    def read_generated(
+        self, path: Path, row_of: Callable[[Candidate], tuple[Prompt, dict[str, Any]]]
+    ) -> list[Candidate]:
+        """Returns the candidates of a shard as generated: without scores.
+
+        Args:
+            path: Of the shard.
+            row_of: Returns the prompt of a candidate and the other columns of its row.
+        """
         candidates = self.read(path)
         for candidate in candidates:
             candidate.rewards, candidate.extras, candidate.reward = {}, {}, None
             candidate.verdict = candidate.rule = candidate.is_accepted = candidate.duplicate_key = None
-            candidate.prompt, candidate.row = prompts.row(candidate.prompt_id)
+            candidate.prompt, candidate.row = row_of(candidate)
         return candidates
 
     def is_unjudged(self, path: Path) -> bool:
@@ -280,6 +287,11 @@ def to_row(candidate: Candidate, reward_names: Sequence[str]) -> dict[str, Any]:
     if isinstance(candidate.prompt, list) and (columns or row["prompt"] != candidate.prompt):
         row["template_input"] = json.dumps({"prompt": candidate.prompt, **columns}, default=str)
     return row | {f"rewards/{name}": candidate.rewards.get(name) for name in reward_names}
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """Returns what tells a prompt from others: its text, or the roles and texts of its messages."""
+    return prompt if isinstance(prompt, str) else json.dumps(_role_and_text(prompt))
 
 
 def _role_and_text(prompt: Prompt) -> Prompt:

@@ -93,7 +93,8 @@ class Encoder:
             columns: As in `prompt_ids`.
 
         Raises:
-            ValueError: If a chat template does not continue the prompt when the answer follows it.
+            ValueError: If a chat template does not continue the prompt when the answer follows it, or a prompt is text
+                and the answer is not.
         """
         if not isinstance(prompt, str):
             start = self.prompt_ids(prompt, columns)
@@ -104,9 +105,37 @@ class Encoder:
                     "cannot be told from the prompt. Give the rows with `input_ids` and `labels` instead."
                 )
             return self._closed(whole[len(start) :])
+        if not isinstance(completion, str):
+            raise ValueError(f"The answer {completion!r} to the text {prompt[:60]!r} is no text. Give a string.")
         if self.is_encoder_decoder:
             return self._closed(list(self.tokenizer(text_target=completion)["input_ids"]))
+        # After the prompt, since a tokenizer may put a space before every text.
+        start, whole = self.prompt_ids(prompt, columns), self.prompt_ids(prompt + completion, columns)
+        if completion and whole[: len(start)] == start:
+            return self._closed(whole[len(start) :])
         return self._closed(list(self.tokenizer(completion, add_special_tokens=False)["input_ids"]))
+
+    def without_padding(self, completion_ids: Sequence[int], is_cut_off: bool) -> list[int]:
+        """Returns the tokens of an answer as another program stored them, without padding.
+
+        Args:
+            completion_ids: May go on with padding or end tokens, or lack the end token.
+            is_cut_off: Whether it reached the limit, so that nothing ends it; else one end token does.
+
+        Example:
+            >>> from transformers import AutoTokenizer
+            >>> tokenizer = AutoTokenizer.from_pretrained("recipes/data/sums/model")
+            >>> end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+            >>> Encoder(tokenizer, False).without_padding([7, 9, end, pad, pad], is_cut_off=False) == [7, 9, end]
+            True
+        """
+        ends = {self.tokenizer.eos_token_id, *self.end_tokens}
+        length = len(completion_ids)
+        while length and completion_ids[length - 1] in {self.tokenizer.pad_token_id, *ends}:
+            length -= 1
+        kept = list(completion_ids[:length])
+        found = [token for token in completion_ids[length:] if token in ends]
+        return kept if is_cut_off else [*kept, found[0]] if found else self._closed(kept)
 
     def _closed(self, ids: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id

@@ -63,13 +63,14 @@ def export_sft(candidates: Any, as_messages: bool = False) -> datasets.Dataset:
 
 
 def export_dpo(candidates: Any, min_margin: float = 0.0) -> datasets.Dataset:
-    """Returns one preference pair per prompt for TRL's DPOTrainer: `prompt`, `chosen`, `rejected`.
+    """Returns one preference pair per prompt and round for TRL's DPOTrainer: `prompt`, `chosen`, `rejected`.
 
-    The pair is the best-rewarded and the worst-rewarded of the prompt's judged candidates, and is left out where their
-    texts are equal or their rewards lie no more than `min_margin` apart. Also `chosen_reward` and `rejected_reward`.
+    The pair is the best-rewarded and the worst-rewarded of the prompt's judged candidates, accepted or not, and is left
+    out where their texts are equal or their rewards lie no more than `min_margin` apart. Also `chosen_reward` and
+    `rejected_reward`.
 
     Args:
-        candidates: As in `export_sft`.
+        candidates: As in `export_sft`; a data set or a list, which do not tell the round, gives one pair per prompt.
         min_margin: Difference of rewards that a pair must exceed, at least 0.
 
     Raises:
@@ -176,7 +177,8 @@ def _dataset(
     tables = []
     for rows in shards:
         if kept := [one for one in map(exported, rows) if one is not None]:
-            tables.append(pa.Table.from_pylist(kept))
+            names = dict.fromkeys(name for one in kept for name in one)  # `from_pylist` takes those of the first
+            tables.append(pa.Table.from_pylist([{name: one.get(name) for name in names} for one in kept]))
     is_folder = isinstance(candidates, (str, Path))
     if not tables:
         raise NoRowsError(

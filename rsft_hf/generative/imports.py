@@ -6,10 +6,11 @@ rows -> prompt, answers and other columns of each -> prompts numbered -> store o
 import csv
 import itertools
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -40,7 +41,10 @@ _ANSWER_NAMES = (
 _TEXT_NAMES = ("text", "content", "completion", "response", "output", "generated_text")
 _LOG_Q_NAMES = ("log_q", "cumulative_logprob")
 _SCORE_NAMES = ("score", "reward")
-_SCORE_LISTS = ("scores", "rewards")
+_ENTRIES = (*_LOG_Q_NAMES, *_SCORE_NAMES, "finish_reason", "token_ids", "logprobs")  # of an answer, beside its text
+_ANSWER_COLUMNS = {name: name for name in _ENTRIES} | {
+    "reward": "score", "scores": "score", "rewards": "score", "finish_reasons": "finish_reason",
+}  # fmt: skip
 _ENDED = (None, "", "stop", "eos", "eos_token", "stop_sequence", "end_turn")
 _CUT_OFF = ("length", "max_tokens")
 
@@ -54,7 +58,7 @@ class Answer:
         token_ids: Its tokens where they are known.
         finish_reason: "stop" or "length"; what the data say where it is neither.
         log_q: Log probability of all its tokens under the distribution it was sampled from, nats, where it is known.
-        score: Score that the data bring; None without one.
+        score: Score that the data bring, NaN for one that they lack; None without any.
     """
 
     text: str
@@ -104,28 +108,40 @@ class RowFormat:
         if _ends_with_answer(prompt):
             if self.answers is None:
                 found = prompt[-1]["content"]
-            prompt = prompt[:-1]
-        if isinstance(found, (list, tuple)) and not _is_message_list(found):
-            answers = [_answer(one, self.score) for one in found]
-            answers = self._with_scores(answers, columns)
-        else:
-            answers = [_answer({**row, "text": found}, self.score)]
-            for name in (*_LOG_Q_NAMES, *_SCORE_NAMES, self.score or "", "finish_reason", "token_ids", "logprobs"):
-                columns.pop(name, None)
-        return prompt, answers, columns
+            if self.answers is None or self.prompt == "messages":  # elsewhere it is the beginning of the answer
+                prompt = prompt[:-1]
+        is_list = isinstance(found, (list, tuple)) and not _is_message_list(found)
+        given = [_as_facts(one) for one in (found or () if is_list else [found])]
+        facts = self._beside(columns, len(given), is_list)
+        return prompt, [_answer({**more, **one}, self.score) for more, one in zip(facts, given, strict=True)], columns
 
-    def _with_scores(self, answers: list[Answer], columns: dict[str, Any]) -> list[Answer]:
-        """The answers with the scores of a list beside theirs, which is no column of the prompt then."""
-        names = [name for name in (self.score, *_SCORE_LISTS) if name and isinstance(columns.get(name), (list, tuple))]
-        if not names:
-            return answers
-        scores = columns.pop(names[0])
-        if len(scores) != len(answers):
-            raise ValueError(f"it has {len(answers)} completions and {len(scores)} {names[0]}")
-        return [
-            replace(answer, score=None if one is None else float(one))
-            for answer, one in zip(answers, scores, strict=True)
-        ]
+    def _beside(self, columns: dict[str, Any], num_answers: int, is_list: bool) -> list[dict[str, Any]]:
+        """What the other columns say of each answer, by one value or a list of as many; they lose these columns."""
+        facts: list[dict[str, Any]] = [{} for _ in range(num_answers)]
+        for name, values in list(columns.items()):
+            entry = _ANSWER_COLUMNS.get(name)
+            if self.score is not None and (name == self.score or entry == "score"):
+                entry = self.score if name == self.score or self.score not in columns else None
+            if entry is None:
+                continue
+            is_each = isinstance(values, (list, tuple))
+            if entry == "token_ids":
+                is_each = is_each and any(isinstance(one, (list, tuple)) for one in values)
+            if is_each and len(values) != num_answers:
+                if name not in _ENTRIES:
+                    raise ValueError(f"it has {num_answers} completions and {len(values)} {name}")
+            elif is_each or num_answers == 1 or not is_list:
+                columns.pop(name)
+                for fact, value in zip(facts, values if is_each else [values], strict=True):
+                    fact[entry] = value
+        return facts
+
+
+def _as_facts(found: Any) -> dict[str, Any]:
+    """An answer as a mapping; text, or a list of one message or mapping, are taken as such."""
+    if isinstance(found, (list, tuple)) and len(found) == 1:
+        found = found[0]
+    return dict(found) if isinstance(found, Mapping) else {"text": found}
 
 
 def _only(row: Iterable[str], names: Sequence[str], argument: str) -> str | None:
@@ -154,20 +170,18 @@ def _ends_with_answer(prompt: Any) -> bool:
     return _is_message_list(prompt) and prompt[-1]["role"] == "assistant"
 
 
-def _answer(found: Any, score: str | None) -> Answer:
-    """An answer from a text, a mapping (of vLLM, of OpenAI, of LMFlow, a message) or a list of one message."""
-    if isinstance(found, (list, tuple)) and len(found) == 1:
-        found = found[0]
-    if isinstance(found, str):
-        return Answer(found)
-    if not isinstance(found, Mapping):
-        raise ValueError(f"A completion is {found!r}. Give text, or a mapping with `text`.")
+def _answer(found: Mapping[str, Any], score: str | None) -> Answer:
+    """An answer from a mapping: of vLLM, of OpenAI, of LMFlow, a message, or a text alone."""
     text = next((found[name] for name in _TEXT_NAMES if isinstance(found.get(name), str)), None)
     nested = next((found[name] for name in ("message", "text") if isinstance(found.get(name), (Mapping, list))), None)
     if text is None and nested is not None:
-        text = _answer(nested, None).text
+        text = _answer(_as_facts(nested), None).text
     if text is None:
-        raise ValueError(f"A completion has none of {list(_TEXT_NAMES)} with a text: {dict(found)!r}.")
+        raise ValueError(
+            f"A completion is {found['text']!r}. Give text, or a mapping with `text`."
+            if "text" in found
+            else f"A completion has none of {list(_TEXT_NAMES)} with a text: {dict(found)!r}."
+        )
     reason = found.get("finish_reason")
     log_q = next((found[name] for name in _LOG_Q_NAMES if found.get(name) is not None), None)
     logprobs = found.get("logprobs")
@@ -242,7 +256,11 @@ def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
             yield from batch.to_pylist()
     elif path.suffix == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte order mark
-            yield from csv.DictReader(file)
+            reader = csv.DictReader(file)
+            for row in reader:
+                if None in row:
+                    raise ValueError(f"Line {reader.line_num} of {path} has more fields than the first line has names.")
+                yield row
     elif path.suffix in (".jsonl", ".ndjson"):
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
@@ -374,7 +392,7 @@ class _Importer:
             raise ValueError(f"Row {self.num_rows - 1} has a score, and the first row has none. Give all or none.")
         prompt_id = self._prompt_id(prompt, columns)
         for answer in answers:
-            self._add_answer(prompt_id, prompt, answer)
+            self._add_answer(prompt_id, prompt, columns, answer)
 
     def _prompt_id(self, prompt: Prompt, columns: Mapping[str, Any]) -> int:
         key = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
@@ -385,7 +403,7 @@ class _Importer:
         self.differing |= {name for name, value in columns.items() if value != stored.get(name)}
         return self.prompt_ids[key]
 
-    def _add_answer(self, prompt_id: int, prompt: Prompt, answer: Answer) -> None:
+    def _add_answer(self, prompt_id: int, prompt: Prompt, columns: dict[str, Any], answer: Answer) -> None:
         index = self.counts[prompt_id]
         reason = answer.finish_reason
         if reason not in ("stop", "length"):
@@ -396,11 +414,13 @@ class _Importer:
             self.counts[prompt_id] += 1
             token_ids, tokenizer = list(answer.token_ids), self.tokenizer
             if not token_ids and tokenizer is not None:
-                token_ids = imported_token_ids(Encoder(tokenizer, False), prompt, {}, answer.text, reason)
+                token_ids = imported_token_ids(Encoder(tokenizer, False), prompt, columns, answer.text, reason)
             seed = candidate_seed(0, 0, prompt_id, 0, index)
             candidate = Candidate(prompt_id, prompt, token_ids, answer.text, reason, 0, index, seed, answer.log_q)
+            candidate.row = columns
             if self.store is not None and self.store.reward_names:
-                candidate.reward, candidate.rewards = answer.score, {SCORE: answer.score}
+                score = None if answer.score is None or math.isnan(answer.score) else answer.score
+                candidate.reward, candidate.rewards = score, {SCORE: score}
             self.pending.append(candidate)
             if len(self.pending) >= _SHARD_SIZE:
                 self._write()

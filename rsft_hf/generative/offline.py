@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import datasets
 from transformers.utils import logging
 
 from rsft_hf.engines.random_streams import candidate_seed
-from rsft_hf.generative.candidates import Candidate, template_input
+from rsft_hf.generative.candidates import Candidate, prompt_key, template_input
 from rsft_hf.generative.encoding import Encoder
 from rsft_hf.generative.exports import load_candidates, round_folders
 from rsft_hf.generative.generation import Sampling
@@ -81,8 +80,11 @@ class OfflineCandidates:
 
     def _token_ids(self, prompt: Prompt, columns: dict[str, Any], row: dict[str, Any], prompt_length: int) -> list[int]:
         ids, encoder = list(row["token_ids"] or ()), self._encoder
-        # Tokens of another tokenizer mean other words to this model.
-        if not ids or max(ids) >= len(encoder.tokenizer) or encoder.text(ids) != row["text"]:
+        # Tokens of another tokenizer mean other words to this model; a decoder's begin with more than a text, perhaps.
+        is_other = not ids or max(ids) >= len(encoder.tokenizer) or encoder.text(ids) != row["text"]
+        if not is_other and not encoder.is_encoder_decoder:
+            ids = encoder.without_padding(ids, is_cut_off=row["finish_reason"] == "length")
+        else:
             ids = imported_token_ids(encoder, prompt, columns, row["text"], row["finish_reason"])
         length = len(ids) if encoder.is_encoder_decoder else prompt_length + len(ids)
         if self._max_tokens is not None and length > self._max_tokens:
@@ -103,7 +105,7 @@ class OfflineCandidates:
     def _matched(self, prompts: PromptSet, stored: datasets.Dataset) -> dict[int, list[int]]:
         own: dict[str, int] = {}
         for number in range(len(prompts)):
-            if (first := own.setdefault(_key(prompts.row(number)[0]), number)) != number:
+            if (first := own.setdefault(prompt_key(prompts.row(number)[0]), number)) != number:
                 raise ValueError(
                     f"Row {number} of `train_dataset` repeats the prompt of row {first}, so its imported candidates "
                     "cannot be told from the other's. Drop repeated prompts."
@@ -112,7 +114,7 @@ class OfflineCandidates:
         rows_of, num_unknown = defaultdict(list), 0
         for row, stored_id in enumerate(stored["prompt_id"]):
             if stored_id not in places:
-                places[stored_id] = own.get(_key(template_input(stored[row])[0]))
+                places[stored_id] = own.get(prompt_key(template_input(stored[row])[0]))
             prompt_id = places[stored_id]
             if prompt_id is None:
                 num_unknown += 1
@@ -129,7 +131,3 @@ class OfflineCandidates:
                 "candidates belong to prompts that are not in `train_dataset`."
             )
         return rows_of
-
-
-def _key(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from transformers.utils import logging
 
 from rsft_hf.acceptance import Acceptance, check_acceptance
 from rsft_hf.distributed import FailTogether, launched_processes
-from rsft_hf.generative.candidates import REFERENCES, VERDICTS, CandidateStore
+from rsft_hf.generative.candidates import REFERENCES, VERDICTS, Candidate, CandidateStore, prompt_key
 from rsft_hf.generative.filters import Deduplicate, Filter
 from rsft_hf.generative.imports import PROMPTS, stored_prompts
-from rsft_hf.generative.prompts import PromptSet, column_names
+from rsft_hf.generative.prompts import Prompt, PromptSet, column_names
 from rsft_hf.generative.round_cache import source_digest
 from rsft_hf.generative.selection import (
     COLUMNS,
@@ -27,6 +28,8 @@ from rsft_hf.generative.selection import (
     stable_repr,
 )
 from rsft_hf.rewards.functions import RewardFunctions
+
+logger = logging.get_logger(__name__)
 
 
 def score_again(
@@ -49,7 +52,7 @@ def score_again(
         destination: Folder to write, absent or empty, or of a call with the same arguments.
         reward_funcs: As in `CandidateResampler`.
         prompts: The data set they were generated for, for the columns that rewards read; those of an imported round by
-            default.
+            default. A candidate belongs to the row of its number, or else to the only row with its prompt.
         reward_weights: As in `CandidateResampler`.
         filters: As in `CandidateResampler`; none by default.
         dedup: As in `CandidateResampler`.
@@ -58,7 +61,7 @@ def score_again(
     Raises:
         FileNotFoundError: If the folder holds no candidates.
         FileExistsError: If the destination holds something else.
-        ValueError: If a function needs a column that is absent, or there are no `prompts`.
+        ValueError: If a function needs a column that is absent, there are no `prompts`, or a candidate's is not one.
     """
     if prompts is None and (prompts := stored_prompts(directory)) is None:
         raise ValueError(f"{directory} was not imported, so it holds no `prompts`. Give the data set they come from.")
@@ -69,15 +72,42 @@ def score_again(
     with FailTogether(accelerator, f"opening {destination}"):
         if accelerator.is_main_process:
             _create(store, source, {"scored_by": _scoring_facts(functions, filters, dedup)})
-    rows = PromptSet(prompts, prompt_column)
+    rows = _PromptRows(PromptSet(prompts, prompt_column))
     with FailTogether(accelerator, "scoring"):
         for path in source.shards()[accelerator.process_index :: accelerator.num_processes]:
             if store.stage(store.directory / path.name) is None:
-                candidates = source.read_generated(path, rows)
+                candidates = source.read_generated(path, rows.of)
                 filter_candidates(candidates, filters, dedup)
                 scores = score_candidates(candidates, functions)
                 store.write(store.directory / path.name, candidates, "scored", scores.metrics)
     return store.directory
+
+
+class _PromptRows:
+    """Rows of the prompts that candidates were generated for, by number or, where rows were dropped, by prompt."""
+
+    def __init__(self, prompts: PromptSet) -> None:
+        self._prompts = prompts
+        self._by_prompt: dict[str, list[int]] = {}
+
+    def of(self, candidate: Candidate) -> tuple[Prompt, dict[str, Any]]:
+        """Returns the prompt of a candidate and the other columns of its row."""
+        key = prompt_key(candidate.prompt)
+        if candidate.prompt_id < len(self._prompts):
+            prompt, columns = self._prompts.row(candidate.prompt_id)
+            if prompt_key(prompt) == key:
+                return prompt, columns
+        if not self._by_prompt:
+            logger.warning("The numbers of the candidates' prompts are not those of `prompts`: matched by prompt.")
+            for number in range(len(self._prompts)):
+                self._by_prompt.setdefault(prompt_key(self._prompts.row(number)[0]), []).append(number)
+        found = self._by_prompt.get(key, [])
+        if len(found) != 1:
+            raise ValueError(
+                f"{len(found)} rows of `prompts` have the prompt {str(candidate.prompt)[:60]!r} of the candidates with "
+                f"number {candidate.prompt_id}. Give the data set that they were generated for."
+            )
+        return self._prompts.row(found[0])
 
 
 def accept_again(

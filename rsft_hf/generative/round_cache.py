@@ -225,7 +225,8 @@ def _discard_scores(store: CandidateStore, changed: Sequence[str], prompts: Prom
     shutil.copytree(store.directory, aside)
     for path in store.shards():
         if path.name.startswith("attempt-00"):
-            store.write(path, store.read_generated(path, prompts), "generated")
+            candidates = store.read_generated(path, lambda candidate: prompts.row(candidate.prompt_id))
+            store.write(path, candidates, "generated")
         else:
             path.unlink()
     logger.warning(

@@ -295,7 +295,7 @@ class RoundRunner:
             effort.num_candidates += len(candidates)
             store.write(path, candidates, "generated")
         else:
-            candidates = store.read_generated(path, self.prompts)
+            candidates = store.read_generated(path, lambda candidate: self.prompts.row(candidate.prompt_id))
         began = time.perf_counter()
         filter_candidates(candidates, self.config.filters, self.config.dedup)
         seed = candidates[0].seed % 2**32 if candidates else 0

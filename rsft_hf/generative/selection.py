@@ -99,11 +99,15 @@ class RoundTable:
     def batch(self, is_valid: Sequence[bool]) -> CandidateBatch:
         """Returns the batch for an acceptance rule; invalid candidates enter no maximum and no quantile."""
         columns = self.columns
-        has_log_probs = any(value is not None for value in columns["log_q"])
+
+        def log_probs(name: str) -> torch.Tensor | None:
+            is_known = all(value is not None for value, valid in zip(columns[name], is_valid, strict=True) if valid)
+            return self.spread(columns[name], torch.float64, 0.0) if is_known else None
+
         return CandidateBatch(
             rewards=self.spread(columns["reward"], torch.float64, math.nan),
-            log_q=self.spread(columns["log_q"], torch.float64, 0.0) if has_log_probs else None,
-            log_p=self.spread(columns["log_p"], torch.float64, 0.0) if has_log_probs else None,
+            log_q=log_probs("log_q"),
+            log_p=log_probs("log_p"),
             lengths=self.spread(columns["num_tokens"], torch.int64, 0),
             valid=self.spread(list(is_valid), torch.bool, False),
             # Each candidate's own: another attempt, or a larger M, tests it again with the same number.
@@ -233,8 +237,8 @@ def score_candidates(
         seed: Of the global generators while they run; those of training stay as they were.
     """
     kept = [candidate for candidate in candidates if candidate.verdict != "filtered"]
-    names = list(kept[0].row) if kept else []
-    columns = {name: [candidate.row[name] for candidate in kept] for name in names}
+    names = dict.fromkeys(name for candidate in kept for name in candidate.row)
+    columns = {name: [candidate.row.get(name) for candidate in kept] for name in names}
     with forked_rng(seed):
         scores = functions(
             [candidate.prompt for candidate in kept],

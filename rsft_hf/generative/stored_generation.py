@@ -27,7 +27,9 @@ from rsft_hf.training_set import dataset_fingerprint
 
 logger = logging.get_logger(__name__)
 
-OPTIONS = ("num_candidates", "generation_config", "engine", "max_prompt_length", "on_long_prompt")
+OPTIONS = (
+    "num_candidates", "generation_config", "engine", "chat_template_kwargs", "max_prompt_length", "on_long_prompt",
+)  # fmt: skip
 _FACTS = ("model", "engine", "prompts", "encoding", "seed", "num_candidates", "generation_config")
 
 
@@ -51,8 +53,8 @@ def generate_candidates(
         prompts: Rows with `prompt` (text or messages) and the columns that the rewards will need.
         directory: Folder to write, absent or empty, or of a call with the same arguments; visible to all processes.
         seed: With the number of prompt and candidate it fixes each candidate's tokens.
-        **options: `num_candidates`, `generation_config`, `engine`, `max_prompt_length` and `on_long_prompt` of
-            `CandidateResampler`; dropped prompts are not in the folder, and take no number.
+        **options: `num_candidates`, `generation_config`, `engine`, `chat_template_kwargs`, `max_prompt_length` and
+            `on_long_prompt` of `CandidateResampler`; dropped prompts are not in the folder, and take no number.
 
     Raises:
         FileExistsError: If the folder holds something else, or candidates of other arguments, which are named.
@@ -65,7 +67,8 @@ def generate_candidates(
     config = CandidateConfig(_no_reward, **options)
     accelerator, model = launched_processes(), unwrapped(model)
     validate_model(model)
-    encoder, numbered = Encoder.for_model(processing_class, model, None), prompt_set(rows, config, "prompts")
+    encoder = Encoder.for_model(processing_class, model, config.chat_template_kwargs)
+    numbered = prompt_set(rows, config, "prompts")
     sampling = Sampling(sampling_config(config.generation_config, model, processing_class), config.num_candidates, seed)
     limits = sampling.generation_config.max_new_tokens, config.max_prompt_length, config.on_long_prompt
     numbered = readable_prompts(numbered, encoder, model, *limits)

@@ -128,6 +128,11 @@ def draw_rows(
             f"The {num_distinct} rows of this round are each read {num_draws / num_distinct:.0f} times to fill "
             f"{num_draws} draws. Accept more of the candidates, or lower `num_draws`."
         )
+    if num_distinct > MANY_REPEATS * num_draws:
+        logger.warning(
+            f"Of the {num_distinct} rows of this round {num_draws} are read, and the others never. Raise `num_draws`, "
+            "the rows trained on per round, or accept fewer of the candidates."
+        )
     return indices
 
 

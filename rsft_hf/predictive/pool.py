@@ -87,7 +87,7 @@ class SemiLabelledRows(torch.utils.data.Dataset[Any]):
         self._labelled, self._unlabelled, self._doubtful = labelled, unlabelled, doubtful
         self._column, *self._others = columns
         self.trusted = sorted(set(range(len(labelled))) - set(doubtful))
-        self._example = labelled[self.trusted[0]][self._column] if self.trusted else None
+        self._example: Any = labelled[self.trusted[0]][self._column] if self.trusted else None
         self.pseudo = PseudoLabels.none(kind)
 
     @property

@@ -218,7 +218,14 @@ def _num_looped(units: Sequence[Hashable], longest: int) -> int:
 
 def _units(completions: list[Completion], columns: dict[str, Any], unit: Unit) -> list[Sequence[Hashable]]:
     if unit == "tokens":
-        return list(columns["completion_ids"])
+        found = list(columns["completion_ids"])
+        for completion, ids in zip(completions, found, strict=True):
+            if not ids and (text := whole_text(completion)):
+                raise ValueError(
+                    f"The completion {text[:60]!r} has a text but no tokens, which this reward counts. Import with "
+                    "`tokenizer=`, or count another unit."
+                )
+        return found
     return [_split(whole_text(completion), unit) for completion in completions]
 
 

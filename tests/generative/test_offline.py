@@ -107,7 +107,7 @@ def test_tokens_of_another_tokenizer_are_not_trained_on(tmp_path: Path) -> None:
                                                          {"text": "c a", "token_ids": ids}]}  # fmt: skip
     trainer = trained(tmp_path / "out", source(import_candidates([row], tmp_path / "imported")))
     first, second = generators.stored(trainer)
-    assert first.token_ids == ids  # as sampled
+    assert first.token_ids == [*ids, tokenizer.eos_token_id]  # it stopped, so it ends
     assert second.token_ids == [*tokenizer("c a", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 

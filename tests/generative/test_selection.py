@@ -247,17 +247,30 @@ def test_a_judge_that_fails_is_none_and_accepts_nothing(tmp_path):
 def test_a_batch_has_double_precision_and_knows_its_gaps() -> None:
     third = 1 / 3  # a float of 24 bits holds another number
     round_ = table(
-        {"reward": third, "log_q": -third, "log_p": -third, "num_tokens": 7}, {"prompt_id": 1}, {"reward": 2.0}
+        {"reward": third, "log_q": -third, "log_p": -third, "num_tokens": 7},
+        {"prompt_id": 1, "log_q": -2.0, "log_p": -3.0},
+        {"reward": 2.0},
     )
     batch = round_.batch([True, True, False])
     assert batch.rewards.tolist()[0] == [third, 2.0]
     assert batch.rewards.dtype == batch.log_q.dtype == batch.log_p.dtype == batch.uniforms.dtype == torch.float64
-    assert batch.log_q.tolist() == batch.log_p.tolist() == [[-third, 0.0], [0.0, 0.0]]
+    assert (batch.log_q.tolist(), batch.log_p.tolist()) == ([[-third, 0.0], [-2.0, 0.0]], [[-third, 0.0], [-3.0, 0.0]])
     assert batch.lengths.tolist() == [[7, 3], [3, 0]]
     assert batch.valid.tolist() == [[True, False], [True, False]]
     assert math.isnan(batch.rewards[1, 1])
     plain = table({}, {}).batch([True, True])
     assert plain.log_q is plain.log_p is None
+
+
+def test_log_probabilities_that_are_not_known_of_every_candidate_are_not_known() -> None:
+    """As 0 they would be those of a sure candidate."""
+    of_q = table({"reward": 1.0, "log_q": -1.0}, {"reward": 1.0, "log_q": -50.0})
+    assert of_q.batch([True, True]).log_q.tolist() == [[-1.0, -50.0]]
+    assert of_q.batch([True, True]).log_p is None
+    with pytest.raises(ValueError, match="log"):
+        judge(of_q, SelectionRules(DensityRatio(), 1, False, 0, 0))
+    assert table({"log_q": -1.0}, {}).batch([True, True]).log_q is None
+    assert table({"log_q": -1.0}, {}).batch([True, False]).log_q.tolist() == [[-1.0, 0.0]]
 
 
 def test_the_generator_of_a_rule_is_that_of_its_run_and_round() -> None:

@@ -4,9 +4,10 @@ Models differ in positions, masks and caches, and a mistake there raises no erro
 with the slot KV cache, and their log probabilities compared with a plain forward pass over each of them.
 """
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from rsft_hf.engines.base import GeneratedSequence, GenerationRequest
 from rsft_hf.engines.generate import _CRITERIA, reason_against_batching, reason_against_dropping
 from rsft_hf.engines.generation_config import context_length
 from rsft_hf.engines.inflight.scheduler import Scheduler
-from rsft_hf.engines.model_access import is_peft_model
+from rsft_hf.engines.model_access import is_peft_model, without_wrappers
 from rsft_hf.engines.sampling import Prepared
 from rsft_hf.memory import is_out_of_memory
 
@@ -73,7 +74,7 @@ def probe_result(
     try:
         try:
             # Where weights are float32 under autocast it shows more plainly without it whether a row is in its place.
-            with torch.autocast(model.device.type, enabled=False):
+            with _without_autocast(model):
                 differences = _differences(model, request, make_scheduler(_SLOTS), decoder_start)
         except RuntimeError as error:
             if is_out_of_memory(error) or not torch.is_autocast_enabled(model.device.type):
@@ -93,6 +94,20 @@ def probe_result(
     if bool(differences.max() <= most) and bool(differences.mean() <= mean):  # NaN is neither
         return None
     return f"rows admitted while others run get other log probabilities than alone, by {differences.max():.3g} nats"
+
+
+@contextlib.contextmanager
+def _without_autocast(model: Any) -> Iterator[None]:
+    """Turns autocast off, and takes away the one that accelerate puts around `forward`, of a wrapper alone perhaps."""
+    around = {one: one.forward for one in (model, without_wrappers(model)) if "_original_forward" in vars(one)}
+    try:
+        for one in around:
+            one.forward = one._original_forward
+        with torch.autocast(model.device.type, enabled=False):
+            yield
+    finally:
+        for one, forward in around.items():
+            one.forward = forward
 
 
 def _differences(
