@@ -146,6 +146,11 @@ def test_an_output_of_another_kind_is_refused(samples: Path, capsys: pytest.Capt
     run(capsys, "accept", folder / "imported", folder / "accepted", "--rule", "TopKPerPrompt(1)")
     assert main(["export", "sft", str(folder / "accepted"), str(folder / "x.txt")]) == 2
     assert "is none of .jsonl, .csv, .parquet" in capsys.readouterr().err
+    samples.write_text(json.dumps({"prompt": [{"role": "user", "content": "a"}], "completion": "b", "score": 1.0}))
+    run(capsys, "import", samples, folder / "talks")
+    run(capsys, "accept", folder / "talks", folder / "taken", "--rule", "TopKPerPrompt(1)")
+    assert main(["export", "sft", str(folder / "taken"), str(folder / "x.csv")]) == 2
+    assert "A CSV file cannot hold the conversations of ['prompt', 'completion']" in capsys.readouterr().err
 
 
 def test_the_environment_names_the_versions(capsys: pytest.CaptureFixture) -> None:

@@ -128,10 +128,10 @@ def draw_rows(
             f"The {num_distinct} rows of this round are each read {num_draws / num_distinct:.0f} times to fill "
             f"{num_draws} draws. Accept more of the candidates, or lower `num_draws`."
         )
-    if num_distinct > MANY_REPEATS * num_draws:
+    if len(accepted) > MANY_REPEATS * (num_read := num_draws - num_supervised) > 0:
         logger.warning(
-            f"Of the {num_distinct} rows of this round {num_draws} are read, and the others never. Raise `num_draws`, "
-            "the rows trained on per round, or accept fewer of the candidates."
+            f"Of the {len(accepted)} accepted rows of this round {num_read} are read, and the others never. Raise "
+            "`num_draws`, the rows trained on per round, or accept fewer of the candidates."
         )
     return indices
 

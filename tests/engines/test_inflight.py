@@ -289,6 +289,22 @@ def test_adapters_generate_in_slots(is_merged):
     assert isinstance(without_wrappers(model), hf.LlamaForCausalLM)
 
 
+@pytest.mark.parametrize("is_adapter", [False, True])
+def test_a_model_that_accelerate_has_prepared_for_autocast_generates_in_slots(is_adapter, tmp_path):
+    """Its autocast is around the outer `forward`, which a trial run goes through and slots do not."""
+    model = architectures.model_of("llama", hidden_size=256, intermediate_size=512, initializer_range=0.5)
+    if is_adapter:
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    args = hf.TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, bf16=True)
+    prepared = hf.Trainer(model, args).accelerator.prepare(model.eval())
+    forward, engine = prepared.forward, InFlightEngine(4)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        run(engine, prepared, request_for(prepared, architectures.prompts_for(without_wrappers(prepared))))
+    assert not engine._said
+    assert prepared.forward is forward
+
+
 def test_half_precision_gives_the_same_distribution():
     model = architectures.model_of("llama")
     ids, engine = architectures.prompts_for(model, 1), InFlightEngine(64)

@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 import generators
 import generators as g
@@ -92,6 +92,42 @@ def test_written_answers_are_closed_once():
     assert encoder(is_encoder_decoder=True).completion_ids("a", "b") == [B, g.EOS]
     closing = Encoder(g.tokenizer(closes_text=True), is_encoder_decoder=False)
     assert closing.completion_ids("a", "b") == [B, g.EOS]
+
+
+def test_a_written_answer_is_tokenized_behind_its_prompt():
+    """A tokenizer that puts a space before every text, as Llama's does, must not put one before the answer."""
+    words = ["<pad>", "<eos>", "\u2581a", "\u2581b", "b", "\u2581"]
+    model = models.Unigram([(word, 0.0 if len(word) == 2 else -5.0) for word in words], unk_id=0)
+    tokenizer = Tokenizer(model)
+    space = "\u2581"
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
+    made = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    chat = Encoder(made, is_encoder_decoder=False)
+    names = lambda ids: made.convert_ids_to_tokens(ids)  # noqa: E731
+    assert names(chat.completion_ids("a", " b")) == ["\u2581b", "<eos>"]  # alone: two spaces
+    assert names(made(" b", add_special_tokens=False)["input_ids"]) == ["\u2581", "\u2581b"]
+    assert names(chat.completion_ids("a", "b")) == ["b", "<eos>"]  # alone: a space that the text has not
+    assert names(chat.completion_ids("a ", "b")) == ["\u2581b", "<eos>"]  # one token across the border: alone
+
+
+def test_an_answer_that_is_no_text_is_refused():
+    with pytest.raises(ValueError, match=r"The answer 4 to the text 'a' is no text. Give a string"):
+        encoder().completion_ids("a", 4)
+
+
+@pytest.mark.parametrize(
+    ("ids", "is_cut_off", "expected"),
+    [
+        ([C, g.EOS, g.PAD, g.PAD], False, [C, g.EOS]),
+        ([C, g.EOS, g.EOS, g.EOS], False, [C, g.EOS]),  # padded with the end token
+        ([C, g.END, g.PAD], False, [C, g.END]),
+        ([C], False, [C, g.EOS]),
+        ([C, A, g.PAD], True, [C, A]),
+        ([], False, [g.EOS]),
+    ],
+)
+def test_stored_answers_lose_their_padding_and_end_once(ids, is_cut_off, expected):
+    assert encoder(end_tokens=(g.EOS, g.END)).without_padding(ids, is_cut_off) == expected
 
 
 def ended_by_turns() -> hf.PreTrainedTokenizerFast:

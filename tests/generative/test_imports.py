@@ -22,6 +22,10 @@ def turn(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
+def asked(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
 def request(number: int, messages: list[dict]) -> dict[str, Any]:
     return {"custom_id": f"r{number}", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": messages}}
 
@@ -92,6 +96,8 @@ def test_what_vllm_and_openai_know_of_a_completion_is_kept(tmp_path: Path) -> No
         [{"prompt": "a", "completion": "x", "score": 1}, {"prompt": "a", "completion": "y", "score": 0.5}],
         [{"prompt": "a", "completions": ["x", "y"], "scores": [1, 0.5]}],
         [{"prompt": "a", "completions": [{"text": "x", "reward": 1.0}, {"text": "y", "reward": 0.5}]}],
+        [{"prompt": "a", "completions": ["x", "y"], "reward": [1, 0.5]}],
+        [{"prompt": "a", "completions": ["x"], "score": 1}, {"prompt": "a", "completions": ["y"], "score": [0.5]}],
     ],
 )
 def test_scores_of_the_data_can_be_judged_at_once(tmp_path: Path, rows: list) -> None:
@@ -100,6 +106,94 @@ def test_scores_of_the_data_can_be_judged_at_once(tmp_path: Path, rows: list) ->
     assert export_sft(accepted)[:] == {"prompt": ["a"], "completion": ["x"]}
     assert "score" not in stored_prompts(accepted).column_names
     assert load_candidates(accepted)["rewards/score"][:] == [1, 0.5]
+
+
+@pytest.mark.parametrize("column", ["completion", "completions"])
+@pytest.mark.parametrize("is_list", [False, True])
+def test_what_stands_beside_a_completion_belongs_to_it(tmp_path: Path, column: str, is_list: bool) -> None:
+    facts = {"finish_reason": "length", "cumulative_logprob": -2.5, "token_ids": [5, 6], "score": 0.5}
+    given = {"text": "x", **facts}
+    rows = [{"prompt": "a", column: [given] if is_list else given}]
+    if not is_list:
+        rows += [{"prompt": "b", column: "x", **facts}, {"prompt": "c", column: [turn("x")], **facts}]
+    for row in load_candidates(import_candidates(rows, tmp_path / "round", completions=column)):
+        assert (row["text"], row["finish_reason"], row["log_q"], row["reward"]) == ("x", "length", -2.5, 0.5)
+        assert row["token_ids"] == [5, 6]
+
+
+def test_lists_beside_completions_belong_to_each(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completions": ["x", "y"], "finish_reasons": ["stop", "length"], "token_ids": [[5], [6]]}]
+    found = load_candidates(import_candidates(rows, tmp_path / "round"))
+    assert (found["finish_reason"][:], found["token_ids"][:]) == (["stop", "length"], [[5], [6]])
+    assert stored_prompts(tmp_path / "round").column_names == ["prompt"]
+
+
+@pytest.mark.parametrize("found", [[turn("mine")], {"text": "mine"}, "mine"])
+def test_the_answer_is_that_of_its_column_whatever_stands_beside_it(tmp_path: Path, found) -> None:
+    rows = [{"prompt": "a", "completion": found, "response": "gold", "output": "gold"}]
+    folder = import_candidates(rows, tmp_path / "round", completions="completion")
+    assert load_candidates(folder)["text"][:] == ["mine"]
+    assert stored_prompts(folder)[0] == {"prompt": "a", "response": "gold", "output": "gold"}
+
+
+def test_a_prompt_may_end_with_the_beginning_of_the_answer(tmp_path: Path) -> None:
+    begun = [asked("a"), turn("Sure, ")]
+    imported = load_candidates(import_candidates([{"prompt": begun, "completion": "4"}], tmp_path / "begun"))
+    assert imported[0]["prompt"] == begun
+    rows = [{"messages": begun, "completions": ["4"]}]  # of a whole conversation it is the answer of the data
+    assert load_candidates(import_candidates(rows, tmp_path / "whole"))[0]["prompt"] == begun[:1]
+
+
+def test_a_score_that_is_nan_is_none(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completions": ["x", "y", "z"], "scores": [float("nan"), 1.0, 0.0]}]
+    folder = accept_again(import_candidates(rows, tmp_path / "in"), tmp_path / "out", Threshold(minimum=0.5))
+    assert load_candidates(folder)["verdict"][:] == ["unjudged", "accepted", "rejected"]
+    assert export_kto(folder)["completion"][:] == ["y", "z"]
+    assert export_dpo(folder)["rejected"][:] == ["z"]
+
+
+def test_tools_of_some_prompts_are_exported(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    rows = [{"prompt": [asked("a")], "completion": "x", "score": 1.0},
+            {"prompt": [asked("b")], "completion": "y", "score": 1.0, "tools": tools}]  # fmt: skip
+    for number, given in enumerate((rows, rows[::-1])):
+        folder = import_candidates(given, tmp_path / f"in{number}")
+        found = export_sft(accept_again(folder, tmp_path / f"out{number}", Threshold(minimum=0.5)))
+        told = {row["prompt"][0]["content"]: row["tools"] for row in found}
+        assert (told["a"], json.loads(told["b"])) == (None, tools)
+
+
+def test_candidates_are_scored_with_the_row_of_their_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By number where the prompt there is theirs, else by the prompt: rows were dropped, or came in another order."""
+    rows = [{"prompt": f"question {number}", "completion": f"answer {number}"} for number in range(4)]
+    folder = import_candidates(rows[::-1], tmp_path / "in")
+    prompts = [{"prompt": row["prompt"], "wanted": row["completion"]} for row in rows]
+
+    def is_right(completions, prompts, wanted, **columns):
+        assert prompts == [text.replace("answer", "question") for text in completions]
+        return [float(text == one) for text, one in zip(completions, wanted, strict=True)]
+
+    scored = score_again(folder, tmp_path / "scored", is_right, prompts)
+    assert load_candidates(scored)["reward"][:] == [1.0] * 4
+    assert load_candidates(scored)["prompt"][:] == [row["prompt"] for row in rows[::-1]]
+    assert caplog.text.count("matched by prompt") == 1
+    for other, number in ((prompts[1:], 0), ([*prompts, prompts[0]], 2)):
+        with pytest.raises(ValueError, match=rf"^{number} rows of `prompts` have the prompt 'question 0'"):
+            score_again(folder, tmp_path / f"other{number}", is_right, other)
+
+
+def test_a_column_of_some_rows_is_given_as_none(tmp_path: Path) -> None:
+    seen = []
+
+    def reward(completions, hint, **columns):
+        seen.extend(hint)
+        return [1.0] * len(completions)
+
+    folder = import_candidates(
+        [{"prompt": "a", "completion": "x"}, {"prompt": "b", "completion": "y"}], tmp_path / "in"
+    )
+    score_again(folder, tmp_path / "out", reward, [{"prompt": "a", "hint": None}, {"prompt": "b", "hint": "B"}])
+    assert seen == [None, "B"]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
@@ -251,6 +345,9 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "x"}\n{"prompt": \n')
     with pytest.raises(ValueError, match=r"Line 2 of .*a.jsonl is no JSON"):
         import_candidates(tmp_path / "a.jsonl", tmp_path / "round")
+    (tmp_path / "a.csv").write_text("prompt,completion\na,x\nb,y,z\n")
+    with pytest.raises(ValueError, match=r"Line 3 of .*a.csv has more fields than the first line has names"):
+        import_candidates(tmp_path / "a.csv", tmp_path / "round")
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(ValueError, match=r"a.txt is none of .jsonl, .json, .csv, .parquet"):
         import_candidates(tmp_path / "a.txt", tmp_path / "round")

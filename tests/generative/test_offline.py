@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 
@@ -118,6 +119,40 @@ def test_prompts_are_matched_by_what_they_say(tmp_path: Path, caplog: pytest.Log
     texts = {one.prompt: one.text for one in generators.stored(trainer) if one.is_accepted}
     assert texts == {row["prompt"]: row["completions"][1] for row in samples()[:3]}
     assert any("3 of 4 prompts have imported candidates; 9 of 18" in record.getMessage() for record in caplog.records)
+
+
+def test_stored_tokens_are_trained_on_without_padding_and_with_an_end(tmp_path: Path) -> None:
+    tokenizer = generators.tokenizer()
+    ids, end, pad = tokenizer("b c", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id, generators.PAD
+    stored = [[*ids, end, pad, pad], ids, [*ids, pad]]
+    facts = zip(stored, ["stop", "stop", "length"], strict=True)
+    given = [{"text": "b c", "token_ids": one, "finish_reason": reason} for one, reason in facts]
+    folder = import_candidates([{"prompt": "a", "wanted": "a", "completions": given}], tmp_path / "imported")
+    trainer = trained(tmp_path / "out", source(folder, filters=(), num_draws=1))
+    assert [one.token_ids for one in generators.stored(trainer)] == [[*ids, end], [*ids, end], ids]
+
+
+def test_messages_with_uneven_fields_are_matched(tmp_path: Path) -> None:
+    """Arrow fills the fields of all messages with null."""
+    rows = samples(conversational=True)[:2]
+    rows[0]["prompt"] = [{**rows[0]["prompt"][0], "name": "ann"}]
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list(rows).to_parquet(str(path))
+    folder = import_candidates(path, tmp_path / "imported")
+    trainer = trained(
+        tmp_path / "out", source(folder), train_dataset=datasets.Dataset.from_list(rows).remove_columns("completions")
+    )
+    assert len(generators.stored(trainer)) == 6
+
+
+def test_a_decoder_gets_the_first_tokens_that_its_tokenizer_puts_before_an_answer(tmp_path: Path) -> None:
+    """Whatever the import has stored: its tokenizer does not say that the model is an encoder-decoder."""
+    for number, options in enumerate(({}, {"tokenizer": generators.tokenizer()})):
+        folder = import_candidates(samples()[:2], tmp_path / f"in{number}", **options)
+        trainer = trained(tmp_path / f"out{number}", source(folder), "marian")
+        if not number:
+            first = [row["labels"] for row in trainer.resampler.pool.accepted]
+    assert [row["labels"] for row in trainer.resampler.pool.accepted] == first
 
 
 def test_bad_candidates_are_refused(tmp_path: Path) -> None:

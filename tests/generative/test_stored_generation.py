@@ -45,6 +45,20 @@ def test_candidates_are_those_of_the_resampler(tmp_path: Path) -> None:
     assert stored_prompts(folder)[:] == generators.prompts(9)[:]
 
 
+def test_the_chat_template_gets_its_arguments(tmp_path: Path) -> None:
+    prompts = generators.prompts(3, True)
+    options = {**SAMPLING, "chat_template_kwargs": {"enable_thinking": True}}
+    made = CandidateResampler(generators.share_of_wanted, **options).generate(
+        generators.tiny_model(), generators.tokenizer(), prompts
+    )
+    folder = generate_candidates(generators.tiny_model(), generators.tokenizer(), prompts, tmp_path / "a", **options)
+    assert texts(folder) == [one.text for one in made]
+    assert texts(generate_candidates(generators.tiny_model(), generators.tokenizer(), prompts, tmp_path / "b",
+                                     **SAMPLING)) != texts(folder)  # fmt: skip
+    with pytest.raises(FileExistsError, match="other arguments"):
+        generate_candidates(generators.tiny_model(), generators.tokenizer(), prompts, tmp_path / "a", **SAMPLING)
+
+
 @pytest.mark.parametrize("is_conversational", [False, True])
 def test_the_stages_after_it_are_those_of_the_resampler(tmp_path: Path, is_conversational: bool) -> None:
     prompts = generators.prompts(9, is_conversational)

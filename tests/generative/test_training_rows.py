@@ -39,6 +39,16 @@ def test_rows_repeated_more_than_ten_times_are_told(caplog: pytest.LogCaptureFix
     assert bool(caplog.text) is is_told
 
 
+@pytest.mark.parametrize(("num_rows", "is_told"), [(20, False), (21, True)])
+def test_rows_that_are_never_read_are_told(caplog: pytest.LogCaptureFixture, num_rows: int, is_told: bool) -> None:
+    pool = CandidatePool()
+    pool.replace([{"input_ids": [6], "attention_mask": [1], "labels": [6]}] * num_rows)
+    with caplog.at_level(logging.WARNING):
+        draw_rows(pool, 2, 0.0, torch.Generator().manual_seed(0))
+    assert ("Of the 21 accepted rows of this round 2 are read, and the others never" in caplog.text) is is_told
+    assert bool(caplog.text) is is_told
+
+
 def losses(run: hf.Trainer) -> list[float]:
     return [line["loss"] for line in run.state.log_history if "loss" in line]
 

@@ -178,8 +178,16 @@ def test_arguments_are_refused_at_construction(options: dict, error: type[Except
         resampler(**options)
 
 
-def test_one_greedy_candidate_is_allowed() -> None:
-    resampler(num_candidates=1, generation_config=generators.sampling(do_sample=False))
+def test_one_greedy_candidate_is_the_most_probable_answer() -> None:
+    model, tokenizer, prompts = generators.tiny_model().eval(), generators.tokenizer(), generators.prompts(4)
+    one = resampler(num_candidates=1, generation_config=generators.sampling(do_sample=False, temperature=3.0))
+    made = [one.generate(model, tokenizer, prompts, seed=seed) for seed in (0, 1)]
+    assert [answer.text for answer in made[0]] == [answer.text for answer in made[1]]
+    for answer, prompt in zip(made[0], prompts["prompt"], strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")
+        config = generators.sampling(do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=generators.PAD)
+        greedy = model.generate(**ids, generation_config=config)[0, ids["input_ids"].shape[1] :]
+        assert answer.token_ids == greedy.tolist()
 
 
 @pytest.mark.parametrize(("engine", "error"), [("vllm", ValueError), (3, TypeError), (CountingEngine, TypeError)])

@@ -187,7 +187,12 @@ def test_shares_of_ngrams_by_hand():
 
 def test_lengths_and_formats_by_hand():
     window = scorers.LengthWindow(3, 5, ramp=2, unit="tokens")
-    assert call(window, ["x"] * 7, completion_ids=[[0] * n for n in (0, 1, 2, 3, 5, 6, 7)]) == [0, 0, 0.5, 1, 1, 0.5, 0]
+    lengths = (0, 1, 2, 3, 5, 6, 7)
+    texts = ["x" * n for n in lengths]
+    assert call(window, texts, completion_ids=[[0] * n for n in lengths]) == [0, 0, 0.5, 1, 1, 0.5, 0]
+    for rule in (window, scorers.RepetitionPenalty(unit="tokens"), scorers.DistinctReward(unit="tokens")):
+        with pytest.raises(ValueError, match="'some words' has a text but no tokens, which this reward counts"):
+            call(rule, ["some words"], completion_ids=[[]])  # imported without a tokenizer
     assert call(scorers.LengthWindow(2), ["a", "a b", "a b c"]) == [0.0, 1.0, 1.0]
     assert call(scorers.FormatReward(r"(?s)\A<think>.*</think>"), ["<think>\n</think> 3", "3"]) == [1.0, 0.0]
 
