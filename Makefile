@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help docs package demo demo-sentiment demo-translation recipes test test-oldest test-latest lint format bench-overhead bench-drawing bench-generation \
+.PHONY: help docs package demo demo-sentiment demo-translation recipes test coverage test-oldest test-latest lint format bench-overhead bench-drawing bench-generation \
 	bench-rounds check-gpu bench-store bench-crash experiments clean
 
 help: ## list the targets
@@ -77,6 +77,13 @@ recipes: demo $(STAMP) ## every recipe, offline in small: 13 with the two demos
 
 test: lint ## lint, then run every test and doctest, in WORKERS processes
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+coverage: $(STAMP) ## lines and branches of the package that the tests reach, those of subprocesses too
+	$(BIN)/python -m pip install --quiet 'coverage>=7.10'
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --skip-covered
 
 OLDEST := .venv-oldest
 test-oldest: ## the tests on the oldest versions that pyproject.toml promises, in an environment of their own
