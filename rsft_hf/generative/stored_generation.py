@@ -68,10 +68,9 @@ def generate_candidates(
     accelerator, model = launched_processes(), unwrapped(model)
     validate_model(model)
     encoder = Encoder.for_model(processing_class, model, config.chat_template_kwargs)
-    numbered = prompt_set(rows, config, "prompts")
     sampling = Sampling(sampling_config(config.generation_config, model, processing_class), config.num_candidates, seed)
     limits = sampling.generation_config.max_new_tokens, config.max_prompt_length, config.on_long_prompt
-    numbered = readable_prompts(numbered, encoder, model, *limits)
+    numbered = readable_prompts(prompt_set(rows, config, "prompts"), encoder, model, *limits)
     logger.info(f"Candidates are sampled with {active_settings(sampling.generation_config)}.")
     generator = Generator(model, encoder, choose_engine(config.engine, model), accelerator.autocast)
     generator.engine.check(model, sampling.generation_config, ())

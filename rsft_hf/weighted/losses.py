@@ -161,16 +161,12 @@ def record_loss(
 
         return call
 
-    loss_functions = {
-        name: criterion if name == "label_smoother" else _given_count(criterion)
-        for name in ("compute_loss_func", "label_smoother")
-        if (criterion := vars(trainer).get(name)) is not None
-    }
-    original = {name: vars(trainer)[name] for name in loss_functions}
+    names = ("compute_loss_func", "label_smoother")
+    original = {name: vars(trainer)[name] for name in names if vars(trainer).get(name) is not None}
     hook = model.register_forward_hook(record_outputs, with_kwargs=True)
     try:
-        for name, criterion in loss_functions.items():
-            setattr(trainer, name, recorded(name, criterion))
+        for name, criterion in original.items():
+            setattr(trainer, name, recorded(name, _given_count(criterion)))
         with recording.capture:
             yield recording
     finally:

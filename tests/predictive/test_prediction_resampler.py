@@ -102,23 +102,6 @@ def test_rows_without_a_true_label_are_unknown(tmp_path: Path, is_dataset: bool)
     assert references == [-100 if number % 2 else row["truth"] for number, row in enumerate(POOL)]
 
 
-def test_the_label_of_a_doubtful_row_is_no_true_label_and_neither_is_minus_one(tmp_path: Path) -> None:
-    rows = [{**row, "labels": -1} for row in POOL[:10]] + [dict(row) for row in POOL[10:]]
-    made = resampler(unlabelled_dataset=rows, reference_column="labels", doubtful_rows=[3, 5])
-    trained(tmp_path, made)
-    found = load_pseudo_labels(tmp_path, only_accepted=False)["reference"][:36]
-    assert found == [-100] * 10 + [row["labels"] for row in POOL[10:]] + [-100] * 2
-
-
-def test_labels_are_of_the_type_that_the_collator_stacks(tmp_path: Path) -> None:
-    keep = lambda rows: datasets.Dataset.from_list(rows).select_columns(["input_ids", "labels"])  # noqa: E731
-    pairs = [[{**row, "input_ids": row["input_ids"][:3]} for row in rows] for rows in (runs.rows(), POOL)]
-    labelled, pool = (keep(rows).with_format("torch") for rows in pairs)
-    made = PredictionResampler(unlabelled_dataset=pool)
-    trained(tmp_path, made, train_dataset=labelled, data_collator=hf.default_data_collator)
-    assert len(load_pseudo_labels(tmp_path)) > 0
-
-
 def test_a_doubtful_row_needs_no_label(tmp_path: Path) -> None:
     rows = runs.rows()
     del rows[3]["labels"]
