@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import random
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import Trainer
 
+_CONTAINERS = (dict, defaultdict, OrderedDict, Counter, list, set, deque)
 _DATA_SETS = ("train_dataset", "eval_dataset")  # lists that no loss changes
 
 
@@ -45,11 +46,9 @@ def forked_rng(seed: int) -> Iterator[None]:
 @contextlib.contextmanager
 def preserved_trainer_state(trainer: Trainer) -> Iterator[None]:
     """Restores the counters and metric lists that a trainer updates when it computes a loss, as TRL's do."""
-    kinds = (int, float, str, dict, list, set, deque, type(None))
+    kinds = (int, float, str, type(None), *_CONTAINERS)
     saved = {
-        name: _copied(value)
-        for name, value in vars(trainer).items()
-        if isinstance(value, kinds) and name not in _DATA_SETS
+        name: _copied(value) for name, value in vars(trainer).items() if type(value) in kinds and name not in _DATA_SETS
     }
     try:
         yield
@@ -60,22 +59,25 @@ def preserved_trainer_state(trainer: Trainer) -> Iterator[None]:
 
 def _copied(value: Any) -> Any:
     """A copy of the containers of a value; what they hold in the end, such as tensors, is shared."""
+    if type(value) not in _CONTAINERS:
+        return value
+    copied = copy.copy(value)  # a defaultdict keeps its default, a deque its length
     if isinstance(value, dict):
-        copied = copy.copy(value)  # a defaultdict stays one
-        copied.update({key: _copied(item) for key, item in value.items()})
-        return copied
-    if isinstance(value, list):
-        return [_copied(item) for item in value]
-    return copy.copy(value) if isinstance(value, (set, deque)) else value
+        for key, item in value.items():
+            copied[key] = _copied(item)
+    elif isinstance(value, (list, deque)):
+        for place, item in enumerate(value):
+            copied[place] = _copied(item)
+    return copied
 
 
 def _restore(trainer: Trainer, name: str, value: Any) -> None:
     present = vars(trainer).get(name)
-    if isinstance(present, dict):  # in place: a callback may hold a reference
-        present.clear()
-        present.update(value)
-    elif isinstance(present, (list, deque)):
-        present.clear()
+    if type(present) is not type(value) or type(value) not in _CONTAINERS:
+        vars(trainer)[name] = value
+        return
+    present.clear()  # in place: a callback may hold a reference
+    if isinstance(value, (list, deque)):
         present.extend(value)
     else:
-        vars(trainer)[name] = value
+        present.update(value)

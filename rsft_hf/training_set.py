@@ -17,6 +17,7 @@ from rsft_hf.distributed import run_seed
 from rsft_hf.isolation import forked_rng
 
 _NUM_FINGERPRINT_ROWS = 16
+_LABEL_COLUMNS = ("labels", "label")
 
 
 def validate_dataset(dataset: Any) -> None:
@@ -113,7 +114,7 @@ def _required_lengths(trainer: Trainer, dataset: Any) -> list[int]:
 def dataset_fingerprint(dataset: Any, num_rows: int = _NUM_FINGERPRINT_ROWS) -> str:
     """Returns a hash of the columns and of rows, equal from run to run.
 
-    Of a `datasets.Dataset` it reads all rows of the columns of single numbers (classes, say).
+    Of a `datasets.Dataset` it reads all labels, where a row has a single one.
 
     Args:
         dataset: A data set with a length and random access.
@@ -138,8 +139,8 @@ def dataset_fingerprint(dataset: Any, num_rows: int = _NUM_FINGERPRINT_ROWS) -> 
 
 def _numbers(dataset: datasets.Dataset) -> Iterable[bytes]:
     for name, feature in dataset.features.items():
-        dtype = getattr(feature, "dtype", None)
-        if isinstance(dtype, str) and dtype.startswith(("int", "uint", "float", "bool")):
+        is_value = isinstance(feature, (datasets.Value, datasets.ClassLabel))
+        if name in _LABEL_COLUMNS and is_value and feature.dtype.startswith(("int", "uint", "float", "bool")):
             column = dataset.select_columns([name]).with_format("arrow")[:][name]
             values = pyarrow.compute.cast(column, pyarrow.float64(), safe=False)
             yield pyarrow.compute.fill_null(values, math.nan).to_numpy().tobytes()

@@ -148,7 +148,7 @@ def _training_arguments(is_encoder_decoder: bool, given: dict[str, Any]) -> Any:
         is_number = isinstance(field.default, (int, float)) and not isinstance(field.default, bool)
         if is_number and isinstance(given.get(field.name), str):
             raise ValueError(f"`{field.name}`={given[field.name]!r} is no number.")
-        if isinstance(field.default, str) and given.get(field.name) is False:
+        if field.name.endswith("_strategy") and given.get(field.name) is False:
             given = given | {field.name: "no"}  # which YAML reads as false
     if not torch.accelerator.is_available():
         given = {"bf16": False} | given  # which SFTConfig switches on, and a CPU may not have

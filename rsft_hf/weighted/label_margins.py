@@ -166,7 +166,7 @@ class LabelMargins:
         if is_main_process:
             own = MarginSums(*(state[f"label_{name}"] for name in vars(own)))
         self._own, self.labels = own, state["label_classes"]
-        self.is_binary = bool(state["label_is_binary"])
+        self.is_binary = bool(state.get("label_is_binary", False))
         if "label_epoch_margins" in state:
             self.epochs = list(zip(state["label_epoch_margins"], state["label_epoch_rivals"], strict=True))
 

@@ -90,6 +90,7 @@ class LossSource:
         self.predictions: dict[str, torch.Tensor] = {}
         self._reading: Reading | None = None
         self._is_measured = self._has_further_calls = False
+        self._num_further = 0  # criterion calls of a step beyond those of the probe
 
     def losses_at(self, epoch: int, seed: int, may_measure: bool) -> torch.Tensor:
         """Returns the known loss of every row at the start of an epoch. Collective.
@@ -105,6 +106,7 @@ class LossSource:
         """
         if self.is_from_training:
             self.ledger.merge(self.trainer.accelerator)
+        self._heed_further_calls()
         self._find_reading(seed)
         if may_measure and self._is_due(epoch):
             measurement = measure_losses(
@@ -144,8 +146,8 @@ class LossSource:
         """
         with record_loss(self.trainer, model, len(rows), factors, is_count_weighted) as recording:
             yield
-        if self._reading is not None and 0 < self._reading.num_calls < len(recording.calls):
-            self._warn_of_further_calls(len(recording.calls))
+        if self._reading is not None and self._reading.num_calls:
+            self._num_further = max(self._num_further, len(recording.calls) - self._reading.num_calls)
         if factors is not None and not recording.capture.calls and not recording.is_smoothed:
             raise RuntimeError(
                 "`importance_correction` found no loss of torch.nn.functional to scale in this training step (a fused "
@@ -249,19 +251,25 @@ class LossSource:
             )
         self._reading = reading
 
-    def _warn_of_further_calls(self, num_calls: int) -> None:
-        """Gives up training losses and correction if it may, as the loss has terms that no probe has seen."""
-        if self._has_further_calls or self._reading is None:
+    def _heed_further_calls(self) -> None:
+        """Gives up training losses and correction if it may, where steps had terms that no probe saw. Collective."""
+        if not self.is_from_training and self.importance_correction == 0:
+            return
+        found = torch.tensor([float(self._num_further > 0)])
+        num_processes = float(sum_over_processes(self.trainer.accelerator, found))
+        if not num_processes or self._has_further_calls:
             return
         self._has_further_calls = True
-        if self._adaptable:
+        if "losses" in self._adaptable and (
+            self.importance_correction == 0 or "importance_correction" in self._adaptable
+        ):
             self._fall_back("training mode adds terms to them", is_from_training=False)
             return
         logger.warning(
-            f"A training step computes {num_calls} losses of torch.nn.functional, and evaluation mode "
-            f"{self._reading.num_calls}: the losses of training steps are not those that a scoring pass measures, and "
-            "`importance_correction` does not scale what else is added. Compute one loss in both modes, or use "
-            'losses="forward" without `importance_correction`.'
+            "Training steps compute more losses of torch.nn.functional than batches in evaluation mode: the losses of "
+            "training steps are not those that a scoring pass measures, and `importance_correction` does not scale "
+            'what else is added. Compute one loss in both modes, or use losses="forward" without '
+            "`importance_correction`."
         )
 
     def _fall_back(self, reason: str, is_from_training: bool) -> None:
@@ -369,6 +377,11 @@ class LossLedger:
         """Returns the losses, margins and freshness, shape (N,) each, that `merge` would set. Collective."""
         sums, margin_sums, counts, *_ = self._summed_over_processes(accelerator)
         return self._updated(sums, margin_sums, counts)
+
+    def num_reads(self, accelerator: Accelerator) -> int:
+        """Returns how many rows the epoch has read so far, repeats included. Collective."""
+        _, _, counts, unlabelled, _ = self._summed_over_processes(accelerator)
+        return int(counts.sum() + unlabelled.sum())
 
     def state(self, accelerator: Accelerator) -> dict[str, torch.Tensor]:
         """Returns the state for `load`, with the sums of all processes. Collective."""

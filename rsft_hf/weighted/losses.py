@@ -118,8 +118,8 @@ class Recording:
             return None
         if self.is_aligned and logits.shape[:-1] == labels.shape:
             logits, labels = logits.flatten(end_dim=-2), labels.flatten()
-        if labels.ndim != 1:
-            return None
+        if labels.ndim != 1 or (not self.is_aligned and bool((labels >= logits.shape[-1]).any())):
+            return None  # ordinal labels, say, of one more class than there are logits
         choices = choices_of(logits.detach(), labels)  # label smoothing, or a loss of the user's own
         return None if choices is None else (choices, labels.ne(-100))
 
@@ -166,7 +166,7 @@ def record_loss(
     hook = model.register_forward_hook(record_outputs, with_kwargs=True)
     try:
         for name, criterion in original.items():
-            setattr(trainer, name, recorded(name, _given_count(criterion)))
+            setattr(trainer, name, recorded(name, _given_count(criterion, recording.capture.calls)))
         with recording.capture:
             yield recording
     finally:
@@ -174,15 +174,22 @@ def record_loss(
         vars(trainer).update(original)
 
 
-def _given_count(criterion: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The loss function, called with the number of labels where it divides by one and none is counted."""
+def _given_count(criterion: Callable[..., torch.Tensor], calls: list[CriterionCall]) -> Callable[..., torch.Tensor]:
+    """The loss function, called with the number of labels where it divides by one and none is counted.
+
+    Args:
+        criterion: The loss function.
+        calls: Recorded calls of criteria, which lose those of a first attempt.
+    """
 
     def call(outputs: Any, labels: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        num_calls = len(calls)
         try:
             return criterion(outputs, labels, *args, **kwargs)
-        except TypeError:
+        except (TypeError, AttributeError):
             if kwargs.get("num_items_in_batch", 0) is not None or not isinstance(labels, torch.Tensor):
                 raise
+            del calls[num_calls:]
             return criterion(outputs, labels, *args, **{**kwargs, "num_items_in_batch": labels.ne(-100).sum()})
 
     return call

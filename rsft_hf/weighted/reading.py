@@ -5,6 +5,7 @@ of other batches, which must be the mean or the sum of those of their rows.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -80,26 +81,28 @@ def find_reading(
     """
     width = min(_NUM_PROBED, batch_size, len(dataset))
     try:
-        batch, is_random, expected, recording = _labelled_probe(trainer, model, dataset, collate, width, seed)
+        batch, is_random, expected, scalar, recording = _labelled_probe(trainer, model, dataset, collate, width, seed)
     except _OneRowAtATimeError as error:
         _warn_of_batches_of_one(*error.args)
         single = find_reading(trainer, model, dataset, collate, batch_size=1, seed=seed)
         return dataclasses.replace(single, is_scored_singly=True)
     is_half = trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype != torch.float32
+    others = lambda: _some_batches(dataset, collate, num_verified, width, seed)  # noqa: E731
     if not _is_joined(batch, width):
         if reading := _matching_reading(recording, expected, width, is_half):
-            batches = _some_batches(dataset, collate, num_verified, width, seed)
-            if not _is_contradicted(trainer, model, reading, (batch, width), batches, is_half):
-                return dataclasses.replace(reading, is_collator_random=is_random)
-            _warn_of_batches_of_one(_NO_MEAN, "Pass `per_example_loss`")
-            return Reading("single", is_collator_random=is_random, is_final=True)
+            reading = dataclasses.replace(reading, is_collator_random=is_random)
+            return _verified(trainer, model, reading, (scalar, recording, width), others(), is_half)
         # Sliced from the batch, the rows keep its padding: a match now means that the loss depends on the padding.
         sliced, _ = _single_losses(trainer, model, [slice_rows(batch, row, width) for row in range(width)])
         if reading := _matching_reading(recording, sliced, width, is_half):
             _warn_of_batches_of_one("The loss of an example depends on the padding of its batch", "Pad all rows alike")
             return dataclasses.replace(reading, is_scored_singly=True, is_collator_random=is_random)
-    for other, num_rows in _some_batches(dataset, collate, num_verified, width, seed):
-        _validate_per_example(*compute_loss(trainer, model, other, num_rows), expected, [recording])
+    if not recording.calls and _is_constant(expected):
+        for other, examples in others():
+            total, found = compute_loss(trainer, model, other, len(examples))
+            alone, _ = _single_losses(trainer, model, [_collate([example], collate, seed) for example in examples])
+            if _is_constant(alone) and _has_labels([found]) and not _is_total(total, alone):
+                raise NotPerExampleError(_compares(len(examples), total, alone))
     _warn_of_batches_of_one(_NO_MEAN, "Pass `per_example_loss`")
     return Reading("single", is_collator_random=is_random)
 
@@ -110,8 +113,8 @@ class _OneRowAtATimeError(Exception):
 
 def _labelled_probe(
     trainer: Trainer, model: torch.nn.Module, dataset: Sequence[Any], collate: Collate, width: int, seed: int
-) -> tuple[Batch, bool, torch.Tensor, Recording]:
-    """The first batch with a loss, whether its collator is random, the losses of its rows alone, and its recording."""
+) -> tuple[Batch, bool, torch.Tensor, float, Recording]:
+    """The first batch with a loss: whether its collator is random, its rows' losses alone, its loss, its recording."""
     if width > 1 and not _can_be_collated(dataset, collate, width, seed):
         raise _OneRowAtATimeError("Rows cannot be collated in one batch", "Pad all rows to one length")
     num_probes = min(_MAX_PROBED // width, -(-len(dataset) // width))
@@ -136,7 +139,7 @@ def _labelled_probe(
         _validate_per_example(scalar, recording, expected, recordings)
         is_finite, is_labelled = expected.isfinite(), not _is_unlabelled([recording])
         if bool((is_finite & (expected != 0)).any()) or (is_labelled and bool(is_finite.any())):
-            return batch, is_random, expected, recording
+            return batch, is_random, expected, scalar, recording
         num_diverged += width * is_labelled
         num_zero += width * (not recording.calls and _has_labels(recordings))
     if num_diverged:
@@ -186,7 +189,8 @@ def _matching_reading(recording: Recording, expected: torch.Tensor, width: int, 
             losses.losses.double().cpu(), expected.nan_to_num(0.0), rtol=relative, atol=absolute
         ):
             is_fused = not recording.capture.calls and bool(recording.fused_calls)
-            return dataclasses.replace(reading, is_fused=is_fused, num_calls=len(recording.capture.calls))
+            num_calls = len(recording.capture.calls) if reading.kind == "criterion" else 0
+            return dataclasses.replace(reading, is_fused=is_fused, num_calls=num_calls)
     return None
 
 
@@ -195,9 +199,9 @@ def _tolerances(is_half: bool) -> tuple[float, float]:
 
 
 def _is_joined(batch: Batch, num_rows: int) -> bool:
-    """Whether the rows are joined into one sequence (padding-free): no tensor has an entry for each of them."""
+    """Whether the rows are joined into one sequence (padding-free): no tensor has as many entries for each of them."""
     sizes = [len(tensor) for tensor in _tensors(batch) if tensor.ndim]
-    return num_rows > 1 and bool(sizes) and num_rows not in sizes
+    return num_rows > 1 and bool(sizes) and all(size % num_rows for size in sizes)
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
@@ -209,36 +213,46 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
 
 
 def _some_batches(
-    dataset: Sequence[Any], collate: Collate, num_rows: int, batch_size: int, seed: int
-) -> Iterator[tuple[Batch, int]]:
-    """Batches of rows at random, and the number of their rows."""
+    dataset: Sequence[Any], collate: Collate, num_rows: int, width: int, seed: int
+) -> Iterator[tuple[Batch, list[Any]]]:
+    """Batches of rows at random, and their rows."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:num_rows].tolist()
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        yield _collate([dataset[row] for row in rows], collate, seed), len(rows)
+    for start in range(0, len(order), width):
+        examples = [dataset[row] for row in order[start : start + width]]
+        yield _collate(examples, collate, seed), examples
 
 
-def _is_contradicted(
+def _verified(
     trainer: Trainer,
     model: torch.nn.Module,
     reading: Reading,
-    probe: tuple[Batch, int],
-    batches: Iterator[tuple[Batch, int]],
+    probe: tuple[float, Recording, int],
+    batches: Iterator[tuple[Batch, list[Any]]],
     is_half: bool,
-) -> bool:
-    """Whether the loss of one of the batches is no mean or sum of the losses of its rows, as that of the probe is."""
+) -> Reading:
+    """The reading, unless the loss of another batch is no mean or sum of its rows' losses, as that of the probe is.
+
+    It counts the criterion calls, of which a model with several heads makes more where a row has labels for all.
+    """
     if reading.kind != "criterion" or reading.is_fused:
-        return False
+        return reading
 
-    def holds(batch: Batch, num_rows: int) -> bool:
-        scalar, recording = compute_loss(trainer, model, batch, num_rows)
-        totals = _batch_losses(recording, reading, num_rows)
+    def holds(scalar: float, recording: Recording, num_rows: int) -> bool:
+        totals = torch.tensor(_batch_losses(recording, reading, num_rows))
         relative, absolute = _tolerances(is_half)
-        return not totals or bool(
-            torch.isclose(torch.tensor(totals), torch.tensor(scalar), relative, absolute, equal_nan=True).any()
-        )
+        is_unknown = not len(totals) or not math.isfinite(scalar)
+        return is_unknown or bool(torch.isclose(totals, torch.tensor(scalar), relative, absolute).any())
 
-    return holds(*probe) and not all(holds(batch, num_rows) for batch, num_rows in batches)
+    is_probe_explained, num_calls = holds(*probe), reading.num_calls
+    is_explained = True
+    for batch, examples in batches:
+        scalar, recording = compute_loss(trainer, model, batch, len(examples))
+        is_explained &= holds(scalar, recording, len(examples))
+        num_calls = max(num_calls, len(recording.capture.calls))
+    if is_probe_explained and not is_explained:
+        _warn_of_batches_of_one(_NO_MEAN, "Pass `per_example_loss`")
+        return Reading("single", is_collator_random=reading.is_collator_random, is_final=True)
+    return dataclasses.replace(reading, num_calls=num_calls)
 
 
 def _batch_losses(recording: Recording, reading: Reading, num_rows: int) -> list[float]:
@@ -255,7 +269,7 @@ def _batch_losses(recording: Recording, reading: Reading, num_rows: int) -> list
 def _validate_per_example(
     scalar: float, recording: Recording, expected: torch.Tensor, singles: list[Recording]
 ) -> None:
-    """Raises NotPerExampleError if classes come from the batch, or if all rows have the same loss alone, such as 0."""
+    """Raises NotPerExampleError if classes come from the batch, or if the loss vanishes for a single example."""
     has_candidates_from_batch = len(expected) > 1 and any(
         call.num_classes is not None
         and all(
@@ -264,14 +278,28 @@ def _validate_per_example(
         )
         for number, call in enumerate(recording.calls)
     )
-    gap = abs(scalar - float(expected.mean()))
-    is_constant = gap > 1e-4 * abs(scalar) and gap > 100 * float(expected.max() - expected.min())
+    vanishes_alone = scalar > 0 and bool((expected == 0).all())
     is_labelled = not _is_unlabelled(singles) if recording.calls else _has_labels(singles)
-    if has_candidates_from_batch or (len(expected) > 1 and is_constant and is_labelled):
-        raise NotPerExampleError(
-            f"The loss compares the examples of a batch with each other: {len(expected)} examples together have loss "
-            f"{scalar:.4g}, alone {abs(expected[0]):.4g}. {_NOT_ALONE}"
-        )
+    if has_candidates_from_batch or (vanishes_alone and is_labelled):
+        raise NotPerExampleError(_compares(len(expected), scalar, expected))
+
+
+def _compares(num_rows: int, scalar: float, alone: torch.Tensor) -> str:
+    return (
+        f"The loss compares the examples of a batch with each other: {num_rows} examples together have loss "
+        f"{scalar:.4g}, alone {abs(alone[0]):.4g}. {_NOT_ALONE}"
+    )
+
+
+def _is_constant(losses: torch.Tensor) -> bool:
+    """Whether several rows have the same loss, up to rounding."""
+    return len(losses) > 1 and float(losses.max() - losses.min()) < 1e-3 * float(losses.abs().max())
+
+
+def _is_total(scalar: float, losses: torch.Tensor) -> bool:
+    """Whether the loss of a batch is the mean or the sum of those of its rows."""
+    totals = torch.stack([losses.mean(), losses.sum()])
+    return bool(torch.isclose(totals, torch.tensor(scalar, dtype=totals.dtype), rtol=1e-2, atol=1e-5).any())
 
 
 def _has_labels(singles: list[Recording]) -> bool:

@@ -303,7 +303,8 @@ class LossResampler(Resampler):
         source = self._bound()
         source.load(numbers, tensors)
         self.history.load(numbers["history_epochs"], tensors)
-        if source.is_from_training:  # of a finished run no epoch follows that would record it
+        # Of a finished run no epoch follows that would record the last one.
+        if source.is_from_training and source.ledger.num_reads(source.trainer.accelerator) >= self.draws_per_epoch():
             self._last_epoch = source.ledger.pending(source.trainer.accelerator)
 
     def _bound(self) -> LossSource:
