@@ -11,6 +11,7 @@ import collections
 import contextlib
 import math
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ from rsft_hf.weighted.resampler import LossResampler
 logger = logging.get_logger(__name__)
 
 BASE_WEIGHTS = "base.safetensors"
+
+_BOUND: "weakref.WeakKeyDictionary[Resampler, int]" = weakref.WeakKeyDictionary()  # the trainer each is bound to
 
 
 _Base: Any = object  # the Trainer class is chosen by the subclass
@@ -241,7 +244,8 @@ class RejectionSamplingMixin(_Base):
                 f"{method}() got {', '.join(kwargs)}, which held-out prompts do not use. Pass "
                 "CandidateResampler(eval_generation_config=GenerationConfig(...))."
             )
-        if not self.is_in_train and self._bound_dataset is None:
+        if not self.is_in_train and (self._bound_dataset is None or _BOUND.get(self.resampler) != id(self)):
+            self._sampler = None
             self._epoch_sampler()  # binds the resampler
         start = time.perf_counter()
         predictions, labels, metrics = self.resampler.predict(dataset, prefix)
@@ -274,6 +278,11 @@ class RejectionSamplingMixin(_Base):
 
     def restore_best_weights(self) -> None:
         """Restores the weights of the best checkpoint so far and clears the optimizer state, unless they are loaded."""
+        if self.state.best_model_checkpoint is None and self.state.best_global_step:
+            raise RuntimeError(
+                f"The best checkpoint, of step {self.state.best_global_step}, is not where it was saved, so that "
+                'round_start="best" cannot go back to it. Put the folder of checkpoints back.'
+            )
         if self.state.best_model_checkpoint is None or self.state.best_global_step == self.state.global_step:
             return
         self._load_best_model()
@@ -310,7 +319,7 @@ class RejectionSamplingMixin(_Base):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ResamplerCallback):
                 callback.trainer = self
-        self._bound_dataset = self.resampler.bind(self)
+        self._bound_dataset = self._bound_rows()
         self._settings = run_settings(self, self.resampler.draws_per_epoch(), batch_size)
         if resume_from_checkpoint is not None:
             directory = Path(resume_from_checkpoint) / STATE_DIRECTORY
@@ -351,10 +360,15 @@ class RejectionSamplingMixin(_Base):
             if self.train_dataset is None:
                 raise ValueError("Training needs a `train_dataset`.")
             if not self.is_in_train:
-                self._bound_dataset = self.resampler.bind(self)
+                self._bound_dataset = self._bound_rows()
             # The pool of a generative run is empty before its first round.
             self._sampler = EpochSampler(self.resampler.draws_per_epoch(), max(1, len(self._bound_dataset)))
         return self._sampler
+
+    def _bound_rows(self) -> Any:
+        """The rows of the resampler after binding it to this trainer, from which another one may have taken it."""
+        _BOUND[self.resampler] = id(self)
+        return self.resampler.bind(self)
 
     def _num_skipped_batches(self, loader: DataLoader[Any]) -> int:
         """Micro-batches of the resumed epoch that Trainer skips."""

@@ -289,6 +289,12 @@ def to_row(candidate: Candidate, reward_names: Sequence[str]) -> dict[str, Any]:
     return row | {f"rewards/{name}": candidate.rewards.get(name) for name in reward_names}
 
 
+def round_number(folder: Path) -> int:
+    """Returns the number of a round's folder, "round-012"; -1 for a folder of another name."""
+    number = folder.name.removeprefix("round-")
+    return int(number) if number.isdecimal() else -1
+
+
 def prompt_key(prompt: Prompt) -> str:
     """Returns what tells a prompt from others: its text, or the roles and texts of its messages."""
     return prompt if isinstance(prompt, str) else json.dumps(_role_and_text(prompt))

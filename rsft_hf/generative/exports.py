@@ -14,7 +14,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rsft_hf.generative.candidates import template_input, to_row
+from rsft_hf.generative.candidates import round_number, template_input, to_row
 from rsft_hf.generative.prompts import message_text
 
 _BATCH_SIZE = 4096
@@ -128,7 +128,9 @@ def round_folders(directory: Path | str) -> list[Path]:
     """
     folder = Path(directory)
     folder = folder / "candidates" if (folder / "candidates").is_dir() else folder
-    rounds = [each for each in sorted(folder.glob("round-*")) or [folder] if any(each.glob("*.parquet"))]
+    rounds = [
+        each for each in sorted(folder.glob("round-*"), key=round_number) or [folder] if any(each.glob("*.parquet"))
+    ]
     if not rounds:
         raise FileNotFoundError(
             f"{folder} holds no candidates. Give <output_dir>, or a folder such as <output_dir>/candidates/round-000."

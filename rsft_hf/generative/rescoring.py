@@ -17,7 +17,7 @@ from rsft_hf.generative.candidates import REFERENCES, VERDICTS, Candidate, Candi
 from rsft_hf.generative.filters import Deduplicate, Filter
 from rsft_hf.generative.imports import PROMPTS, stored_prompts
 from rsft_hf.generative.prompts import Prompt, PromptSet, column_names
-from rsft_hf.generative.round_cache import source_digest
+from rsft_hf.generative.round_cache import rule_digest, source_digest
 from rsft_hf.generative.selection import (
     COLUMNS,
     RoundTable,
@@ -157,8 +157,8 @@ def _scoring_facts(functions: RewardFunctions, filters: Sequence[Filter], dedup:
     return {
         "scoring": [source_digest(function) for function in functions.functions],
         "reward_weights": [float(weight) for weight in functions.weights],
-        "filters": [stable_repr(rule) for rule in filters],
-        "dedup": stable_repr(dedup),
+        "filters": [rule_digest(rule) for rule in filters],
+        "dedup": rule_digest(dedup),
     }
 
 

@@ -21,12 +21,13 @@ import torch
 from transformers.utils import logging
 
 from rsft_hf.engines.generation_config import active_settings
-from rsft_hf.generative.candidates import CandidateStore
+from rsft_hf.generative.candidates import CandidateStore, round_number
 from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.encoding import Encoder
 from rsft_hf.generative.generation import Generator, Sampling
 from rsft_hf.generative.prompts import PromptSet
 from rsft_hf.generative.selection import stable_repr
+from rsft_hf.rewards.functions import RewardFunctions
 
 logger = logging.get_logger(__name__)
 
@@ -81,11 +82,11 @@ def round_facts(
         },
         "with_log_probs": sampling.with_log_probs,
         "reward_functions": list(config.functions.names),
-        "scoring": [source_digest(function) for function in config.functions.functions],
+        "scoring": scoring_digests(config.functions),
         "reward_weights": [float(weight) for weight in config.functions.weights],
-        "acceptance": stable_repr(config.acceptance),
-        "filters": [stable_repr(rule) for rule in config.filters],
-        "dedup": stable_repr(config.dedup),
+        "acceptance": rule_digest(config.acceptance),
+        "filters": [rule_digest(rule) for rule in config.filters],
+        "dedup": rule_digest(config.dedup),
         "attempts": [config.max_attempts, config.min_accepted_per_prompt, config.on_nothing_accepted],
     }
 
@@ -98,11 +99,27 @@ def _encoding_digest(encoder: Encoder, prompts: PromptSet) -> str:
     return digest.hexdigest()
 
 
+def scoring_digests(functions: RewardFunctions) -> list[str]:
+    """Returns the digest of each reward function; taken once, as objects may change while they score."""
+    if functions.digests is None:
+        functions.digests = [source_digest(function) for function in functions.functions]
+    return functions.digests
+
+
+def rule_digest(rule: Any) -> str:
+    """Returns the repr of a rule, with a digest of the functions that it is or has."""
+    has_functions = isinstance(rule, types.FunctionType) or any(
+        isinstance(value, types.FunctionType) for value in getattr(rule, "__dict__", {}).values()
+    )
+    return f"{stable_repr(rule)} {source_digest(rule)}" if has_functions else stable_repr(rule)
+
+
 def source_digest(function: Any) -> str:
-    """Returns a digest of what a reward function computes, as far as its own source text shows it.
+    """Returns a digest of what a function computes, as far as its own source text shows it.
 
     Covered are the source text of the function, or of the class of a callable object, with its default values and the
-    constants that it encloses; arguments bound by `functools.partial`; fields of dataclasses; weights of models. Not
+    constants that it encloses; arguments bound by `functools.partial`; attributes of objects that are constants,
+    functions or models (by their weights). Not
     covered are the functions and globals that it uses, and code that has no file (`exec`, an interactive prompt): a
     warning names such a function.
     """
@@ -113,12 +130,19 @@ def source_digest(function: Any) -> str:
     if isinstance(function, torch.nn.Module):
         return model_fingerprint(function)
     digest.update(stable_repr(function).encode())
+    for name, value in sorted(getattr(function, "__dict__", {}).items()):
+        if isinstance(value, torch.nn.Module):
+            digest.update(f"{name} {model_fingerprint(value)}".encode())
+        elif isinstance(value, types.FunctionType):
+            digest.update(f"{name} {source_digest(value)}".encode())
+        elif isinstance(value, _FIXED):
+            digest.update(f"{name} {_stable_text(value)}".encode())
     defined = function if isinstance(function, (types.FunctionType, types.MethodType)) else type(function)
     try:
         digest.update(textwrap.dedent(inspect.getsource(defined)).encode())
     except (OSError, TypeError):
         logger.warning_once(
-            f"The source text of reward function {defined.__qualname__!r} is not available, so a change of it would go "
+            f"The source text of function {defined.__qualname__!r} is not available, so a change of it would go "
             "unnoticed when candidates of an earlier run are reused. Define it in a file."
         )
     called = function.__func__ if isinstance(function, types.MethodType) else function
@@ -210,6 +234,10 @@ def open_round(store: CandidateStore, plan: RoundPlan, prompts: PromptSet) -> No
     """
     if plan.changed == ():
         logger.info(f"Going on with the {len(store.shards())} shards in {store.directory}.")
+        first, later = _by_attempt(store)
+        if later and any(store.is_unjudged(path) for path in first):
+            for path in later:
+                path.unlink()  # of prompts chosen without the scores that are to come
         return
     if plan.keeps_completions:
         _discard_scores(store, plan.changed or (), prompts)
@@ -220,15 +248,24 @@ def open_round(store: CandidateStore, plan: RoundPlan, prompts: PromptSet) -> No
     store.write_manifest({"facts": dict(plan.facts), "reward_names": list(store.reward_names)})
 
 
+def _by_attempt(store: CandidateStore) -> tuple[list[Path], list[Path]]:
+    """The shards of the first attempt, and the files of later ones."""
+    paths = store.shards()
+    is_first = [path.name.startswith("attempt-00") for path in paths]
+    return [path for path, first in zip(paths, is_first) if first], [
+        path for path, first in zip(paths, is_first) if not first
+    ]
+
+
 def _discard_scores(store: CandidateStore, changed: Sequence[str], prompts: PromptSet) -> None:
     aside = _place_aside(store.directory)
     shutil.copytree(store.directory, aside)
-    for path in store.shards():
-        if path.name.startswith("attempt-00"):
-            candidates = store.read_generated(path, lambda candidate: prompts.row(candidate.prompt_id))
-            store.write(path, candidates, "generated")
-        else:
-            path.unlink()
+    first, later = _by_attempt(store)
+    for path in first:
+        candidates = store.read_generated(path, lambda candidate: prompts.row(candidate.prompt_id))
+        store.write(path, candidates, "generated")
+    for path in later:
+        path.unlink()
     logger.warning(
         f"{store.directory} held candidates of another run (it differs in {', '.join(changed)}): the answers are "
         f"scored and judged anew. As they were, they are in {aside}."
@@ -242,8 +279,8 @@ def set_rounds_aside(first: CandidateStore, reason: str) -> None:
         first: Store of the round, which need not exist.
         reason: Why they belong to another run.
     """
-    stale = [folder for folder in first.directory.parent.glob("round-*") if folder.name >= first.directory.name]
-    for folder in sorted(stale):
+    rounds = sorted(first.directory.parent.glob("round-*"), key=round_number)
+    for folder in [one for one in rounds if round_number(one) >= round_number(first.directory)]:
         aside = _place_aside(folder)
         folder.rename(aside)
         logger.warning(f"{folder} held candidates of another run ({reason}); they are in {aside.parent} now.")

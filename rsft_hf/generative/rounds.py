@@ -325,7 +325,13 @@ class RoundRunner:
             return set()
         keys = set()
         for number in range(round_number):
-            columns = self.store(number).columns(("prompt_id", "duplicate_key", "is_accepted"))
+            store = self.store(number)
+            if not store.manifest():
+                raise RuntimeError(
+                    f"{store.directory} is gone, whose accepted candidates are looked at by "
+                    "Deduplicate(across_rounds=True). Put it back, or set across_rounds=False."
+                )
+            columns = store.columns(("prompt_id", "duplicate_key", "is_accepted"))
             keys |= {
                 (prompt, key)
                 for prompt, key, is_accepted in zip(*columns.values(), strict=True)

@@ -197,7 +197,7 @@ def load_pseudo_labels(directory: Path | str, only_accepted: bool = True) -> dat
     Raises:
         FileNotFoundError: If there are none.
     """
-    files = sorted((Path(directory) / FOLDER).glob("round-*.parquet"))
+    files = sorted((Path(directory) / FOLDER).glob("round-*.parquet"), key=lambda file: int(file.stem[6:]))
     if not files:
         raise FileNotFoundError(f"{Path(directory) / FOLDER} holds no round. Give the `output_dir` of a run.")
     parts = [datasets.Dataset.from_parquet(str(file)) for file in files]

@@ -62,10 +62,10 @@ def weighted_figures(run: Run) -> list[Figure]:
         groups = {"loss": {str(number): line.numpy() for number, line in enumerate(losses)}}
         caption = "Losses of the rows by measured epoch. Rows that stay high while others fall are hard or wrong."
         figures.append(Figure("Losses", caption, _boxes(groups, "measured epoch", "loss")))
-    weights = run.history.epochs_of("weight").numpy() * run.history.num_rows
+    weights = run.history.epochs_of("weight").numpy() * run.history.epochs_of("count").numpy().sum(1, keepdims=True)
     if (weights.std(1) > 1e-6).any():
         groups = {"weight": dict(zip(map(str, run.history.epochs), weights, strict=True))}
-        caption = "Expected draws of a row by epoch: 1 is uniform. Wide boxes repeat some rows and leave others unread."
+        caption = "Expected draws of a row by epoch. Wide boxes repeat some rows and leave others unread."
         figures.append(Figure("Weights", caption, _boxes(groups, "epoch", "expected draws")))
     if losses is not None and len(losses) > 1:
         figures.append(_data_map(run, losses.numpy()))

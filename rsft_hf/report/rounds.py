@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rsft_hf.generative.candidates import REFERENCES
 from rsft_hf.generative.prompts import message_text
 
 _NUMBERS = ("prompt_id", "reward", "is_accepted", "num_tokens")
@@ -38,12 +39,17 @@ class RoundSummary:
 
 def summarize_round(folder: Path) -> RoundSummary:
     """Returns the numbers of a round."""
-    table = pa.concat_tables(pq.read_table(path, columns=list(_NUMBERS)) for path in sorted(folder.glob("*.parquet")))
+    table = pa.concat_tables(pq.read_table(path, columns=list(_NUMBERS)) for path in _shards(folder))
     prompt_ids, rewards, is_accepted, lengths = (
         pc.fill_null(table.column(name), value).to_numpy()
         for name, value in zip(_NUMBERS, (-1, float("nan"), False, 0), strict=True)
     )
     return RoundSummary(folder.name, prompt_ids, rewards, is_accepted.astype(bool), lengths)
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files of a round's candidates, without references that nobody generated."""
+    return [path for path in sorted(folder.glob("*.parquet")) if path.name != REFERENCES]
 
 
 def browsed_candidates(folders: Sequence[Path], max_candidates: int) -> dict[str, Any]:
@@ -62,7 +68,7 @@ def browsed_candidates(folders: Sequence[Path], max_candidates: int) -> dict[str
     prompts: list[str] = []
     total = 0
     for folder in folders:
-        paths = sorted(folder.glob("*.parquet"))
+        paths = _shards(folder)
         num_candidates = sum(pq.read_metadata(path).num_rows for path in paths)
         total += num_candidates
         stride = max(1, -(-num_candidates * len(folders) // max_candidates))

@@ -7,6 +7,7 @@ function keeps between calls belongs to one loop, which must stay open.
 """
 
 import asyncio
+import copy
 import inspect
 import math
 import numbers
@@ -106,6 +107,7 @@ class RewardFunctions:
             for function, tokenizer in zip(given, tokenizers, strict=True)
         ]
         self.names: list[str] = unique_names(self.functions)
+        self.digests: list[str] | None = None  # of what they compute, before any was called
         self._loop = BackgroundLoop()
 
     def check(self, columns: Collection[str]) -> None:
@@ -181,16 +183,25 @@ class RewardFunctions:
         return [checked_rewards(outputs[name], name, num_completions) for name in self.names]
 
 
+def _own(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Copies of the lists, and of the messages and tokens in them: what a function changes is trained on otherwise."""
+    own = {name: list(values) if isinstance(values, list) else values for name, values in keywords.items()}
+    own["completion_ids"] = [list(ids) for ids in own["completion_ids"]]
+    for name in ("prompts", "completions"):
+        own[name] = [one if isinstance(one, str) else copy.deepcopy(one) for one in own[name]]
+    return own
+
+
 def _call(function: RewardFunction, name: str, log: _Log, keywords: dict[str, Any]) -> Any:
     try:
-        return function(**keywords, log_extra=log.log_extra, log_metric=log.log_metric)
+        return function(**_own(keywords), log_extra=log.log_extra, log_metric=log.log_metric)
     except Exception as error:
         raise RuntimeError(f"Reward function `{name}` raised {type(error).__name__}: {error}") from error
 
 
 async def _call_async(function: RewardFunction, name: str, log: _Log, keywords: dict[str, Any]) -> Any:
     try:
-        return await function(**keywords, log_extra=log.log_extra, log_metric=log.log_metric)
+        return await function(**_own(keywords), log_extra=log.log_extra, log_metric=log.log_metric)
     except Exception as error:
         raise RuntimeError(f"Reward function `{name}` raised {type(error).__name__}: {error}") from error
 

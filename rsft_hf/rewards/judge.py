@@ -144,7 +144,8 @@ class JudgeReward:
             **self.options,
         }
         # The whole request, the address too: another server's model of this name is another judge.
-        text = json.dumps([str(self.base_url), request], sort_keys=True)
+        address = self.base_url or os.environ.get("OPENAI_BASE_URL")
+        text = json.dumps([str(address), request], sort_keys=True)
         return hashlib.sha256(text.encode("utf-8")).hexdigest(), request
 
     async def _ask_all(self, requests: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -6,7 +6,7 @@ of other batches, which must be the mean or the sum of those of their rows.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,11 +98,7 @@ def find_reading(
             _warn_of_batches_of_one("The loss of an example depends on the padding of its batch", "Pad all rows alike")
             return dataclasses.replace(reading, is_scored_singly=True, is_collator_random=is_random)
     if not recording.calls and _is_constant(expected):
-        for other, examples in others():
-            total, found = compute_loss(trainer, model, other, len(examples))
-            alone, _ = _single_losses(trainer, model, [_collate([example], collate, seed) for example in examples])
-            if _is_constant(alone) and _has_labels([found]) and not _is_total(total, alone):
-                raise NotPerExampleError(_compares(len(examples), total, alone))
+        _validate_others(trainer, model, others(), lambda example: _collate([example], collate, seed))
     _warn_of_batches_of_one(_NO_MEAN, "Pass `per_example_loss`")
     return Reading("single", is_collator_random=is_random)
 
@@ -282,6 +278,20 @@ def _validate_per_example(
     is_labelled = not _is_unlabelled(singles) if recording.calls else _has_labels(singles)
     if has_candidates_from_batch or (vanishes_alone and is_labelled):
         raise NotPerExampleError(_compares(len(expected), scalar, expected))
+
+
+def _validate_others(
+    trainer: Trainer,
+    model: torch.nn.Module,
+    batches: Iterator[tuple[Batch, list[Any]]],
+    alone: Callable[[Any], Batch],
+) -> None:
+    """Raises NotPerExampleError if the rows of a batch have one loss alone, and the batch is no mean or sum of it."""
+    for batch, examples in batches:
+        scalar, recording = compute_loss(trainer, model, batch, len(examples))
+        losses, _ = _single_losses(trainer, model, [alone(example) for example in examples])
+        if _is_constant(losses) and _has_labels([recording]) and not _is_total(scalar, losses):
+            raise NotPerExampleError(_compares(len(examples), scalar, losses))
 
 
 def _compares(num_rows: int, scalar: float, alone: torch.Tensor) -> str:

@@ -175,7 +175,7 @@ def test_a_function_without_a_source_text_is_named(caplog) -> None:
     names: dict[str, Any] = {}
     exec("def judge(completions, **_): return [0.0] * len(completions)", names)
     source_digest(names["judge"])
-    assert "source text of reward function 'judge' is not available" in caplog.text
+    assert "source text of function 'judge' is not available" in caplog.text
 
 
 @pytest.mark.parametrize(
