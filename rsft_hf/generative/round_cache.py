@@ -150,6 +150,9 @@ def source_digest(function: Any) -> str:
         enclosed = [cell.cell_contents for cell in called.__closure__ or ()]
         # Lists, dicts and objects are what a function works with, and may change as it works.
         fixed = [value for value in enclosed if isinstance(value, _FIXED)]
+        if called.__name__ == "<lambda>":  # its source text is a line, which may hold several
+            code = called.__code__
+            fixed += [code.co_code, code.co_names, tuple(one for one in code.co_consts if isinstance(one, _FIXED))]
         digest.update(_stable_text([called.__defaults__, called.__kwdefaults__, fixed]).encode())
     return digest.hexdigest()
 

@@ -47,6 +47,8 @@ class Run:
                 f"`dataset` has {len(self.dataset)} rows and the run was trained on {num_rows}. Pass its training set, "
                 "in the same order."
             )
+        if self.dataset is not None and self.label_report is not None:
+            self.label_report.validate(self.dataset)
 
     @classmethod
     def from_trainer(cls, trainer: Any) -> "Run":

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from rsft_hf.checkpointing import load_state, state_directory
 from rsft_hf.checks import check_interval
 from rsft_hf.weighted.label_margins import LabelMargins
-from rsft_hf.weighted.labels import IGNORED, LABEL_COLUMNS, stored_labels
+from rsft_hf.weighted.labels import IGNORED, LABEL_COLUMNS, StoredLabels, stored_labels
 
 logger = logging.get_logger(__name__)
 
@@ -292,7 +292,7 @@ class LabelReport:
             (mean over the reads of the label's logit minus the largest other one), and those of `dataset`.
 
         Raises:
-            ValueError: If `dataset` has another number of rows, or other labels, where it has labels as integers.
+            ValueError: As in `validate`.
         """
         num_read = int(self.probabilities.isfinite().sum())
         order = self.probabilities.nan_to_num(-1.0).argsort(descending=True, stable=True)
@@ -314,15 +314,24 @@ class LabelReport:
         table = datasets.Dataset.from_dict(lines)
         if dataset is None:
             return table
-        self._check_length(dataset)
-        column = self._label_column(dataset)
-        if column is not None and stored_labels(dataset, column) is not None:
-            self._check_labels(dataset)
-        hidden = {*table.column_names, column}
+        self.validate(dataset)
+        hidden = {*table.column_names, self._label_column(dataset)}
         if not (shown := [name for name in dataset.column_names if name not in hidden]):
             return table
         others = dataset.with_format(None).select_columns(shown).select(lines["row"]).flatten_indices()
         return datasets.concatenate_datasets([table, others], axis=1)
+
+    def validate(self, dataset: datasets.Dataset) -> None:
+        """Raises unless a data set has the rows of the report: as many, and the same labels where it has labels.
+
+        Raises:
+            TypeError: If it is no `datasets.Dataset`.
+            ValueError: If it has another number of rows, or other labels.
+        """
+        self._check_length(dataset)
+        column = self._label_column(dataset)
+        if column is not None and self._stored(dataset, column) is not None:
+            self._check_labels(dataset)
 
     def drop(self, dataset: datasets.Dataset, threshold: float = 0.5) -> datasets.Dataset:
         """Returns the data set without the labels that are wrong with a probability above `threshold`.
@@ -375,12 +384,12 @@ class LabelReport:
     ) -> datasets.Dataset:
         """The data set with other values for the changed labels, all of shape (L,)."""
         column = self._check_labels(dataset)
-        labels = list(dataset.with_format(None)[column])
+        labels, codes = list(dataset.with_format(None)[column]), self._codes(dataset, column)
         places: dict[int, list[int]] = {}
         for at in is_changed.nonzero().flatten().tolist():
             row, value = int(self.rows[at]), int(values[at])
             if self.kind == "class":
-                labels[row] = value
+                labels[row] = value if codes is None else codes[value]
                 continue
             if row not in places:
                 places[row] = [
@@ -395,6 +404,29 @@ class LabelReport:
     def _label_column(self, dataset: datasets.Dataset) -> str | None:
         return next((name for name in (self._column, *LABEL_COLUMNS) if name in dataset.column_names), None)
 
+    def _codes(self, dataset: datasets.Dataset, column: str) -> list[Any] | None:
+        """What a column holds for each class, where it names them otherwise than by their number; else None."""
+        if self._names is None or self.kind != "class":
+            return None
+        feature, names = dataset.features[column], list(self._names)
+        codes: list[Any] = []
+        if isinstance(feature, datasets.ClassLabel):
+            codes = [feature.names.index(name) for name in names if name in feature.names]
+        elif feature.dtype == "string":
+            codes = names
+        elif feature.dtype.startswith("int") and all(name.removeprefix("-").isdecimal() for name in names):
+            codes = [int(name) for name in names]
+        is_named = len(codes) == len(names) and set(dataset.unique(column)) <= set(codes)
+        return codes if is_named else None
+
+    def _stored(self, dataset: datasets.Dataset, column: str) -> StoredLabels | None:
+        """The labels of a column by number of class; None if it holds neither these nor their names."""
+        if (codes := self._codes(dataset, column)) is None:
+            return stored_labels(dataset, column)
+        numbers = {code: number for number, code in enumerate(codes)}
+        values = torch.tensor([numbers[code] for code in dataset.with_format(None)[column]])
+        return StoredLabels("class", values, torch.ones_like(values))
+
     def _check_length(self, dataset: Any) -> None:
         if not isinstance(dataset, datasets.Dataset):
             raise TypeError(f"`dataset` must be a datasets.Dataset, got {type(dataset).__name__}.")
@@ -408,7 +440,7 @@ class LabelReport:
         """The name of the label column, after comparing its labels with those of the report."""
         self._check_length(dataset)
         column = self._label_column(dataset)
-        stored = None if column is None else stored_labels(dataset, column)
+        stored = None if column is None else self._stored(dataset, column)
         kinds = {self.kind, "token"} if self.kind == "multi_label" else {self.kind}
         if column is None or stored is None or stored.kind not in kinds:
             raise ValueError(

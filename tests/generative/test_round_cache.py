@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 
 import generators
 from generative_runs import (
@@ -26,8 +27,19 @@ from generative_runs import (
 )
 from rsft_hf import Threshold, TopKPerPrompt, load_candidates
 from rsft_hf.generative.candidates import Candidate, CandidateStore
-from rsft_hf.generative.round_cache import plan_round, shard_work, source_digest
+from rsft_hf.generative.filters import Deduplicate
+from rsft_hf.generative.round_cache import (
+    RoundPlan,
+    open_round,
+    plan_round,
+    rule_digest,
+    scoring_digests,
+    set_rounds_aside,
+    shard_work,
+    source_digest,
+)
 from rsft_hf.rewards import LengthWindow
+from rsft_hf.rewards.functions import RewardFunctions
 
 # A user's file: a set in the code, and a function inside the function.
 REWARD = """
@@ -169,6 +181,74 @@ def test_a_digest_of_an_object_covers_its_fields_and_its_class(tmp_path: Path) -
         del sys.modules[name]
     assert digests[0] != digests[1]
     assert source_digest(LengthWindow(1, 5)) != source_digest(LengthWindow(1, 6))
+
+
+def test_a_digest_of_an_object_covers_its_constants_and_its_models() -> None:
+    class Brevity:
+        def __init__(self, target: Any) -> None:
+            self.target = target
+
+        def __call__(self, completions, **_):
+            return [-abs(len(text) - self.target) for text in completions]
+
+    def model(value: float) -> torch.nn.Module:
+        linear = torch.nn.Linear(1, 1)
+        torch.nn.init.constant_(linear.weight, value)
+        torch.nn.init.zeros_(linear.bias)
+        return linear
+
+    made = [2, 7, model(1.0), model(2.0), lambda text: 1, lambda text: 2]
+    assert len({source_digest(Brevity(target)) for target in made}) == 6
+    assert source_digest(Brevity(model(1.0))) == source_digest(Brevity(model(1.0)))
+
+
+def test_objects_that_change_as_they_score_keep_their_digest() -> None:
+    class Counting:
+        calls = 0
+
+        def __call__(self, completions, **_):
+            self.calls += 1
+            return [1.0] * len(completions)
+
+    functions = RewardFunctions(Counting())
+    before = list(scoring_digests(functions))
+    functions(["a"], ["b"], [[1]], {})
+    assert scoring_digests(functions) == before == scoring_digests(RewardFunctions(Counting()))
+
+
+def test_rules_with_functions_have_the_digest_of_these() -> None:
+    rules = [lambda one: "a" not in one.text, lambda one: "d" not in one.text]
+    rules += [Deduplicate(key=lambda text: text[:1]), Deduplicate(key=lambda text: text[:2])]
+    assert len({rule_digest(rule) for rule in rules}) == 4
+    assert rule_digest(TopKPerPrompt(1)) == "TopKPerPrompt()"
+
+
+def test_rounds_are_ordered_by_number(tmp_path: Path) -> None:
+    store = lambda number: CandidateStore(tmp_path / "candidates" / f"round-{number:03d}", (), False)  # noqa: E731
+    for number in (998, 999, 1000, 1001):
+        store(number).directory.mkdir(parents=True)
+        store(number).write(store(number).path(0, 0), [Candidate(0, "a", [1], str(number), "stop")], "generated")
+    assert load_candidates(tmp_path)["text"][:] == ["998", "999", "1000", "1001"]
+    set_rounds_aside(store(1000), "of another run")
+    assert load_candidates(tmp_path)["text"][:] == ["998", "999"]
+    assert len(list((tmp_path / "candidates" / "replaced").iterdir())) == 2
+
+
+def test_later_attempts_go_where_scores_of_the_first_are_to_come(tmp_path: Path) -> None:
+    """Which prompts need them is decided by these."""
+    store, plan = CandidateStore(tmp_path / "round-000", ("judge",), False), RoundPlan({"seed": 1}, (), generates=True)
+    store.directory.mkdir()
+    for attempt, score in ((0, None), (1, 1.0)):
+        one = Candidate(0, "a", [1], "x", "stop", attempt, rewards={"judge": score}, reward=score)
+        store.write(store.path(attempt, 0), [one], "scored")
+    open_round(store, plan, None)
+    assert store.shards() == [store.path(0, 0)]
+    store.write(store.path(0, 0), [Candidate(0, "a", [1], "x", "stop", rewards={"judge": 0.0}, reward=0.0)], "scored")
+    store.write(
+        store.path(1, 0), [Candidate(0, "a", [1], "x", "stop", 1, rewards={"judge": 1.0}, reward=1.0)], "scored"
+    )
+    open_round(store, plan, None)
+    assert store.shards() == [store.path(0, 0), store.path(1, 0)]
 
 
 def test_a_function_without_a_source_text_is_named(caplog) -> None:

@@ -123,6 +123,35 @@ def test_no_completions_call_nothing():
     assert scores.rewards.shape == (0,)
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_function_may_change_what_it_is_given(is_async):
+    """What it was given is trained on, and given to the next function."""
+
+    def destroy(prompts, completions, completion_ids, **columns):
+        for prompt, ids in zip(prompts, completion_ids, strict=True):
+            prompt[0]["content"] = "gone"
+            prompt.append({"role": "assistant", "content": "gone"})
+            ids.clear()
+        completions.sort(key=str, reverse=True)
+        columns["wanted"].clear()
+        return [1.0] * len(prompts)
+
+    async def destroy_later(**keywords):
+        return destroy(**keywords)
+
+    def see(prompts, completions, completion_ids, wanted, **columns):
+        assert (prompts, completions, completion_ids, wanted) == given()
+        return [2.0] * len(prompts)
+
+    def given():
+        prompts = [[{"role": "user", "content": "a"}] for _ in range(2)]
+        return prompts, [[{"role": "assistant", "content": text}] for text in "xy"], [[1], [2]], ["u", "v"]
+
+    *lists, wanted = given()
+    RewardFunctions([destroy_later if is_async else destroy, see])(*lists, {"wanted": wanted})
+    assert (*lists, wanted) == given()
+
+
 def test_async_functions_run_together():
     """Each waits for the other: one after the other they would wait for ever."""
     barrier: dict[str, asyncio.Event] = {}

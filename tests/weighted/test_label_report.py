@@ -284,6 +284,36 @@ def test_another_data_set_is_refused(change, error, message, method):
         getattr(report, method)(other)
 
 
+@pytest.mark.parametrize(
+    ("values", "feature"),
+    [
+        (lambda names: names, datasets.Value("string")),  # as a CSV file holds them
+        (lambda names: [int(name) for name in names], datasets.Value("int64")),
+        (lambda names: [["5", "3"].index(name) for name in names], datasets.ClassLabel(names=["5", "3"])),
+    ],
+    ids=["strings", "integers", "another order"],
+)
+def test_labels_are_compared_by_the_names_of_the_classes(values, feature):
+    """Classes "3" and "5" were trained on as 0 and 1."""
+    given = [0, 1] * 30
+    margins = LabelMargins(lambda: torch.ones(60, dtype=torch.int64))
+    sizes = [-3.0 if row == 4 else 3.0 for row in range(60)]
+    margins.record(list(range(60)), choices(given, [1 - one for one in given], sizes), torch.ones(60) > 0)
+    margins.end_epoch(CPU)
+    report = LabelReport(margins, "class", "label", ["3", "5"])
+    names = [("3", "5")[label] for label in given]
+    rows = datasets.Dataset.from_dict({"label": values(names), "text": [f"t{row}" for row in range(60)]})
+    rows = rows.cast_column("label", feature)
+    assert report.table(rows)[0] | {"margin": 0, "error_probability": 0} == {
+        "row": 4, "given_label": "3", "suggested_label": "5", "text": "t4", "margin": 0, "error_probability": 0
+    }  # fmt: skip
+    assert report.relabel(rows)["label"][4] == values(["5"])[0]
+    assert len(report.drop(rows)) == 59
+    for method in (report.table, report.drop, report.relabel, report.validate):
+        with pytest.raises(ValueError, match=r"Row 0 of `dataset` has the label 1 and was trained on with 0"):
+            method(rows.select(range(59, -1, -1)))
+
+
 def test_a_threshold_outside_of_its_interval_is_refused():
     report = report_of("class", [1] * 20, [0, 1] * 10, wrong=[4])
     with pytest.raises(ValueError, match=r"`threshold`=50 must lie in \[0, 1\]"):
