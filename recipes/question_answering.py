@@ -61,20 +61,20 @@ def load_splits(script: ScriptArguments) -> DatasetDict:
     return splits.select_columns(list(columns)).rename_columns(columns)
 
 
-def best_answer(context: str, windows: list[dict[str, Any]], most: int = 30) -> str:
-    """Returns the span of at most so many tokens with the largest sum of logits in any window; "" is no answer."""
-    best, text = -np.inf, ""
+def best_answer(context: str, windows: list[dict[str, Any]], may_be_empty: bool, most: int = 30) -> str:
+    """Returns the span of at most so many tokens with the largest sum of logits; "" where no answer beats it in all."""
+    best, none, text = -np.inf, np.inf, ""
     for window in windows:
         allowed = np.array([span is not None for span in window["offsets"]])
         scores = window["starts"][:, None] + window["ends"][None]
-        # A span lies in the context, ends after it starts, and is short; the first token stands for no answer.
+        none = min(none, scores[0, 0])  # the first token stands for no answer; windows beside the answer are sure of it
+        # A span lies in the context, ends after it starts, and is short.
         is_span = np.triu(np.outer(allowed, allowed)) & ~np.triu(np.ones_like(scores, dtype=bool), most)
-        is_span[0, 0] = True
-        first, last = np.unravel_index(np.where(is_span, scores, -np.inf).argmax(), scores.shape)
+        scores = np.where(is_span, scores, -np.inf)
+        first, last = np.unravel_index(scores.argmax(), scores.shape)
         if scores[first, last] > best:
-            best, offsets = scores[first, last], window["offsets"]
-            text = context[offsets[first][0] : offsets[last][1]] if allowed[first] else ""
-    return text
+            best, text = scores[first, last], context[window["offsets"][first][0] : window["offsets"][last][1]]
+    return "" if may_be_empty and none > best else text
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
@@ -90,6 +90,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     splits = load_splits(script)
     if script.max_train_samples is not None and script.max_train_samples < len(splits["train"]):
         splits["train"] = splits["train"].shuffle(args.seed).select(range(script.max_train_samples))
+    may_be_empty = any(not answers["text"] for answers in splits["train"]["answers"])
     tokenizer = hf.AutoTokenizer.from_pretrained(script.config_name or script.model_name_or_path)
 
     def windows_of(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
@@ -127,7 +128,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         found = defaultdict(list)
         for window, start, end in zip(rows["test"], starts, ends, strict=True):
             found[window["row"]].append({**window, "starts": start, "ends": end})
-        pairs = [(best_answer(row["context"], found[number]), row["answers"]["text"] or [""])
+        pairs = [(best_answer(row["context"], found[number], may_be_empty), row["answers"]["text"] or [""])
                  for number, row in enumerate(splits["test"])]  # fmt: skip
         scores = {f"{prefix}_exact_match": ExactMatch().score, f"{prefix}_f1": TokenF1().score}
         return {name: 100 * float(np.mean([score(*pair) for pair in pairs])) for name, score in scores.items()}

@@ -42,7 +42,7 @@ class ScriptArguments:
     config_name: str | None = field(
         default=None, metadata={"help": "Folder of a configuration and tokenizer, to train from random weights."}
     )
-    max_length: int = field(default=1024, metadata={"help": "Longer pairs are left out of training."})
+    max_length: int = field(default=1024, metadata={"help": "Longer pairs are left out."})
     alpha: float = field(default=0.5, metadata={"help": "Weight of a pair = loss ** alpha; 0 is uniform, 1 the loss."})
     warmup_epochs: int = field(default=1, metadata={"help": "Epochs at the start that read every pair once."})
     num_suspects: int = field(default=100, metadata={"help": "Pairs in suspects.csv."})
@@ -71,12 +71,15 @@ def load_pairs(script: ScriptArguments, split: str, file: str | None, tokenizer:
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         texts = {}
         for name, column in (("chosen", script.chosen_column), ("rejected", script.rejected_column)):
-            messages = turns(row.get("prompt"), "user") + turns(row[column], "assistant")
+            messages = turns(row[column], "assistant")
+            if messages[0]["role"] == "assistant":  # and not the whole conversation, beside its prompt
+                messages = turns(row.get("prompt"), "user") + messages
             texts[f"{name}_text"] = tokenizer.apply_chat_template(messages, tokenize=False)
             texts[f"{name}_ids"] = tokenizer(texts[f"{name}_text"], add_special_tokens=False)["input_ids"]
         return texts
 
-    return dataset.map(encode, remove_columns=dataset.column_names)
+    pairs = dataset.map(encode, remove_columns=dataset.column_names)  # cut off, both answers might be the same
+    return pairs.filter(lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= script.max_length)
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
@@ -101,11 +104,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             + "{% endfor %}"
         )
     pairs = load_pairs(script, script.train_split, script.train_file, tokenizer)
-    pairs = pairs.filter(lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= script.max_length)
     held_out = load_pairs(script, script.validation_split, script.validation_file, tokenizer)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        ids = [row[f"{name}_ids"][: script.max_length] for name in ("chosen", "rejected") for row in rows]
+        ids = [row[f"{name}_ids"] for name in ("chosen", "rejected") for row in rows]
         return {**tokenizer.pad({"input_ids": ids}, return_tensors="pt"), "labels": torch.ones(len(rows))}
 
     # 2. Model: one logit, the reward

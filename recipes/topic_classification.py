@@ -59,14 +59,19 @@ def load_splits(script: ScriptArguments) -> DatasetDict:
         names = {"train": script.train_split, "test": script.validation_split}
         splits = DatasetDict(load_dataset(script.dataset_name, script.dataset_config, split=names))
     else:
-        kind = {".csv": "csv", ".parquet": "parquet"}.get(Path(script.train_file).suffix, "json")
-        splits = load_dataset(kind, data_files={"train": script.train_file, "test": script.validation_file})
+        kinds, splits = {".csv": "csv", ".parquet": "parquet"}, DatasetDict()
+        for name, file in (("train", script.train_file), ("test", script.validation_file)):  # each by its own schema
+            splits[name] = load_dataset(kinds.get(Path(file).suffix, "json"), data_files=file, split="train")
     splits = splits.select_columns([script.text_column, script.label_column])
     splits = splits.rename_columns({script.text_column: "text", script.label_column: "labels"})
     if not isinstance(splits["train"].features["labels"], ClassLabel):
         splits = splits.cast_column("labels", Value("string"))
         splits["train"] = splits["train"].class_encode_column("labels")
+        if missing := {"-1", "-100", "None"} & set(splits["train"].features["labels"].names):
+            raise ValueError(f"The labels {missing} of `--train_file` are no class. Leave rows without a label out.")
         splits["test"] = splits["test"].cast_column("labels", splits["train"].features["labels"])
+    elif (names := splits["train"].features["labels"].names) != splits["test"].features["labels"].names:
+        splits["test"] = splits["test"].align_labels_with_mapping({one: k for k, one in enumerate(names)}, "labels")
     return splits
 
 

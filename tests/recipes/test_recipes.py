@@ -148,6 +148,27 @@ def test_labels_that_are_integers_keep_their_names(tmp_path: Path) -> None:
     assert config.id2label == {0: "1", 1: "2", 2: "3"}
 
 
+@pytest.mark.parametrize("name", ["imdb_sentiment", "topic_classification"])
+def test_held_out_classes_in_another_order_are_those_of_the_same_names(tmp_path: Path, name: str) -> None:
+    words = {"good": "fine", "bad": "awful"}
+    for split, names in (("train", ["bad", "good"]), ("test", ["good", "bad"])):
+        rows = [{"text": words[label], "label": names.index(label)} for label in ("good", "bad") * 12]
+        dataset = datasets.Dataset.from_list(rows).cast_column("label", datasets.ClassLabel(names=names))
+        dataset.to_parquet(str(tmp_path / f"{split}.parquet"))
+    result = run(name, tmp_path / "out", config_name=DATA / "reviews" / "model", num_train_epochs=12,
+                 learning_rate=3e-3, train_file=tmp_path / "train.parquet", validation_file=tmp_path / "test.parquet")  # fmt: skip
+    assert result["after"]["after_accuracy"] == 1.0
+
+
+def test_topics_without_a_label_are_no_class(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        rows = [{"text": "word", "label": number % 3 - 1} for number in range(9)]
+        datasets.Dataset.from_list(rows).to_json(str(tmp_path / f"{split}.jsonl"))
+    with pytest.raises(ValueError, match=r"The labels {'-1'} of `--train_file` are no class"):
+        run("topic_classification", tmp_path / "out", config_name=DATA / "reviews" / "model",
+            train_file=tmp_path / "train.jsonl", validation_file=tmp_path / "test.jsonl")  # fmt: skip
+
+
 def test_translation(tmp_path: Path) -> None:
     result = run("translation", tmp_path / "out", model_name_or_path=DATA / "numbers" / "model", num_train_epochs=2,
                  num_candidates=4, temperature=1.0, max_new_tokens=24, learning_rate=1e-3, bleu_tokenize="char",
@@ -263,10 +284,14 @@ def test_the_best_answer_is_the_best_span_of_any_window() -> None:
     window = {"offsets": [None, None, *spans], "starts": np.zeros(7), "ends": np.zeros(7)}
     window["starts"][5], window["ends"][6] = 3.0, 3.0
     other = {"offsets": [None, None, *spans], "starts": np.full(7, 1.0), "ends": np.zeros(7)}
-    assert recipe.best_answer(context, [other, window]) == "red dog"
-    assert recipe.best_answer(context, [window], most=1) != "red dog"
+    assert recipe.best_answer(context, [other, window], True) == "red dog"
+    assert recipe.best_answer(context, [window], True, most=1) != "red dog"
+    beside = {**other, "starts": other["starts"] + np.eye(7)[0] * 50}  # a window without the answer is sure of none
+    assert recipe.best_answer(context, [beside, window], True) == "red dog"
+    assert recipe.best_answer(context, [beside], True) == ""
     window["starts"][0] = window["ends"][0] = 9.0
-    assert recipe.best_answer(context, [window]) == ""
+    assert recipe.best_answer(context, [beside, window], True) == ""
+    assert recipe.best_answer(context, [beside, window], False) == "red dog"  # all questions have one in training
 
 
 def test_voice_assistant(tmp_path: Path) -> None:
@@ -401,6 +426,18 @@ def test_reward_model_reads_texts_of_other_columns(tmp_path: Path, has_prompt: b
         text = next(csv.DictReader(file))["chosen_text"]
     assert text.split("[SEP]")[-2].removeprefix("[CLS]").strip() == "endgames win matches ."
     assert ("is chess hard ?" in text) == has_prompt
+
+
+def test_reward_model_takes_whole_conversations_beside_their_prompt_and_leaves_out_long_pairs(tmp_path: Path) -> None:
+    talk = lambda text: [{"role": "user", "content": "is chess hard ?"}, {"role": "assistant", "content": text}]  # noqa: E731
+    short = {"prompt": "is chess hard ?", "chosen": talk("endgames win ."), "rejected": talk("i like soup .")}
+    long = {"prompt": "is " * 50, "chosen": talk("endgames win . " * 30), "rejected": talk("i like soup . " * 30)}
+    path = data_set(tmp_path / "data", train=[short] * 4, test=[short] * 3 + [long] * 3)
+    result = run("reward_model", tmp_path / "out", config_name=DATA / "dialogues" / "reward_model", num_train_epochs=8,
+                 dataset_name=path, learning_rate=3e-3, max_length=40)  # fmt: skip
+    with (tmp_path / "out" / "suspects.csv").open(encoding="utf-8") as file:
+        assert next(csv.DictReader(file))["chosen_text"].count("is chess hard ?") == 1
+    assert result["after"]["after_accuracy"] == 1.0  # of the pairs that fit
 
 
 @pytest.mark.parametrize("name", ["translation", "simultaneous_translation"])
