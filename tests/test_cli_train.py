@@ -27,9 +27,9 @@ from rsft_hf import (
     TopKPerPrompt,
 )
 from rsft_hf.acceptance import Sequence
-from rsft_hf.cli import main
-from rsft_hf.cli.options import described, read_config, resolved, split_options
-from rsft_hf.cli.train import _argument_names
+from rsft_hf.cli import build_parser, main
+from rsft_hf.cli.options import described, given_pairs, read_config, resolved, split_options
+from rsft_hf.cli.train import _argument_names, _given
 from rsft_hf.generative import RejectEmpty
 from rsft_hf.rewards import ChrfReward
 
@@ -194,6 +194,13 @@ def test_pairs_of_texts_are_weighted_for_an_encoder_decoder(tmp_path: Path, caps
     words = ("--train_file", tmp_path / "rows.parquet", "--output_dir", tmp_path / "out", "--warmup_epochs", 1)
     run(capsys, "train", "--config", path, *words)
     assert "Training set: 16 rows" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_rows_of_the_command_line_take_the_place_of_those_of_the_file(tmp_path: Path) -> None:
+    path = config(tmp_path / "c.yaml", {"dataset_name": "a/b", "validation_split": "test", "num_candidates": 3})
+    words = ["train", "--config", str(path), "--train_file", "mine.csv"]
+    options, rest = build_parser().parse_known_args(words)
+    assert _given(options, given_pairs(rest)) == {"num_candidates": 3, "train_file": "mine.csv"}
 
 
 def test_two_processes_train_together(tmp_path: Path) -> None:

@@ -52,6 +52,20 @@ def test_the_figures_are_those_of_greedy_answers(tmp_path: Path) -> None:
     assert not (tmp_path / "candidates").exists()
 
 
+def test_a_resampler_answers_with_the_model_of_the_trainer_that_asks(tmp_path: Path) -> None:
+    made = resampler()
+    models = [generators.tiny_model(), generators.tiny_model(initializer_range=0.9)]
+    for parameter in models[1].parameters():
+        torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(1))
+    trainers = [
+        trainer(tmp_path / str(number), made, model=model, eval_dataset=HELD_OUT) for number, model in enumerate(models)
+    ]
+    expected = [greedy(HELD_OUT, model) for model in models]
+    assert expected[0] != expected[1]
+    for number in (0, 1, 0, 1):
+        assert list(trainers[number].predict(HELD_OUT).predictions) == expected[number]
+
+
 def test_evaluating_moves_neither_weights_nor_training(tmp_path: Path) -> None:
     import runs
 

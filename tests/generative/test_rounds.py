@@ -19,6 +19,7 @@ from rsft_hf import Deduplicate, Threshold, TopKPerPrompt
 from rsft_hf.engines.random_streams import candidate_seed
 from rsft_hf.generative import RejectTruncated
 from rsft_hf.generative.candidates import ACCEPTED
+from rsft_hf.report.rounds import browsed_candidates, summarize_round
 
 PROMPTS = generators.prompts(NUM_PROMPTS)["prompt"]
 HALF_OF_THEM = Threshold(minimum=0.2)  # what the untrained model reaches for some prompts in every attempt
@@ -171,6 +172,19 @@ def test_reference_is_marked_in_the_store_and_trained_on(tmp_path: Path) -> None
     for letter in letters:
         assert [letter, generators.EOS] in answers  # the end is learnt too
     assert ours.state.global_step == 5
+    summary = summarize_round(tmp_path / "candidates" / "round-000")  # of what was generated
+    assert len(summary.prompt_ids) == len(rows) - len(references)
+    assert browsed_candidates([tmp_path / "candidates" / "round-000"], 10**6)["total"] == len(rows) - len(references)
+
+
+def test_what_earlier_rounds_accepted_must_be_there(tmp_path: Path) -> None:
+    options = {"dedup": Deduplicate(across_rounds=True), "on_nothing_accepted": "best"}
+    args = {"num_train_epochs": 2, "save_strategy": "epoch"}
+    trained(tmp_path / "whole", resampler(**options), args=args)
+    checkpoint = tmp_path / "whole" / "checkpoint-5"
+    message = r"round-000 is gone, whose accepted candidates are looked at by Deduplicate\(across_rounds=True\)"
+    with pytest.raises(RuntimeError, match=message):
+        trained(tmp_path / "moved", resampler(**options), args=args, resume=str(checkpoint))
 
 
 def test_a_round_of_references_alone_is_no_empty_round(tmp_path: Path) -> None:

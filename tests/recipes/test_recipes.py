@@ -155,8 +155,9 @@ def test_held_out_classes_in_another_order_are_those_of_the_same_names(tmp_path:
         rows = [{"text": words[label], "label": names.index(label)} for label in ("good", "bad") * 12]
         dataset = datasets.Dataset.from_list(rows).cast_column("label", datasets.ClassLabel(names=names))
         dataset.to_parquet(str(tmp_path / f"{split}.parquet"))
-    result = run(name, tmp_path / "out", config_name=DATA / "reviews" / "model", num_train_epochs=12,
-                 learning_rate=3e-3, train_file=tmp_path / "train.parquet", validation_file=tmp_path / "test.parquet")  # fmt: skip
+    paths = {"train_file": tmp_path / "train.parquet", "validation_file": tmp_path / "test.parquet"}
+    options = {"config_name": DATA / "reviews" / "model", "num_train_epochs": 12, "learning_rate": 3e-3, **paths}
+    result = run(name, tmp_path / "out", **options)
     assert result["after"]["after_accuracy"] == 1.0
 
 

@@ -168,7 +168,7 @@ def test_so_many_requests_at_once_and_no_more(server):
     assert not server.together.broken
 
 
-def test_equal_requests_are_sent_once_and_kept_on_disk(server, tmp_path):
+def test_equal_requests_are_sent_once_and_kept_on_disk(server, tmp_path, monkeypatch):
     wishes = ["fine", "fine", "garbage", "500 once"]
     first, _ = score(judge(server, cache_dir=tmp_path), wishes)
     assert first == [7.0, 7.0, None, 7.0]
@@ -182,6 +182,11 @@ def test_equal_requests_are_sent_once_and_kept_on_disk(server, tmp_path):
     files[0].write_text('{"sco', encoding="utf-8")  # broken from outside
     assert score(judge(server, cache_dir=tmp_path), ["fine", "500 once"])[0] == [7.0, 7.0]
     assert score(judge(server, cache_dir=tmp_path, rubric="Be strict."), ["fine"])[1]["judge/requests"] == 1
+    keys = set()
+    for address in ("http://a/v1", "http://b/v1"):  # another server is another judge
+        monkeypatch.setenv("OPENAI_BASE_URL", address)
+        keys.add(JudgeReward("tiny", cache_dir=tmp_path)._request("fine")[0])
+    assert len(keys) == 2
 
 
 WRONG = [
