@@ -73,9 +73,9 @@ def load_splits(script: ScriptArguments) -> tuple[DatasetDict, list[str]]:
     element = splits["train"].features["tags"].feature
     if isinstance(element, ClassLabel):
         return splits, element.names
-    names = sorted({str(tag) for tags in splits["train"]["tags"] for tag in tags})
-    number = {name: place for place, name in enumerate(names)}
-    return splits.map(lambda row: {"tags": [number.get(str(tag), -100) for tag in row["tags"]]}), names
+    names = sorted({str(tag) for tags in splits["train"]["tags"] for tag in tags} - {"-100"})
+    number = {"-100": -100} | {name: place for place, name in enumerate(names)}  # another tag raises
+    return splits.map(lambda row: {"tags": [number[str(tag)] for tag in row["tags"]]}), names
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:

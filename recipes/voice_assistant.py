@@ -66,7 +66,7 @@ def load_commands(script: ScriptArguments, split: str, file: str | None, num_row
             is_inside = tag.startswith("I-") and tag[2:] == name
             name = None if tag == "O" else tag[2:]
             if name is not None:
-                slots[name] = f"{slots[name]} {word}" if is_inside else word
+                slots[name] = slots.get(name, "") + (" " if is_inside else ", " if name in slots else "") + word
         parse = json.dumps({"intent": intent, "slots": slots}, ensure_ascii=False)
         return {"prompt": [{"role": "user", "content": " ".join(words)}], "parse": parse}
 

@@ -117,24 +117,34 @@ class RowFormat:
 
     def _beside(self, columns: dict[str, Any], num_answers: int, is_list: bool) -> list[dict[str, Any]]:
         """What the other columns say of each answer, by one value or a list of as many; they lose these columns."""
-        facts: list[dict[str, Any]] = [{} for _ in range(num_answers)]
-        for name, values in list(columns.items()):
-            entry = _ANSWER_COLUMNS.get(name)
-            if self.score is not None and (name == self.score or entry == "score"):
-                entry = self.score if name == self.score or self.score not in columns else None
-            if entry is None:
+        facts: dict[str, Sequence[Any]] = {}
+        for name in dict.fromkeys((*([self.score] if self.score else []), *_ANSWER_COLUMNS)):
+            is_score = name == self.score or _ANSWER_COLUMNS[name] == "score"
+            entry = (self.score or "score") if is_score else _ANSWER_COLUMNS[name]
+            if name not in columns or entry in facts:
                 continue
+            values = columns[name]
             is_each = isinstance(values, (list, tuple))
             if entry == "token_ids":
                 is_each = is_each and any(isinstance(one, (list, tuple)) for one in values)
-            if is_each and len(values) != num_answers:
-                if name not in _ENTRIES:
-                    raise ValueError(f"it has {num_answers} completions and {len(values)} {name}")
-            elif is_each or num_answers == 1 or not is_list:
+            each = values if is_each else [values] * num_answers
+            if is_score and name != self.score and not all(map(_is_number, each)):
+                continue  # of the prompt
+            if len(each) != num_answers and (name == self.score or (is_list and name not in _ENTRIES)):
+                raise ValueError(f"it has {num_answers} completions and {len(each)} {name}")
+            if len(each) == num_answers and (is_each or num_answers == 1 or not is_list):
+                facts[entry] = each
                 columns.pop(name)
-                for fact, value in zip(facts, values if is_each else [values], strict=True):
-                    fact[entry] = value
-        return facts
+        return [dict(zip(facts, values, strict=True)) for values in zip(*facts.values(), strict=True)] or [
+            {} for _ in range(num_answers)
+        ]
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return value is None or math.isfinite(float(value)) or math.isnan(float(value))
+    except (TypeError, ValueError):
+        return False
 
 
 def _as_facts(found: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 
@@ -252,19 +253,21 @@ def round_metrics(
     metrics["candidates/truncated"] = sum(reason == "length" for reason in reasons) / len(reasons)
     if isinstance(rule, (DensityRatio, RSO)):
         metrics["round/effective_sample_size"] = _effective_sample_size(rule, batch)
-    metrics |= _pass_at(table) | _diversity(store) | _means(store.logged())
+    metrics |= _pass_at(table) | _diversity(store) | _means(store)
     lengths = table.columns["num_tokens"]
     scored = [length for length, verdict in zip(lengths, verdicts, strict=True) if verdict != "filtered"]
     metrics |= {"round/generated_tokens": float(sum(lengths)), "round/scored_tokens": float(sum(scored))}
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
-def _means(logged: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean over shards of each value that reward functions logged."""
+def _means(store: CandidateStore) -> dict[str, float]:
+    """The mean of each value that reward functions logged of a shard, weighted by its candidates."""
+    sizes = [pq.read_metadata(path).num_rows for path in store.shards()]
     metrics = {}
+    logged = store.logged()
     for name in dict.fromkeys(name for values in logged for name in values):
-        given = [values[name] for values in logged if name in values]
-        metrics[name] = sum(given) / len(given)
+        given = [(values[name], size) for values, size in zip(logged, sizes, strict=True) if name in values]
+        metrics[name] = sum(value * size for value, size in given) / sum(size for _, size in given)
     return metrics
 
 

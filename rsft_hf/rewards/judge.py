@@ -52,7 +52,8 @@ class JudgeReward:
         timeout_seconds: For each try.
         cache_dir: Folder of the replies; None keeps none.
         options: More of the request, such as {"temperature": 0}.
-        name: Names the rewards, and the metrics `<name>/failures` and `<name>/requests`.
+        name: Names the rewards, and the metrics `<name>/failures` and `<name>/requests`: of a call, which scores a
+            shard of candidates, on average.
         server: `base_url` as it may be shown, without a password.
 
     Raises:

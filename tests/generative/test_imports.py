@@ -128,6 +128,19 @@ def test_lists_beside_completions_belong_to_each(tmp_path: Path) -> None:
     assert stored_prompts(tmp_path / "round").column_names == ["prompt"]
 
 
+def test_scores_are_the_first_of_several_and_other_values_stay_columns(tmp_path: Path) -> None:
+    several = {"prompt": "a", "completions": ["x"], "scores": [0.5], "rewards": [0.1]}
+    others = [{"rewards": {"length": 1.0}}, {"scores": "good"}, {"rewards": [0.5, 1.0]}]
+    found = load_candidates(import_candidates([several, {**several, "prompt": "b"}], tmp_path / "several"))
+    assert found["reward"][:] == [0.5, 0.5]
+    for number, other in enumerate(others):
+        folder = import_candidates([{"prompt": "a", "completion": "x", **other}], tmp_path / f"other{number}")
+        assert load_candidates(folder)["reward"][:] == [None]
+        assert set(other) <= set(stored_prompts(folder).column_names)
+    with pytest.raises(ValueError, match="it has 1 completions and 2 score"):
+        import_candidates([{"prompt": "a", "completion": "x", "score": [1, 2]}], tmp_path / "odd", score="score")
+
+
 @pytest.mark.parametrize("found", [[turn("mine")], {"text": "mine"}, "mine"])
 def test_the_answer_is_that_of_its_column_whatever_stands_beside_it(tmp_path: Path, found) -> None:
     rows = [{"prompt": "a", "completion": found, "response": "gold", "output": "gold"}]

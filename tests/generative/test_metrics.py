@@ -13,6 +13,7 @@ from generative_runs import logged, resampler, stored, trained, trainer
 from rsft_hf.acceptance import CandidateBatch, Threshold, TopKPerPrompt
 from rsft_hf.generative.candidates import Candidate, CandidateStore
 from rsft_hf.generative.metrics import (
+    _means,
     candidate_metrics,
     correlation,
     distinct_n,
@@ -199,3 +200,11 @@ def test_length_bias_and_collapse_are_logged(tmp_path):
     figures = run.evaluate()
     assert figures["eval_rewards/watched/mean"] == 0.25
     assert len(held_out) == 3
+
+
+def test_what_functions_log_is_weighted_by_the_candidates_of_a_shard(tmp_path: Path) -> None:
+    store = CandidateStore(tmp_path, (), False)
+    for shard, (size, share) in enumerate(((3, 0.0), (1, 1.0))):
+        candidates = [Candidate(shard, "a", [1], "x", "stop", index=index) for index in range(size)]
+        store.write(store.path(0, shard), candidates, "scored", {"share": share, f"only/{shard}": 2.0})
+    assert _means(store) == {"share": 0.25, "only/0": 2.0, "only/1": 2.0}
