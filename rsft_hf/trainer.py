@@ -278,11 +278,6 @@ class RejectionSamplingMixin(_Base):
 
     def restore_best_weights(self) -> None:
         """Restores the weights of the best checkpoint so far and clears the optimizer state, unless they are loaded."""
-        if self.state.best_model_checkpoint is None and self.state.best_global_step:
-            raise RuntimeError(
-                f"The best checkpoint, of step {self.state.best_global_step}, is not where it was saved, so that "
-                'round_start="best" cannot go back to it. Put the folder of checkpoints back.'
-            )
         if self.state.best_model_checkpoint is None or self.state.best_global_step == self.state.global_step:
             return
         self._load_best_model()

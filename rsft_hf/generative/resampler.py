@@ -46,7 +46,7 @@ from rsft_hf.generative.selection import (
     set_verdicts,
 )
 from rsft_hf.generative.training_rows import CandidatePool, draw_rows, encode_candidates, supervised_rows
-from rsft_hf.generative.validation import prompt_set, validate_collator, validate_model
+from rsft_hf.generative.validation import prompt_set, validate_best_checkpoint, validate_collator, validate_model
 from rsft_hf.resampler import Predictions, Resampler
 
 
@@ -213,8 +213,14 @@ class CandidateResampler(Resampler):
             save_state(directory, "generative", numbers, self.pool.state() | drawn)
 
     def load(self, directory: Path) -> None:
-        """Takes up what `save` wrote; candidates go on with the seed of the saved run."""
+        """Takes up what `save` wrote; candidates go on with the seed of the saved run.
+
+        Raises:
+            ValueError: If the run has other rows or rounds, or goes back to a best checkpoint that is gone.
+        """
         numbers, tensors = load_state(directory, "generative")
+        if self.config.round_start == "best":
+            validate_best_checkpoint(directory.parent)
         validate_unchanged(numbers["kept"], self._kept())
         self.pool.load(tensors)
         self._drawn = tensors["drawn"].tolist()

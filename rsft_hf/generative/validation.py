@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -311,3 +312,13 @@ def _without_long(dataset: Any, lengths: list[int], limit: int) -> Any:
         f"{', '.join(dropped[:5])}{', ...' if len(dropped) > 5 else ''}."
     )
     return dataset.select(kept) if isinstance(dataset, datasets.Dataset) else torch.utils.data.Subset(dataset, kept)
+
+
+def validate_best_checkpoint(checkpoint: Path) -> None:
+    """Raises ValueError if the best checkpoint of the run that saved a checkpoint is gone."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    best = state.get("best_model_checkpoint")
+    if best is not None and not Path(best).is_dir():
+        raise ValueError(
+            f'round_start="best" goes back to {best}, which is gone. Put the folder of checkpoints back where it was.'
+        )

@@ -187,6 +187,22 @@ def test_what_earlier_rounds_accepted_must_be_there(tmp_path: Path) -> None:
         trained(tmp_path / "moved", resampler(**options), args=args, resume=str(checkpoint))
 
 
+def test_a_best_checkpoint_that_is_gone_is_named(tmp_path: Path) -> None:
+    args = {
+        "num_train_epochs": 3,
+        "save_strategy": "epoch",
+        "eval_strategy": "epoch",
+        "metric_for_best_model": "reward",
+    }
+    keywords = {"args": args, "eval_dataset": generators.prompts(3, first=82)}
+    trained(tmp_path / "whole", resampler(round_start="best", on_nothing_accepted="best"), **keywords)
+    (tmp_path / "whole").rename(tmp_path / "moved")
+    message = r'round_start="best" goes back to .*whole.checkpoint-5, which is gone'
+    with pytest.raises(ValueError, match=message):
+        trained(tmp_path / "moved", resampler(round_start="best", on_nothing_accepted="best"), **keywords,
+                resume=str(tmp_path / "moved" / "checkpoint-5"))  # fmt: skip
+
+
 def test_a_round_of_references_alone_is_no_empty_round(tmp_path: Path) -> None:
     made = resampler(zero, Threshold(minimum=0.5), on_nothing_accepted="reference")
     trained(tmp_path, made)
