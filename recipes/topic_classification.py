@@ -67,8 +67,7 @@ def load_splits(script: ScriptArguments) -> DatasetDict:
     if not isinstance(splits["train"].features["labels"], ClassLabel):
         splits = splits.cast_column("labels", Value("string"))
         splits["train"] = splits["train"].class_encode_column("labels")
-        if missing := {"-1", "-100", "None"} & set(splits["train"].features["labels"].names):
-            raise ValueError(f"The labels {missing} of `--train_file` are no class. Leave rows without a label out.")
+    if not isinstance(splits["test"].features["labels"], ClassLabel):
         splits["test"] = splits["test"].cast_column("labels", splits["train"].features["labels"])
     elif (names := splits["train"].features["labels"].names) != splits["test"].features["labels"].names:
         splits["test"] = splits["test"].align_labels_with_mapping({one: k for k, one in enumerate(names)}, "labels")

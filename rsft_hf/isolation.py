@@ -46,9 +46,11 @@ def forked_rng(seed: int) -> Iterator[None]:
 @contextlib.contextmanager
 def preserved_trainer_state(trainer: Trainer) -> Iterator[None]:
     """Restores the counters and metric lists that a trainer updates when it computes a loss, as TRL's do."""
-    kinds = (int, float, str, type(None), *_CONTAINERS)
+    plain = (int, float, str, np.generic, type(None))
     saved = {
-        name: _copied(value) for name, value in vars(trainer).items() if type(value) in kinds and name not in _DATA_SETS
+        name: _copied(value)
+        for name, value in vars(trainer).items()
+        if (isinstance(value, plain) or type(value) in _CONTAINERS) and name not in _DATA_SETS
     }
     try:
         yield

@@ -11,7 +11,6 @@ import collections
 import contextlib
 import math
 import time
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +47,6 @@ from rsft_hf.weighted.resampler import LossResampler
 logger = logging.get_logger(__name__)
 
 BASE_WEIGHTS = "base.safetensors"
-
-_BOUND: "weakref.WeakKeyDictionary[Resampler, int]" = weakref.WeakKeyDictionary()  # the trainer each is bound to
 
 
 _Base: Any = object  # the Trainer class is chosen by the subclass
@@ -244,7 +241,7 @@ class RejectionSamplingMixin(_Base):
                 f"{method}() got {', '.join(kwargs)}, which held-out prompts do not use. Pass "
                 "CandidateResampler(eval_generation_config=GenerationConfig(...))."
             )
-        if not self.is_in_train and (self._bound_dataset is None or _BOUND.get(self.resampler) != id(self)):
+        if not self.is_in_train and (self._bound_dataset is None or vars(self.resampler).get("_bound_to") != id(self)):
             self._sampler = None
             self._epoch_sampler()  # binds the resampler
         start = time.perf_counter()
@@ -362,8 +359,9 @@ class RejectionSamplingMixin(_Base):
 
     def _bound_rows(self) -> Any:
         """The rows of the resampler after binding it to this trainer, from which another one may have taken it."""
-        _BOUND[self.resampler] = id(self)
-        return self.resampler.bind(self)
+        rows = self.resampler.bind(self)
+        vars(self.resampler)["_bound_to"] = id(self)
+        return rows
 
     def _num_skipped_batches(self, loader: DataLoader[Any]) -> int:
         """Micro-batches of the resumed epoch that Trainer skips."""

@@ -197,10 +197,15 @@ def test_pairs_of_texts_are_weighted_for_an_encoder_decoder(tmp_path: Path, caps
 
 
 def test_rows_of_the_command_line_take_the_place_of_those_of_the_file(tmp_path: Path) -> None:
-    path = config(tmp_path / "c.yaml", {"dataset_name": "a/b", "validation_split": "test", "num_candidates": 3})
+    rows = {"dataset_name": "a/b", "validation_split": "test", "validation_file": "v.csv"}
+    path = config(tmp_path / "c.yaml", {**rows, "num_candidates": 3})
     words = ["train", "--config", str(path), "--train_file", "mine.csv"]
     options, rest = build_parser().parse_known_args(words)
-    assert _given(options, given_pairs(rest)) == {"num_candidates": 3, "train_file": "mine.csv"}
+    assert _given(options, given_pairs(rest)) == {
+        "num_candidates": 3,
+        "train_file": "mine.csv",
+        "validation_file": "v.csv",
+    }
 
 
 def test_two_processes_train_together(tmp_path: Path) -> None:

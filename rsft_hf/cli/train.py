@@ -127,12 +127,16 @@ def _given(options: argparse.Namespace, rest: Mapping[str, Any]) -> dict[str, An
     line = {name: value_of(value) if isinstance(value, str) else value for name, value in words.items()}
     line |= {name: joined(value) for name, value in words.items() if isinstance(value, list)}
     given, line = read_config(options.config) if options.config is not None else {}, line | dict(rest)
-    if {"train_file", "dataset_name"} & line.keys():  # rows given on the line take the place of the file's
-        given = {name: value for name, value in given.items() if name not in _SOURCES}
+    for source, others in _SOURCES.items():  # rows given on the line take the place of the file's
+        if source in line:
+            given = {name: value for name, value in given.items() if name not in others}
     return given | line
 
 
-_SOURCES = ("train_file", "validation_file", "dataset_name", "dataset_config", "train_split", "validation_split")
+_SOURCES = {
+    "train_file": ("dataset_name", "dataset_config", "train_split", "validation_split"),
+    "dataset_name": ("train_file", "validation_file"),
+}
 
 
 def _arguments_class(is_encoder_decoder: bool) -> Any:

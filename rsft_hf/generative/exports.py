@@ -129,7 +129,9 @@ def round_folders(directory: Path | str) -> list[Path]:
     folder = Path(directory)
     folder = folder / "candidates" if (folder / "candidates").is_dir() else folder
     rounds = [
-        each for each in sorted(folder.glob("round-*"), key=round_number) or [folder] if any(each.glob("*.parquet"))
+        each
+        for each in sorted(folder.glob("round-*"), key=lambda one: (round_number(one), one.name)) or [folder]
+        if any(each.glob("*.parquet"))
     ]
     if not rounds:
         raise FileNotFoundError(

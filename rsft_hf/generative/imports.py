@@ -118,7 +118,8 @@ class RowFormat:
     def _beside(self, columns: dict[str, Any], num_answers: int, is_list: bool) -> list[dict[str, Any]]:
         """What the other columns say of each answer, by one value or a list of as many; they lose these columns."""
         facts: dict[str, Sequence[Any]] = {}
-        for name in dict.fromkeys((*([self.score] if self.score else []), *_ANSWER_COLUMNS)):
+        names = dict.fromkeys((*([self.score] if self.score else []), *_ANSWER_COLUMNS))
+        for name in sorted(names, key=lambda name: columns.get(name) is None):  # a column of nulls after the others
             is_score = name == self.score or _ANSWER_COLUMNS[name] == "score"
             entry = (self.score or "score") if is_score else _ANSWER_COLUMNS[name]
             if name not in columns or entry in facts:
@@ -128,7 +129,8 @@ class RowFormat:
             if entry == "token_ids":
                 is_each = is_each and any(isinstance(one, (list, tuple)) for one in values)
             each = values if is_each else [values] * num_answers
-            if is_score and name != self.score and not all(map(_is_number, each)):
+            is_list_of_scores = is_each or name in _ENTRIES  # "scores" is a list
+            if is_score and name != self.score and (not is_list_of_scores or any(map(_is_nested_value, each))):
                 continue  # of the prompt
             if len(each) != num_answers and (name == self.score or (is_list and name not in _ENTRIES)):
                 raise ValueError(f"it has {num_answers} completions and {len(each)} {name}")
@@ -140,11 +142,8 @@ class RowFormat:
         ]
 
 
-def _is_number(value: Any) -> bool:
-    try:
-        return value is None or math.isfinite(float(value)) or math.isnan(float(value))
-    except (TypeError, ValueError):
-        return False
+def _is_nested_value(value: Any) -> bool:
+    return isinstance(value, (list, tuple, Mapping))
 
 
 def _as_facts(found: Any) -> dict[str, Any]:

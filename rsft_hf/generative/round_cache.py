@@ -6,6 +6,7 @@ stored round, keeps its completions but discards their scores, or moves it aside
 never mixed.
 """
 
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -118,8 +119,8 @@ def source_digest(function: Any) -> str:
     """Returns a digest of what a function computes, as far as its own source text shows it.
 
     Covered are the source text of the function, or of the class of a callable object, with its default values and the
-    constants that it encloses; arguments bound by `functools.partial`; attributes of objects that are constants,
-    functions or models (by their weights). Not
+    constants that it encloses; arguments bound by `functools.partial`; attributes of objects that are
+    functions or models (by their weights), or constants with the name of an argument of `__init__`. Not
     covered are the functions and globals that it uses, and code that has no file (`exec`, an interactive prompt): a
     warning names such a function.
     """
@@ -130,13 +131,16 @@ def source_digest(function: Any) -> str:
     if isinstance(function, torch.nn.Module):
         return model_fingerprint(function)
     digest.update(stable_repr(function).encode())
-    for name, value in sorted(getattr(function, "__dict__", {}).items()):
-        if isinstance(value, torch.nn.Module):
-            digest.update(f"{name} {model_fingerprint(value)}".encode())
-        elif isinstance(value, types.FunctionType):
-            digest.update(f"{name} {source_digest(value)}".encode())
-        elif isinstance(value, _FIXED):
-            digest.update(f"{name} {_stable_text(value)}".encode())
+    if not isinstance(function, (types.FunctionType, types.MethodType)):
+        settings = inspect.signature(type(function).__init__).parameters  # other constants may change as it works
+        hidden = {field.name for field in dataclasses.fields(function)} if dataclasses.is_dataclass(function) else set()
+        for name, value in sorted(getattr(function, "__dict__", {}).items()):
+            if isinstance(value, torch.nn.Module):
+                digest.update(f"{name} {model_fingerprint(value)}".encode())
+            elif isinstance(value, types.FunctionType):
+                digest.update(f"{name} {source_digest(value)}".encode())
+            elif isinstance(value, _FIXED) and name in settings and name not in hidden:  # fields are in the repr
+                digest.update(f"{name} {_stable_text(value)}".encode())
     defined = function if isinstance(function, (types.FunctionType, types.MethodType)) else type(function)
     try:
         digest.update(textwrap.dedent(inspect.getsource(defined)).encode())
@@ -238,7 +242,8 @@ def open_round(store: CandidateStore, plan: RoundPlan, prompts: PromptSet) -> No
     if plan.changed == ():
         logger.info(f"Going on with the {len(store.shards())} shards in {store.directory}.")
         first, later = _by_attempt(store)
-        if later and any(store.is_unjudged(path) for path in first):
+        is_unfinished = "metrics" not in store.manifest()
+        if later and is_unfinished and any(store.is_unjudged(path) for path in first):
             for path in later:
                 path.unlink()  # of prompts chosen without the scores that are to come
         return

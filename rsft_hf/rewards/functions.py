@@ -7,7 +7,6 @@ function keeps between calls belongs to one loop, which must stay open.
 """
 
 import asyncio
-import copy
 import inspect
 import math
 import numbers
@@ -186,10 +185,16 @@ class RewardFunctions:
 def _own(keywords: dict[str, Any]) -> dict[str, Any]:
     """Copies of the lists, and of the messages and tokens in them: what a function changes is trained on otherwise."""
     own = {name: list(values) if isinstance(values, list) else values for name, values in keywords.items()}
-    own["completion_ids"] = [list(ids) for ids in own["completion_ids"]]
-    for name in ("prompts", "completions"):
-        own[name] = [one if isinstance(one, str) else copy.deepcopy(one) for one in own[name]]
+    for name in ("prompts", "completions", "completion_ids"):
+        own[name] = [_copied(one) for one in own[name]]
     return own
+
+
+def _copied(value: Any) -> Any:
+    """A copy of lists and mappings in each other; what they hold in the end, such as an image, is shared."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 def _call(function: RewardFunction, name: str, log: _Log, keywords: dict[str, Any]) -> Any:

@@ -389,7 +389,7 @@ class LabelReport:
         for at in is_changed.nonzero().flatten().tolist():
             row, value = int(self.rows[at]), int(values[at])
             if self.kind == "class":
-                labels[row] = value if codes is None else codes[value]
+                labels[row] = codes[value] if codes is not None and value < len(codes) else value
                 continue
             if row not in places:
                 places[row] = [
@@ -412,12 +412,23 @@ class LabelReport:
         codes: list[Any] = []
         if isinstance(feature, datasets.ClassLabel):
             codes = [feature.names.index(name) for name in names if name in feature.names]
-        elif feature.dtype == "string":
+        elif (dtype := str(getattr(feature, "dtype", ""))).endswith("string"):
             codes = names
-        elif feature.dtype.startswith("int") and all(name.removeprefix("-").isdecimal() for name in names):
+        elif self._is_by_number(dataset, column):
+            return None
+        elif dtype.startswith("int") and all(name.removeprefix("-").isdecimal() for name in names):
             codes = [int(name) for name in names]
         is_named = len(codes) == len(names) and set(dataset.unique(column)) <= set(codes)
         return codes if is_named else None
+
+    def _is_by_number(self, dataset: datasets.Dataset, column: str) -> bool:
+        """Whether a column holds the very numbers that were trained on."""
+        stored, is_read = stored_labels(dataset, column), self.labels >= 0
+        return (
+            stored is not None
+            and torch.equal(stored.num_per_row, self._num_per_row)
+            and torch.equal(stored.values[is_read], self.labels[is_read])
+        )
 
     def _stored(self, dataset: datasets.Dataset, column: str) -> StoredLabels | None:
         """The labels of a column by number of class; None if it holds neither these nor their names."""

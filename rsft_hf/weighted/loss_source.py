@@ -6,7 +6,7 @@ at the end of an epoch the mean of each row's losses, summed over the processes,
 
 import contextlib
 from collections.abc import Collection, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
@@ -180,6 +180,7 @@ class LossSource:
             "is_from_training": self.is_from_training,
             "importance_correction": self.importance_correction,
             "reading": None if self._reading is None else asdict(self._reading),
+            "further_calls": [self._num_further, self._has_further_calls],
         }
         tensors = self.ledger.state(self.trainer.accelerator) | self.label_margins.state(self.trainer.accelerator)
         tensors |= {f"prediction_{name}": values for name, values in self.predictions.items()}
@@ -188,6 +189,7 @@ class LossSource:
     def load(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Restores what `state` returned."""
         self._is_measured = numbers["is_measured"]
+        self._num_further, self._has_further_calls = numbers.get("further_calls", (0, False))
         if "losses" in self._adaptable and self.is_from_training and not numbers["is_from_training"]:
             self.is_from_training, self._every_n_epochs = False, 1
         if "importance_correction" in self._adaptable:
@@ -249,7 +251,8 @@ class LossSource:
                 f"The losses can no longer be read by {self._reading.kind!r} and are read by {reading.kind!r} from "
                 "now on: a term of the loss appeared that was zero before."
             )
-        self._reading = reading
+        num_calls = 0 if self._reading is None else self._reading.num_calls
+        self._reading = replace(reading, num_calls=max(reading.num_calls, num_calls))
 
     def _heed_further_calls(self) -> None:
         """Gives up training losses and correction if it may, where steps had terms that no probe saw. Collective."""

@@ -97,7 +97,7 @@ def find_reading(
         if reading := _matching_reading(recording, sliced, width, is_half):
             _warn_of_batches_of_one("The loss of an example depends on the padding of its batch", "Pad all rows alike")
             return dataclasses.replace(reading, is_scored_singly=True, is_collator_random=is_random)
-    if not recording.calls and _is_constant(expected):
+    if _is_constant(expected):
         _validate_others(trainer, model, others(), lambda example: _collate([example], collate, seed))
     _warn_of_batches_of_one(_NO_MEAN, "Pass `per_example_loss`")
     return Reading("single", is_collator_random=is_random)
@@ -274,7 +274,7 @@ def _validate_per_example(
         )
         for number, call in enumerate(recording.calls)
     )
-    vanishes_alone = scalar > 0 and bool((expected == 0).all())
+    vanishes_alone = scalar > 0 and bool((expected.abs() < 1e-4 * scalar).all())
     is_labelled = not _is_unlabelled(singles) if recording.calls else _has_labels(singles)
     if has_candidates_from_batch or (vanishes_alone and is_labelled):
         raise NotPerExampleError(_compares(len(expected), scalar, expected))
@@ -303,7 +303,7 @@ def _compares(num_rows: int, scalar: float, alone: torch.Tensor) -> str:
 
 def _is_constant(losses: torch.Tensor) -> bool:
     """Whether several rows have the same loss, up to rounding."""
-    return len(losses) > 1 and float(losses.max() - losses.min()) < 1e-3 * float(losses.abs().max())
+    return len(losses) > 1 and float(losses.max() - losses.min()) < 1e-6 + 1e-3 * float(losses.abs().max())
 
 
 def _is_total(scalar: float, losses: torch.Tensor) -> bool:

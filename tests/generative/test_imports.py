@@ -137,6 +137,10 @@ def test_scores_are_the_first_of_several_and_other_values_stay_columns(tmp_path:
         folder = import_candidates([{"prompt": "a", "completion": "x", **other}], tmp_path / f"other{number}")
         assert load_candidates(folder)["reward"][:] == [None]
         assert set(other) <= set(stored_prompts(folder).column_names)
+    nulls = [{"prompt": "a", "completions": ["x"], "score": None, "reward": [2.0]}]
+    assert load_candidates(import_candidates(nulls, tmp_path / "nulls"))["reward"][:] == [2.0]
+    with pytest.raises(ValueError, match="could not convert string to float"):
+        import_candidates([{"prompt": "a", "completion": "x", "score": "N/A"}], tmp_path / "bad")
     with pytest.raises(ValueError, match="it has 1 completions and 2 score"):
         import_candidates([{"prompt": "a", "completion": "x", "score": [1, 2]}], tmp_path / "odd", score="score")
 

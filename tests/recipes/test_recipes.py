@@ -161,15 +161,6 @@ def test_held_out_classes_in_another_order_are_those_of_the_same_names(tmp_path:
     assert result["after"]["after_accuracy"] == 1.0
 
 
-def test_topics_without_a_label_are_no_class(tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        rows = [{"text": "word", "label": number % 3 - 1} for number in range(9)]
-        datasets.Dataset.from_list(rows).to_json(str(tmp_path / f"{split}.jsonl"))
-    with pytest.raises(ValueError, match=r"The labels {'-1'} of `--train_file` are no class"):
-        run("topic_classification", tmp_path / "out", config_name=DATA / "reviews" / "model",
-            train_file=tmp_path / "train.jsonl", validation_file=tmp_path / "test.jsonl")  # fmt: skip
-
-
 def test_translation(tmp_path: Path) -> None:
     result = run("translation", tmp_path / "out", model_name_or_path=DATA / "numbers" / "model", num_train_epochs=2,
                  num_candidates=4, temperature=1.0, max_new_tokens=24, learning_rate=1e-3, bleu_tokenize="char",
