@@ -48,7 +48,7 @@ def preserved_trainer_state(trainer: Trainer) -> Iterator[None]:
     """Restores the counters and metric lists that a trainer updates when it computes a loss, as TRL's do."""
     plain = (int, float, str, np.generic, type(None))
     saved = {
-        name: _copied(value)
+        name: copied_containers(value)
         for name, value in vars(trainer).items()
         if (isinstance(value, plain) or type(value) in _CONTAINERS) and name not in _DATA_SETS
     }
@@ -59,17 +59,24 @@ def preserved_trainer_state(trainer: Trainer) -> Iterator[None]:
             _restore(trainer, name, value)
 
 
-def _copied(value: Any) -> Any:
-    """A copy of the containers of a value; what they hold in the end, such as tensors, is shared."""
+def copied_containers(value: Any) -> Any:
+    """Returns a copy of a value's dictionaries, lists, sets and deques; what they hold, such as tensors, is shared.
+
+    Example:
+        >>> value = {"a": [1, (2,)]}
+        >>> copied = copied_containers(value)
+        >>> copied == value, copied["a"] is value["a"], copied["a"][1] is value["a"][1]
+        (True, False, True)
+    """
     if type(value) not in _CONTAINERS:
         return value
     copied = copy.copy(value)  # a defaultdict keeps its default, a deque its length
     if isinstance(value, dict):
         for key, item in value.items():
-            copied[key] = _copied(item)
+            copied[key] = copied_containers(item)
     elif isinstance(value, (list, deque)):
         for place, item in enumerate(value):
-            copied[place] = _copied(item)
+            copied[place] = copied_containers(item)
     return copied
 
 

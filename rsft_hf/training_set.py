@@ -17,7 +17,7 @@ from rsft_hf.distributed import run_seed
 from rsft_hf.isolation import forked_rng
 
 _NUM_FINGERPRINT_ROWS = 16
-_LABEL_COLUMNS = ("labels", "label")
+LABEL_COLUMNS = ("labels", "label")
 
 
 def validate_dataset(dataset: Any) -> None:
@@ -140,7 +140,7 @@ def dataset_fingerprint(dataset: Any, num_rows: int = _NUM_FINGERPRINT_ROWS) -> 
 def _numbers(dataset: datasets.Dataset) -> Iterable[bytes]:
     for name, feature in dataset.features.items():
         is_value = isinstance(feature, (datasets.Value, datasets.ClassLabel))
-        if name in _LABEL_COLUMNS and is_value and feature.dtype.startswith(("int", "uint", "float", "bool")):
+        if name in LABEL_COLUMNS and is_value and feature.dtype.startswith(("int", "uint", "float", "bool")):
             column = dataset.select_columns([name]).with_format("arrow")[:][name]
             values = pyarrow.compute.cast(column, pyarrow.float64(), safe=False)
             yield pyarrow.compute.fill_null(values, math.nan).to_numpy().tobytes()

@@ -238,14 +238,23 @@ class CandidateStore:
         Raises:
             RuntimeError: If the round is not there.
         """
-        if not self.manifest():
-            raise RuntimeError(
-                f"{self.directory} is gone, whose accepted candidates are wanted. Put it back, or set replay_rounds=0."
-            )
+        self.require("wanted", "replay_rounds=0")
         for path in self.shards():
             table = pq.read_table(path, filters=[("is_accepted", "==", True)])
             for row in table.to_pylist():
                 yield _from_row(row, self.reward_names)
+
+    def require(self, use: str, alternative: str) -> None:
+        """Raises RuntimeError if the round is not there.
+
+        Args:
+            use: What its accepted candidates are, for the message.
+            alternative: The option that does without them.
+        """
+        if not self.manifest():
+            raise RuntimeError(
+                f"{self.directory} is gone, whose accepted candidates are {use}. Put it back, or set {alternative}."
+            )
 
     def manifest(self) -> dict[str, Any]:
         """Returns the manifest of the round; empty if there is none."""

@@ -129,9 +129,9 @@ class RowFormat:
             if entry == "token_ids":
                 is_each = is_each and any(isinstance(one, (list, tuple)) for one in values)
             each = values if is_each else [values] * num_answers
-            is_list_of_scores = is_each or name in _ENTRIES  # "scores" is a list
-            if is_score and name != self.score and (not is_list_of_scores or any(map(_is_nested_value, each))):
-                continue  # of the prompt
+            may_be_scores = is_each or name in _ENTRIES  # one value named "scores" is a column of the prompt
+            if is_score and name != self.score and (not may_be_scores or any(map(_is_nested_value, each))):
+                continue
             if len(each) != num_answers and (name == self.score or (is_list and name not in _ENTRIES)):
                 raise ValueError(f"it has {num_answers} completions and {len(each)} {name}")
             if len(each) == num_answers and (is_each or num_answers == 1 or not is_list):

@@ -258,11 +258,8 @@ def open_round(store: CandidateStore, plan: RoundPlan, prompts: PromptSet) -> No
 
 def _by_attempt(store: CandidateStore) -> tuple[list[Path], list[Path]]:
     """The shards of the first attempt, and the files of later ones."""
-    paths = store.shards()
-    is_first = [path.name.startswith("attempt-00") for path in paths]
-    return [path for path, first in zip(paths, is_first) if first], [
-        path for path, first in zip(paths, is_first) if not first
-    ]
+    first = [path for path in store.shards() if path.name.startswith("attempt-00")]
+    return first, [path for path in store.shards() if path not in first]
 
 
 def _discard_scores(store: CandidateStore, changed: Sequence[str], prompts: PromptSet) -> None:

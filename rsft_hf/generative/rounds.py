@@ -326,11 +326,7 @@ class RoundRunner:
         keys = set()
         for number in range(round_number):
             store = self.store(number)
-            if not store.manifest():
-                raise RuntimeError(
-                    f"{store.directory} is gone, whose accepted candidates are looked at by "
-                    "Deduplicate(across_rounds=True). Put it back, or set across_rounds=False."
-                )
+            store.require("looked at by Deduplicate(across_rounds=True)", "across_rounds=False")
             columns = store.columns(("prompt_id", "duplicate_key", "is_accepted"))
             keys |= {
                 (prompt, key)

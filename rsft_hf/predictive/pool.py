@@ -176,11 +176,15 @@ def write_round(directory: Path, number: int, columns: Mapping[str, Sequence[Any
     folder = directory / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob("round-*.parquet"):
-        if int(file.stem.removeprefix("round-")) > number:
+        if _round_of(file) > number:
             file.unlink()
     draft = folder / f"round-{number:03d}.incomplete"
     pq.write_table(pa.table({"round": [number] * len(columns["row"]), **columns}), draft)
     draft.replace(draft.with_suffix(".parquet"))
+
+
+def _round_of(file: Path) -> int:
+    return int(file.stem.removeprefix("round-"))
 
 
 def load_pseudo_labels(directory: Path | str, only_accepted: bool = True) -> datasets.Dataset:
@@ -197,7 +201,7 @@ def load_pseudo_labels(directory: Path | str, only_accepted: bool = True) -> dat
     Raises:
         FileNotFoundError: If there are none.
     """
-    files = sorted((Path(directory) / FOLDER).glob("round-*.parquet"), key=lambda file: int(file.stem[6:]))
+    files = sorted((Path(directory) / FOLDER).glob("round-*.parquet"), key=_round_of)
     if not files:
         raise FileNotFoundError(f"{Path(directory) / FOLDER} holds no round. Give the `output_dir` of a run.")
     parts = [datasets.Dataset.from_parquet(str(file)) for file in files]

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rsft_hf.isolation import copied_containers
 from rsft_hf.rewards.contract import (
     CONTRACT,
     WITHHELD,
@@ -186,15 +187,8 @@ def _own(keywords: dict[str, Any]) -> dict[str, Any]:
     """Copies of the lists, and of the messages and tokens in them: what a function changes is trained on otherwise."""
     own = {name: list(values) if isinstance(values, list) else values for name, values in keywords.items()}
     for name in ("prompts", "completions", "completion_ids"):
-        own[name] = [_copied(one) for one in own[name]]
+        own[name] = copied_containers(own[name])
     return own
-
-
-def _copied(value: Any) -> Any:
-    """A copy of lists and mappings in each other; what they hold in the end, such as an image, is shared."""
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 def _call(function: RewardFunction, name: str, log: _Log, keywords: dict[str, Any]) -> Any:

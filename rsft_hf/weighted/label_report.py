@@ -13,8 +13,9 @@ from transformers.utils import logging
 
 from rsft_hf.checkpointing import load_state, state_directory
 from rsft_hf.checks import check_interval
+from rsft_hf.training_set import LABEL_COLUMNS
 from rsft_hf.weighted.label_margins import LabelMargins
-from rsft_hf.weighted.labels import IGNORED, LABEL_COLUMNS, StoredLabels, stored_labels
+from rsft_hf.weighted.labels import IGNORED, StoredLabels, stored_labels
 
 logger = logging.get_logger(__name__)
 
@@ -330,8 +331,9 @@ class LabelReport:
         """
         self._check_length(dataset)
         column = self._label_column(dataset)
-        if column is not None and self._stored(dataset, column) is not None:
-            self._check_labels(dataset)
+        stored, _ = self._read(dataset, column)
+        if stored is not None:
+            self._compare(dataset, column, stored)
 
     def drop(self, dataset: datasets.Dataset, threshold: float = 0.5) -> datasets.Dataset:
         """Returns the data set without the labels that are wrong with a probability above `threshold`.
@@ -383,8 +385,8 @@ class LabelReport:
         self, dataset: datasets.Dataset, is_changed: torch.Tensor, values: torch.Tensor
     ) -> datasets.Dataset:
         """The data set with other values for the changed labels, all of shape (L,)."""
-        column = self._check_labels(dataset)
-        labels, codes = list(dataset.with_format(None)[column]), self._codes(dataset, column)
+        column, codes = self._check_labels(dataset)
+        labels = list(dataset.with_format(None)[column])
         places: dict[int, list[int]] = {}
         for at in is_changed.nonzero().flatten().tolist():
             row, value = int(self.rows[at]), int(values[at])
@@ -404,7 +406,21 @@ class LabelReport:
     def _label_column(self, dataset: datasets.Dataset) -> str | None:
         return next((name for name in (self._column, *LABEL_COLUMNS) if name in dataset.column_names), None)
 
-    def _codes(self, dataset: datasets.Dataset, column: str) -> list[Any] | None:
+    def _read(self, dataset: datasets.Dataset, column: str | None) -> tuple[StoredLabels | None, list[Any] | None]:
+        """The labels of a column by number of class, None if it holds none, and what it holds for each class.
+
+        The latter is None where that is the number of the class.
+        """
+        if column is None:
+            return None, None
+        stored = stored_labels(dataset, column)
+        if (codes := self._codes(dataset, column, stored)) is None:
+            return stored, None
+        numbers = {code: number for number, code in enumerate(codes)}
+        values = torch.tensor([numbers[code] for code in dataset.with_format(None)[column]])
+        return StoredLabels("class", values, torch.ones_like(values)), codes
+
+    def _codes(self, dataset: datasets.Dataset, column: str, stored: StoredLabels | None) -> list[Any] | None:
         """What a column holds for each class, where it names them otherwise than by their number; else None."""
         if self._names is None or self.kind != "class":
             return None
@@ -414,29 +430,19 @@ class LabelReport:
             codes = [feature.names.index(name) for name in names if name in feature.names]
         elif (dtype := str(getattr(feature, "dtype", ""))).endswith("string"):
             codes = names
-        elif self._is_by_number(dataset, column):
+        elif stored is not None and self._is_by_number(stored):
             return None
         elif dtype.startswith("int") and all(name.removeprefix("-").isdecimal() for name in names):
             codes = [int(name) for name in names]
         is_named = len(codes) == len(names) and set(dataset.unique(column)) <= set(codes)
         return codes if is_named else None
 
-    def _is_by_number(self, dataset: datasets.Dataset, column: str) -> bool:
-        """Whether a column holds the very numbers that were trained on."""
-        stored, is_read = stored_labels(dataset, column), self.labels >= 0
-        return (
-            stored is not None
-            and torch.equal(stored.num_per_row, self._num_per_row)
-            and torch.equal(stored.values[is_read], self.labels[is_read])
+    def _is_by_number(self, stored: StoredLabels) -> bool:
+        """Whether the labels are the very numbers that were trained on."""
+        is_read = self.labels >= 0
+        return torch.equal(stored.num_per_row, self._num_per_row) and torch.equal(
+            stored.values[is_read], self.labels[is_read]
         )
-
-    def _stored(self, dataset: datasets.Dataset, column: str) -> StoredLabels | None:
-        """The labels of a column by number of class; None if it holds neither these nor their names."""
-        if (codes := self._codes(dataset, column)) is None:
-            return stored_labels(dataset, column)
-        numbers = {code: number for number, code in enumerate(codes)}
-        values = torch.tensor([numbers[code] for code in dataset.with_format(None)[column]])
-        return StoredLabels("class", values, torch.ones_like(values))
 
     def _check_length(self, dataset: Any) -> None:
         if not isinstance(dataset, datasets.Dataset):
@@ -447,11 +453,16 @@ class LabelReport:
                 "set, or one with the same rows in the same order."
             )
 
-    def _check_labels(self, dataset: datasets.Dataset) -> str:
-        """The name of the label column, after comparing its labels with those of the report."""
+    def _check_labels(self, dataset: datasets.Dataset) -> tuple[str, list[Any] | None]:
+        """The label column and what it holds for each class, after comparing its labels with the report's."""
         self._check_length(dataset)
         column = self._label_column(dataset)
-        stored = None if column is None else self._stored(dataset, column)
+        stored, codes = self._read(dataset, column)
+        self._compare(dataset, column, stored)
+        return str(column), codes
+
+    def _compare(self, dataset: datasets.Dataset, column: str | None, stored: StoredLabels | None) -> None:
+        """Raises ValueError unless a column holds the labels of the report."""
         kinds = {self.kind, "token"} if self.kind == "multi_label" else {self.kind}
         if column is None or stored is None or stored.kind not in kinds:
             raise ValueError(
@@ -471,4 +482,3 @@ class LabelReport:
                 f"Row {int(self.rows[at])} of `dataset` has the label {int(stored.values[at])} and was trained on with "
                 f"{int(self.labels[at])}. Pass the training set, or one with the same rows in the same order."
             )
-        return column

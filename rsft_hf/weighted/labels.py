@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 import torch
 from transformers import Trainer
 
+from rsft_hf.training_set import LABEL_COLUMNS
+
 IGNORED = -100
-LABEL_COLUMNS = ("labels", "label")
 _MAX_CLASSES = 10_000  # larger integers are no classes
 
 

@@ -170,7 +170,7 @@ class LossSource:
                 "`per_example_loss`."
             )
         self.ledger.record(rows, losses, recording.row_margins())
-        if (labelled := recording.label_choices()) is not None:
+        if (labelled := recording.label_choices) is not None:
             self.label_margins.record(rows, *labelled)
 
     def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

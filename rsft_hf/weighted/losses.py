@@ -14,6 +14,7 @@ computation of a batch's loss: the calls of a criterion, the model's outputs, th
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
@@ -106,11 +107,12 @@ class Recording:
 
     def row_margins(self) -> torch.Tensor | None:
         """Returns the margin of the label of each row, shape (num_rows,); None unless each row has one, of classes."""
-        choices, _ = self.label_choices() or (None, None)
+        choices, _ = self.label_choices or (None, None)
         return None if choices is None or len(choices.margins) != self.capture.num_rows else choices.margins
 
+    @functools.cached_property
     def label_choices(self) -> tuple[Choices, torch.Tensor] | None:
-        """Returns the labels against the model's other choices, and which elements have a label; None if unknown."""
+        """The labels against the model's other choices, and which elements have a label; None if unknown."""
         if len(self.calls) == 1 and (choices := self.calls[0].choices) is not None:
             return choices, self.calls[0].normalisers > 0
         logits, labels = logits_of(self.outputs), self.labels

@@ -87,18 +87,18 @@ def find_reading(
         single = find_reading(trainer, model, dataset, collate, batch_size=1, seed=seed)
         return dataclasses.replace(single, is_scored_singly=True)
     is_half = trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype != torch.float32
-    others = lambda: _some_batches(dataset, collate, num_verified, width, seed)  # noqa: E731
+    others = _some_batches(dataset, collate, num_verified, width, seed)
     if not _is_joined(batch, width):
         if reading := _matching_reading(recording, expected, width, is_half):
             reading = dataclasses.replace(reading, is_collator_random=is_random)
-            return _verified(trainer, model, reading, (scalar, recording, width), others(), is_half)
+            return _verified(trainer, model, reading, (scalar, recording, width), others, is_half)
         # Sliced from the batch, the rows keep its padding: a match now means that the loss depends on the padding.
         sliced, _ = _single_losses(trainer, model, [slice_rows(batch, row, width) for row in range(width)])
         if reading := _matching_reading(recording, sliced, width, is_half):
             _warn_of_batches_of_one("The loss of an example depends on the padding of its batch", "Pad all rows alike")
             return dataclasses.replace(reading, is_scored_singly=True, is_collator_random=is_random)
     if _is_constant(expected):
-        _validate_others(trainer, model, others(), lambda example: _collate([example], collate, seed))
+        _validate_others(trainer, model, others, lambda example: _collate([example], collate, seed))
     _warn_of_batches_of_one(_NO_MEAN, "Pass `per_example_loss`")
     return Reading("single", is_collator_random=is_random)
 
