@@ -18,17 +18,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import transformers as hf
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 from sklearn.metrics import accuracy_score, f1_score
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    EvalPrediction,
-    HfArgumentParser,
-    TrainingArguments,
-    set_seed,
-)
 
 from rsft_hf import PredictionResampler, RejectionSamplingTrainer
 from rsft_hf.predictive import Sharpened
@@ -62,24 +54,30 @@ class ScriptArguments:
     temperature: float = field(default=0.5, metadata={"help": "Of the target: 1 is the prediction, 0 its best class."})
 
 
+def load_file(path: str) -> Dataset:
+    """Returns the rows of a CSV, JSONL or Parquet file."""
+    return load_dataset({".csv": "csv", ".parquet": "parquet"}.get(Path(path).suffix, "json"), data_files=path)["train"]
+
+
 def load_splits(script: ScriptArguments, seed: int) -> DatasetDict:
     """Returns the splits "train", "unlabelled" and "test" with the columns `text` and `labels` (class ids)."""
     if script.train_file is None:
         names = {"train": script.train_split, "test": script.validation_split}
         splits = DatasetDict(load_dataset(script.dataset_name, script.dataset_config, split=names))
     else:
-        kind = {".csv": "csv", ".parquet": "parquet"}.get(Path(script.train_file).suffix, "json")
-        splits = load_dataset(kind, data_files={"train": script.train_file, "test": script.validation_file})
+        splits = DatasetDict(train=load_file(script.train_file), test=load_file(script.validation_file))
     names = {script.text_column: "text", script.label_column: "labels"}
     splits = splits.select_columns(list(names)).rename_columns(names)
     if not isinstance(splits["train"].features["labels"], ClassLabel):
         splits = splits.cast_column("labels", Value("string"))
         splits["train"] = splits["train"].class_encode_column("labels")
+    if not isinstance(splits["test"].features["labels"], ClassLabel):
         splits["test"] = splits["test"].cast_column("labels", splits["train"].features["labels"])
+    elif (names := splits["train"].features["labels"].names) != splits["test"].features["labels"].names:
+        splits["test"] = splits["test"].align_labels_with_mapping({one: k for k, one in enumerate(names)}, "labels")
     if script.unlabelled_file is not None:
-        kind = {".csv": "csv", ".parquet": "parquet"}.get(Path(script.unlabelled_file).suffix, "json")
-        rows = load_dataset(kind, data_files=script.unlabelled_file, split="train")
-        splits["unlabelled"] = rows.select_columns(script.text_column).rename_columns({script.text_column: "text"})
+        rows = load_file(script.unlabelled_file).select_columns(script.text_column)
+        splits["unlabelled"] = rows.rename_columns({script.text_column: "text"})
     else:
         rows, counts = splits["train"].shuffle(seed), Counter()
         few = [counts.update([label]) or counts[label] <= script.num_per_class for label in rows["labels"]]
@@ -90,34 +88,34 @@ def load_splits(script: ScriptArguments, seed: int) -> DatasetDict:
     return splits
 
 
-def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+def compute_metrics(prediction: hf.EvalPrediction) -> dict[str, float]:
     """Returns accuracy and macro F1."""
     classes, labels = prediction.predictions.argmax(-1), prediction.label_ids
     return {"accuracy": accuracy_score(labels, classes), "macro_f1": f1_score(labels, classes, average="macro")}
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    parser = HfArgumentParser((ScriptArguments, TrainingArguments))
+    parser = hf.HfArgumentParser((ScriptArguments, hf.TrainingArguments))
     parser.set_defaults(num_train_epochs=30, learning_rate=5e-5, per_device_train_batch_size=16)
     parser.set_defaults(logging_strategy="epoch", save_strategy="epoch", save_total_limit=1)
     script, args = parser.parse_args_into_dataclasses(argv)
     if (script.train_file is None) != (script.validation_file is None):
         raise ValueError("`--train_file` and `--validation_file` go together: give both, or none for `--dataset_name`.")
-    set_seed(args.seed)
+    hf.set_seed(args.seed)
 
     # 1. Data set and model
     splits = load_splits(script, args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(script.config_name or script.model_name_or_path)
+    tokenizer = hf.AutoTokenizer.from_pretrained(script.config_name or script.model_name_or_path)
 
     def encode(batch: dict[str, list[str]]) -> Dataset:
         return tokenizer(batch["text"], truncation=True, max_length=script.max_length)
 
     with args.main_process_first(desc="tokenizing"):
         encoded = splits.map(encode, batched=True, remove_columns="text")
-    names, load = splits["train"].features["labels"].names, AutoModelForSequenceClassification
+    names, load = splits["train"].features["labels"].names, hf.AutoModelForSequenceClassification
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
     path = script.config_name or script.model_name_or_path
-    config = AutoConfig.from_pretrained(path, num_labels=len(names), **labels)
+    config = hf.AutoConfig.from_pretrained(path, num_labels=len(names), **labels)
     model = load.from_config(config) if script.config_name else load.from_pretrained(path, config=config)
 
     # 2. Train: each epoch the surer half of each class is proposed a label, y ~ q, which is accepted with p / (M q)

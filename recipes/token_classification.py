@@ -18,19 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import transformers as hf
 from datasets import ClassLabel, DatasetDict, load_dataset
 from seqeval.metrics import f1_score as entity_f1_score
 from sklearn.metrics import accuracy_score, f1_score
-from transformers import (
-    AutoConfig,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    DataCollatorForTokenClassification,
-    EvalPrediction,
-    HfArgumentParser,
-    TrainingArguments,
-    set_seed,
-)
 
 from rsft_hf import LossResampler, RejectionSamplingTrainer, Tempered
 
@@ -53,7 +44,7 @@ class ScriptArguments:
     config_name: str | None = field(
         default=None, metadata={"help": "Folder of a configuration and tokenizer, to train from random weights."}
     )
-    max_length: int = field(default=128, metadata={"help": "Tokens read of a sentence."})
+    max_length: int = field(default=128, metadata={"help": "Tokens of a row; a longer sentence is several."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Number of training rows, chosen at random."})
     alpha: float | None = field(
         default=None, metadata={"help": "Weight of a row = loss ** alpha; the safe rule if not."}
@@ -66,50 +57,58 @@ def load_splits(script: ScriptArguments) -> tuple[DatasetDict, list[str]]:
         names = {"train": script.train_split, "test": script.validation_split}
         splits = DatasetDict(load_dataset(script.dataset_name, script.dataset_config, split=names))
     else:
-        kind = "parquet" if script.train_file.endswith(".parquet") else "json"
-        splits = load_dataset(kind, data_files={"train": script.train_file, "test": script.validation_file})
+        splits = DatasetDict()
+        for name, file in (("train", script.train_file), ("test", script.validation_file)):  # each by its own schema
+            splits[name] = load_dataset("parquet" if file.endswith(".parquet") else "json", data_files=file)["train"]
     columns = {script.token_column: "tokens", script.label_column: "tags"}
     splits = splits.select_columns(list(columns)).rename_columns(columns)
-    element = splits["train"].features["tags"].feature
-    if isinstance(element, ClassLabel):
-        return splits, element.names
+    is_named = isinstance(splits["train"].features["tags"].feature, ClassLabel)
     names = sorted({str(tag) for tags in splits["train"]["tags"] for tag in tags} - {"-100"})
-    number = {"-100": -100} | {name: place for place, name in enumerate(names)}  # another tag raises
-    return splits.map(lambda row: {"tags": [number[str(tag)] for tag in row["tags"]]}), names
+    names = splits["train"].features["tags"].feature.names if is_named else names
+    numbers = {"-100": -100} | {name: number for number, name in enumerate(names)}
+    for split, rows in splits.items():  # by names: those of held-out rows may have another order; an unknown one raises
+        known = dict(enumerate(getattr(rows.features["tags"].feature, "names", names if is_named else [])))
+        tags = [[numbers[str(known.get(tag, tag))] for tag in tags] for tags in rows["tags"]]
+        splits[split] = rows.remove_columns("tags").add_column("tags", tags)
+    return splits, names
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    parser = HfArgumentParser((ScriptArguments, TrainingArguments))
+    parser = hf.HfArgumentParser((ScriptArguments, hf.TrainingArguments))
     parser.set_defaults(num_train_epochs=3, learning_rate=5e-5, per_device_train_batch_size=32)
     parser.set_defaults(logging_strategy="epoch", save_strategy="epoch", save_total_limit=1)
     script, args = parser.parse_args_into_dataclasses(argv)
     if (script.train_file is None) != (script.validation_file is None):
         raise ValueError("`--train_file` and `--validation_file` go together: give both, or none for `--dataset_name`.")
-    set_seed(args.seed)
+    hf.set_seed(args.seed)
 
-    # 1. Data set: the first token of a word has its tag, the others none
+    # 1. Data set: the first token of a word has its tag, the others none; a long sentence is several rows
     splits, names = load_splits(script)
     if script.max_train_samples is not None and script.max_train_samples < len(splits["train"]):
         splits["train"] = splits["train"].shuffle(args.seed).select(range(script.max_train_samples))
-    tokenizer = AutoTokenizer.from_pretrained(script.config_name or script.model_name_or_path)
+    tokenizer = hf.AutoTokenizer.from_pretrained(script.config_name or script.model_name_or_path)
 
-    def encode(row: dict[str, Any]) -> dict[str, list[int]]:
-        encoded = tokenizer(row["tokens"], is_split_into_words=True, truncation=True, max_length=script.max_length)
-        words = encoded.word_ids()
-        is_first = [word is not None and word != before for before, word in zip([None, *words], words, strict=False)]
-        labels = [row["tags"][word] if first else -100 for word, first in zip(words, is_first, strict=True)]
+    def encode(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+        options = {"truncation": True, "max_length": script.max_length, "return_overflowing_tokens": True}
+        encoded, labels, seen = tokenizer(batch["tokens"], is_split_into_words=True, **options), [], set()
+        for window, row in enumerate(encoded.pop("overflow_to_sample_mapping")):
+            labels.append([])
+            for word in encoded.word_ids(window):
+                is_first = word is not None and (row, word) not in seen
+                seen.add((row, word))
+                labels[-1].append(batch["tags"][row][word] if is_first else -100)
         return {**encoded, "labels": labels}
 
     with args.main_process_first(desc="tokenizing"):
-        splits = splits.map(encode, remove_columns=["tokens", "tags"])
+        splits = splits.map(encode, batched=True, remove_columns=["tokens", "tags"])
 
     # 2. Model
-    path, load = script.config_name or script.model_name_or_path, AutoModelForTokenClassification
+    path, load = script.config_name or script.model_name_or_path, hf.AutoModelForTokenClassification
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
-    config = AutoConfig.from_pretrained(path, num_labels=len(names), **labels)
+    config = hf.AutoConfig.from_pretrained(path, num_labels=len(names), **labels)
     model = load.from_config(config) if script.config_name else load.from_pretrained(path, config=config)
 
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    def compute_metrics(prediction: hf.EvalPrediction) -> dict[str, float]:
         is_tagged = prediction.label_ids != -100
         found, true = prediction.predictions.argmax(-1), prediction.label_ids
         metrics = {"accuracy": accuracy_score(true[is_tagged], found[is_tagged])}
@@ -126,7 +125,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         LossResampler() if is_safe else LossResampler(Tempered(script.alpha), losses="training", warmup_epochs=1)
     )
     data = {"train_dataset": splits["train"], "eval_dataset": splits["test"], "processing_class": tokenizer}
-    collator = DataCollatorForTokenClassification(tokenizer)
+    collator = hf.DataCollatorForTokenClassification(tokenizer)
     trainer = RejectionSamplingTrainer(
         model, args, collator, compute_metrics=compute_metrics, resampler=resampler, **data
     )

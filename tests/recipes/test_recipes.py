@@ -148,7 +148,7 @@ def test_labels_that_are_integers_keep_their_names(tmp_path: Path) -> None:
     assert config.id2label == {0: "1", 1: "2", 2: "3"}
 
 
-@pytest.mark.parametrize("name", ["imdb_sentiment", "topic_classification"])
+@pytest.mark.parametrize("name", ["imdb_sentiment", "topic_classification", "self_training"])
 def test_held_out_classes_in_another_order_are_those_of_the_same_names(tmp_path: Path, name: str) -> None:
     words = {"good": "fine", "bad": "awful"}
     for split, names in (("train", ["bad", "good"]), ("test", ["good", "bad"])):
@@ -157,8 +157,29 @@ def test_held_out_classes_in_another_order_are_those_of_the_same_names(tmp_path:
         dataset.to_parquet(str(tmp_path / f"{split}.parquet"))
     paths = {"train_file": tmp_path / "train.parquet", "validation_file": tmp_path / "test.parquet"}
     options = {"config_name": DATA / "reviews" / "model", "num_train_epochs": 12, "learning_rate": 3e-3, **paths}
+    if name == "self_training":
+        options |= {"num_per_class": 8, "per_device_train_batch_size": 4}
     result = run(name, tmp_path / "out", **options)
     assert result["after"]["after_accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("names", [["O", "B-day"], ["B-day", "O"], None])
+def test_held_out_tags_are_those_of_the_same_names(tmp_path: Path, names: list[str] | None) -> None:
+    tags = ["O", "B-day"] * 4
+    wrong = tags[:3] + tags[:5]  # of a long sentence the last five words, which other rows of three tokens hold
+    for split, order, long_tags in (("train", ["O", "B-day"], tags), ("test", names, wrong)):
+        rows = [
+            {"tokens": ["play", "tomorrow"], "tags": tags[:2]},
+            {"tokens": ["play", "tomorrow"] * 4, "tags": long_tags},
+        ]
+        dataset = datasets.Dataset.from_list(rows * 8)
+        if order:
+            dataset = dataset.cast_column("tags", datasets.List(datasets.ClassLabel(names=order)))
+        dataset.to_parquet(str(tmp_path / f"{split}.parquet"))
+    result = run("token_classification", tmp_path / "out", config_name=DATA / "commands" / "model",
+                 train_file=tmp_path / "train.parquet", validation_file=tmp_path / "test.parquet", max_length=5,
+                 label_column="tags", num_train_epochs=12, learning_rate=3e-3)  # fmt: skip
+    assert result["after"]["after_accuracy"] == 0.5
 
 
 def test_translation(tmp_path: Path) -> None:
