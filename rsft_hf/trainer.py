@@ -241,7 +241,8 @@ class RejectionSamplingMixin(_Base):
                 f"{method}() got {', '.join(kwargs)}, which held-out prompts do not use. Pass "
                 "CandidateResampler(eval_generation_config=GenerationConfig(...))."
             )
-        if not self.is_in_train and (self._bound_dataset is None or vars(self.resampler).get("_bound_to") != id(self)):
+        is_bound = self._bound_dataset is not None and vars(self.resampler).get("_bound_to") == self._binding
+        if not self.is_in_train and not is_bound:
             self._sampler = None
             self._epoch_sampler()  # binds the resampler
         start = time.perf_counter()
@@ -360,8 +361,13 @@ class RejectionSamplingMixin(_Base):
     def _bound_rows(self) -> Any:
         """The rows of the resampler after binding it to this trainer, from which another one may have taken it."""
         rows = self.resampler.bind(self)
-        vars(self.resampler)["_bound_to"] = id(self)
+        vars(self.resampler)["_bound_to"] = self._binding
         return rows
+
+    @property
+    def _binding(self) -> tuple[int, int]:
+        # Held-out prompts are answered by this model, which may be exchanged after training.
+        return id(self), id(unwrapped(self.model))
 
     def _num_skipped_batches(self, loader: DataLoader[Any]) -> int:
         """Micro-batches of the resumed epoch that Trainer skips."""

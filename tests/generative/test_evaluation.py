@@ -64,6 +64,8 @@ def test_a_resampler_answers_with_the_model_of_the_trainer_that_asks(tmp_path: P
     assert expected[0] != expected[1]
     for number in (0, 1, 0, 1):
         assert list(trainers[number].predict(HELD_OUT).predictions) == expected[number]
+    trainers[0].model = models[1]  # after training, Trainer's own evaluation would take it
+    assert list(trainers[0].predict(HELD_OUT).predictions) == expected[1]
 
 
 def test_evaluating_moves_neither_weights_nor_training(tmp_path: Path) -> None:
