@@ -36,6 +36,7 @@ class ScriptArguments:
     validation_split: str = field(default="test", metadata={"help": "Held-out split."})
     train_file: str | None = field(default=None, metadata={"help": "JSONL or Parquet file of pairs."})
     validation_file: str | None = field(default=None, metadata={"help": "Such a file of held-out pairs."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of what they answer, if there is one."})
     chosen_column: str = field(default="chosen", metadata={"help": "Column of the better answers."})
     rejected_column: str = field(default="rejected", metadata={"help": "Column of the worse answers."})
     model_name_or_path: str = field(default="microsoft/deberta-v3-small", metadata={"help": "Pretrained encoder."})
@@ -68,26 +69,27 @@ def load_pairs(script: ScriptArguments, split: str, file: str | None, tokenizer:
     def turns(part: Any, role: str) -> list[dict[str, str]]:
         return [{"role": role, "content": part}] if isinstance(part, str) else part or []
 
-    def encode(row: dict[str, Any]) -> dict[str, Any]:
-        texts = {}
+    def encode(row: dict[str, Any], number: int) -> dict[str, Any]:
+        texts = {"row": number}
         for name, column in (("chosen", script.chosen_column), ("rejected", script.rejected_column)):
             messages = turns(row[column], "assistant")
             if messages[0]["role"] == "assistant":  # and not the whole conversation, beside its prompt
-                messages = turns(row.get("prompt"), "user") + messages
+                messages = turns(row.get(script.prompt_column), "user") + messages
             texts[f"{name}_text"] = tokenizer.apply_chat_template(messages, tokenize=False)
             texts[f"{name}_ids"] = tokenizer(texts[f"{name}_text"], add_special_tokens=False)["input_ids"]
         return texts
 
-    pairs = dataset.map(encode, remove_columns=dataset.column_names)  # cut off, both answers might be the same
-    return pairs.filter(lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= script.max_length)
+    pairs = dataset.map(encode, with_indices=True, remove_columns=dataset.column_names)
+    limit = script.max_length  # cut off, both answers might be the same
+    kept = pairs.filter(lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= limit)
+    print(f"{len(pairs) - len(kept)} of {len(pairs)} pairs are longer than {limit} tokens, and left out.")
+    return kept
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser = hf.HfArgumentParser((ScriptArguments, hf.TrainingArguments))
     parser.set_defaults(num_train_epochs=2, learning_rate=2e-5, per_device_train_batch_size=16)
-    parser.set_defaults(
-        logging_strategy="epoch", save_strategy="epoch", save_total_limit=1, remove_unused_columns=False
-    )
+    parser.set_defaults(logging_strategy="epoch", save_strategy="epoch", save_total_limit=1)
     script, args = parser.parse_args_into_dataclasses(argv)
     if (script.train_file is None) != (script.validation_file is None):
         raise ValueError("`--train_file` and `--validation_file` go together: give both, or none for `--dataset_name`.")
@@ -111,11 +113,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         return {**tokenizer.pad({"input_ids": ids}, return_tensors="pt"), "labels": torch.ones(len(rows))}
 
     # 2. Model: one logit, the reward
-    config = hf.AutoConfig.from_pretrained(script.config_name or script.model_name_or_path, num_labels=1)
-    if script.config_name is None:
-        model = hf.AutoModelForSequenceClassification.from_pretrained(script.model_name_or_path, config=config)
-    else:
-        model = hf.AutoModelForSequenceClassification.from_config(config)
+    path, load = script.config_name or script.model_name_or_path, hf.AutoModelForSequenceClassification
+    config = hf.AutoConfig.from_pretrained(path, num_labels=1)
+    model = load.from_config(config) if script.config_name else load.from_pretrained(path, config=config)
 
     # 3. Train: the weights of an epoch's pairs are their losses to the power of alpha
     trainer = PairwiseTrainer(
@@ -136,9 +136,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     trainer.save_model()
     if trainer.is_world_process_zero():
         suspects = trainer.resampler.suspects(script.num_suspects)
-        texts = pairs.select(suspects["row"]).select_columns(["chosen_text", "rejected_text"])
-        for name in ("excess_loss", "row"):
-            texts = texts.add_column(name, suspects[name][:])
+        texts = pairs.select(suspects["row"]).select_columns(["chosen_text", "rejected_text", "row"])
+        texts = texts.add_column("excess_loss", suspects["excess_loss"][:])
         texts.to_csv(str(Path(args.output_dir) / "suspects.csv"))
         print(f"\n{'':10}{'before':>8}{'after':>8}")
         print(f"{'accuracy':10}{before['before_accuracy']:8.3f}{after['after_accuracy']:8.3f}")

@@ -216,7 +216,7 @@ def test_reward_model(judge: Path) -> None:
     assert isinstance(rate("[CLS] is chess hard ? [SEP] endgames win matches . [SEP]")[0]["score"], float)
     with (judge / "suspects.csv").open(encoding="utf-8") as file:
         suspects = list(csv.DictReader(file))
-    assert [list(row) for row in suspects] == [["chosen_text", "rejected_text", "excess_loss", "row"]] * 5
+    assert [list(row) for row in suspects] == [["chosen_text", "rejected_text", "row", "excess_loss"]] * 5
 
 
 def test_topic_classification(tmp_path: Path) -> None:
@@ -429,12 +429,12 @@ def test_a_data_set_by_name_with_its_own_columns_and_splits(tmp_path: Path, name
 
 @pytest.mark.parametrize("has_prompt", [False, True])
 def test_reward_model_reads_texts_of_other_columns(tmp_path: Path, has_prompt: bool) -> None:
-    prompt = {"prompt": "is chess hard ?"} if has_prompt else {}
+    prompt = {"question": "is chess hard ?"} if has_prompt else {}
     rows = [{**prompt, "better": "endgames win matches .", "worse": "i like soup ."}] * 8
     path = data_set(tmp_path / "data", train=rows[:4], validation=rows)
     run("reward_model", tmp_path / "out", config_name=DATA / "dialogues" / "reward_model", num_train_epochs=2,
         dataset_name=path, train_split="validation", validation_split="train", chosen_column="better",
-        rejected_column="worse")  # fmt: skip
+        rejected_column="worse", prompt_column="question")  # fmt: skip
     with (tmp_path / "out" / "suspects.csv").open(encoding="utf-8") as file:
         text = next(csv.DictReader(file))["chosen_text"]
     assert text.split("[SEP]")[-2].removeprefix("[CLS]").strip() == "endgames win matches ."
@@ -445,11 +445,13 @@ def test_reward_model_takes_whole_conversations_beside_their_prompt_and_leaves_o
     talk = lambda text: [{"role": "user", "content": "is chess hard ?"}, {"role": "assistant", "content": text}]  # noqa: E731
     short = {"prompt": "is chess hard ?", "chosen": talk("endgames win ."), "rejected": talk("i like soup .")}
     long = {"prompt": "is " * 50, "chosen": talk("endgames win . " * 30), "rejected": talk("i like soup . " * 30)}
-    path = data_set(tmp_path / "data", train=[short] * 4, test=[short] * 3 + [long] * 3)
+    path = data_set(tmp_path / "data", train=[long] + [short] * 4, test=[short] * 3 + [long] * 3)
     result = run("reward_model", tmp_path / "out", config_name=DATA / "dialogues" / "reward_model", num_train_epochs=8,
                  dataset_name=path, learning_rate=3e-3, max_length=40)  # fmt: skip
     with (tmp_path / "out" / "suspects.csv").open(encoding="utf-8") as file:
-        assert next(csv.DictReader(file))["chosen_text"].count("is chess hard ?") == 1
+        suspects = list(csv.DictReader(file))
+    assert suspects[0]["chosen_text"].count("is chess hard ?") == 1
+    assert {row["row"] for row in suspects} == {"1", "2", "3", "4"}  # in the data set
     assert result["after"]["after_accuracy"] == 1.0  # of the pairs that fit
 
 
