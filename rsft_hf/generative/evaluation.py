@@ -19,12 +19,11 @@ from rsft_hf.engines.generation_config import held_out_config
 from rsft_hf.generative.candidates import Candidate
 from rsft_hf.generative.config import CandidateConfig
 from rsft_hf.generative.generation import Generator, Sampling
-from rsft_hf.generative.metrics import distinct_n
+from rsft_hf.generative.metrics import distinct_n, weighted_means
 from rsft_hf.generative.prompts import PromptSet, column_names
 from rsft_hf.generative.selection import score_candidates
 from rsft_hf.generative.validation import prompt_set, readable_prompts
 from rsft_hf.resampler import Predictions
-from rsft_hf.rewards.functions import RewardFunctions
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +47,8 @@ def predict_prompts(
 
     Returns:
         The metrics are `reward` (the selecting functions' weighted sum), `rewards/<name>/mean` (of all functions),
-        `length` (tokens), `truncated`, `distinct_1`, `distinct_2`, and what `compute_metrics` returns.
+        `length` (tokens), `truncated`, `distinct_1`, `distinct_2`, what functions logged with `log_metric`, and what
+        `compute_metrics` returns.
 
     Raises:
         ValueError: If `compute_metrics` fails on texts.
@@ -60,18 +60,19 @@ def predict_prompts(
     with FailTogether(accelerator, "evaluating"):
         for start in range(0, len(own), _PROMPTS_AT_ONCE):
             candidates += generator(prompts, own[start : start + _PROMPTS_AT_ONCE], sampling)
-        judged = _scored(config.functions, candidates, trainer.state)
+        logged = score_candidates(candidates, config.functions, trainer.state).metrics
         if config.eval_functions is not None:
-            rewards = [candidate.reward for candidate in candidates]
-            extra = _scored(config.eval_functions, candidates, trainer.state)
-            for row, candidate in enumerate(candidates):
-                candidate.rewards = judged[row] | extra[row]
-                candidate.reward = rewards[row]
+            judged = [(candidate.reward, candidate.rewards) for candidate in candidates]
+            logged |= score_candidates(candidates, config.eval_functions, trainer.state).metrics
+            for candidate, (reward, rewards) in zip(candidates, judged, strict=True):
+                candidate.reward, candidate.rewards = reward, rewards | candidate.rewards
+    parts = gather_lists(accelerator, [(logged, len(candidates))])
     candidates = sorted(gather_lists(accelerator, candidates), key=lambda candidate: candidate.prompt_id)
     texts = [candidate.text for candidate in candidates]
     references = [candidate.row.get(config.reference_column) for candidate in candidates]
     inputs = [candidate.prompt for candidate in candidates] if "inputs" in trainer.args.include_for_metrics else None
-    metrics = _figures(candidates) | _computed(trainer, EvalPrediction(texts, references, inputs))
+    metrics = weighted_means(*zip(*parts, strict=True)) | _figures(candidates)
+    metrics |= _computed(trainer, EvalPrediction(texts, references, inputs))
     return texts, references, metrics
 
 
@@ -88,11 +89,6 @@ def _computed(trainer: Any, prediction: EvalPrediction) -> dict[str, Any]:
         ) from error
     # As Trainer does: a NumPy number in the log could not be written into a checkpoint.
     return {name: _plain(value) for name, value in computed.items()}
-
-
-def _scored(functions: RewardFunctions, candidates: Sequence[Candidate], state: Any) -> list[dict[str, float | None]]:
-    score_candidates(candidates, functions, state)
-    return [dict(candidate.rewards) for candidate in candidates]
 
 
 def _figures(candidates: Sequence[Candidate]) -> dict[str, float]:

@@ -253,18 +253,26 @@ def round_metrics(
     metrics["candidates/truncated"] = sum(reason == "length" for reason in reasons) / len(reasons)
     if isinstance(rule, (DensityRatio, RSO)):
         metrics["round/effective_sample_size"] = _effective_sample_size(rule, batch)
-    metrics |= _pass_at(table) | _diversity(store) | _means(store)
+    sizes = [pq.read_metadata(path).num_rows for path in store.shards()]
+    metrics |= _pass_at(table) | _diversity(store) | weighted_means(store.logged(), sizes)
     lengths = table.columns["num_tokens"]
     scored = [length for length, verdict in zip(lengths, verdicts, strict=True) if verdict != "filtered"]
     metrics |= {"round/generated_tokens": float(sum(lengths)), "round/scored_tokens": float(sum(scored))}
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
-def _means(store: CandidateStore) -> dict[str, float]:
-    """The mean of each value that reward functions logged of a shard, weighted by its candidates."""
-    sizes = [pq.read_metadata(path).num_rows for path in store.shards()]
+def weighted_means(logged: Sequence[Mapping[str, float]], sizes: Sequence[int]) -> dict[str, float]:
+    """Returns the mean of each value that reward functions logged, weighted by the candidates of each part.
+
+    Args:
+        logged: Values by name of each part.
+        sizes: Candidates of each part, as many numbers.
+
+    Example:
+        >>> weighted_means([{"a": 1.0}, {"a": 4.0, "b": 2.0}], [2, 1])
+        {'a': 2.0, 'b': 2.0}
+    """
     metrics = {}
-    logged = store.logged()
     for name in dict.fromkeys(name for values in logged for name in values):
         given = [(values[name], size) for values, size in zip(logged, sizes, strict=True) if name in values]
         metrics[name] = sum(value * size for value, size in given) / sum(size for _, size in given)

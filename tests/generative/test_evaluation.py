@@ -98,6 +98,22 @@ def test_eval_reward_funcs_are_reported_and_select_nothing(tmp_path: Path) -> No
     assert figures["eval_reward"] == figures["eval_rewards/share_of_wanted/mean"]
 
 
+def test_what_reward_functions_log_is_among_the_figures(tmp_path: Path) -> None:
+    def first(completions: list, log_metric, **_) -> list[float]:
+        log_metric("seen", len(completions))
+        log_metric("length", -1)  # the name of a figure that is measured
+        return [0.0] * len(completions)
+
+    def second(completions: list, log_metric, **_) -> list[float]:
+        log_metric("longest", max(map(len, completions)))
+        return [0.0] * len(completions)
+
+    figures = trainer(tmp_path, resampler(first, eval_reward_funcs=second), eval_dataset=HELD_OUT).evaluate()
+    assert figures["eval_seen"] == 5
+    assert figures["eval_longest"] == max(map(len, greedy(HELD_OUT, generators.tiny_model())))
+    assert figures["eval_length"] > 0
+
+
 def test_compute_metrics_gets_texts_and_references(tmp_path: Path) -> None:
     seen = []
 

@@ -13,13 +13,13 @@ from generative_runs import logged, resampler, stored, trained, trainer
 from rsft_hf.acceptance import CandidateBatch, Threshold, TopKPerPrompt
 from rsft_hf.generative.candidates import Candidate, CandidateStore
 from rsft_hf.generative.metrics import (
-    _means,
     candidate_metrics,
     correlation,
     distinct_n,
     frac_reward_zero_std,
     pass_at_k,
     round_metrics,
+    weighted_means,
 )
 from rsft_hf.generative.selection import COLUMNS, RoundTable
 
@@ -207,4 +207,4 @@ def test_what_functions_log_is_weighted_by_the_candidates_of_a_shard(tmp_path: P
     for shard, (size, share) in enumerate(((3, 0.0), (1, 1.0))):
         candidates = [Candidate(shard, "a", [1], "x", "stop", index=index) for index in range(size)]
         store.write(store.path(0, shard), candidates, "scored", {"share": share, f"only/{shard}": 2.0})
-    assert _means(store) == {"share": 0.25, "only/0": 2.0, "only/1": 2.0}
+    assert weighted_means(store.logged(), [3, 1]) == {"share": 0.25, "only/0": 2.0, "only/1": 2.0}
