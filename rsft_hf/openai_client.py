@@ -2,11 +2,12 @@
 
 import email.utils
 import importlib
+import os
 import threading
 import time
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 _SHORTEST_KEY = 8  # a shorter one may be a word of any reply
 
@@ -44,16 +45,24 @@ def shown_url(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
 
 
+def check_without_query(name: str, url: str | None) -> None:
+    """Raises ValueError if an address has a query, which would stand in the middle of each request's, and in logs."""
+    if url is not None and urlsplit(url).query:
+        raise ValueError(
+            f"`{name}`={shown_url(url)!r} is followed by a query. Give the address up to /v1, and a key as `api_key`."
+        )
+
+
 class OpenAIClient:
     """Connection to a server, safe to share between threads.
 
     Timeouts, lost connections and the statuses 408, 409, 425, 429 and 5xx are tried again after a pause, which doubles
-    each time; a server's `Retry-After` counts instead.
+    each time, and is no shorter than a server's `Retry-After`.
 
     Args:
-        base_url: Address up to `/v1`; None is OpenAI's, or that of `OPENAI_BASE_URL`.
+        base_url: Address up to `/v1`, perhaps with user and password; None is OpenAI's, or that of `OPENAI_BASE_URL`.
         api_key: Key; None for a server that wants none.
-        timeout_seconds: Time limit of each try.
+        timeout_seconds: Seconds without a byte after which a try has failed.
         max_retries: Number of further tries.
         backoff_seconds: Pause before the second try.
         may_restart: Whether to try again after a lost connection: the process that answers then may be a new one,
@@ -62,6 +71,7 @@ class OpenAIClient:
 
     Raises:
         ImportError: If the package `openai` is not installed.
+        ValueError: If the address has a query.
     """
 
     def __init__(
@@ -76,11 +86,21 @@ class OpenAIClient:
     ) -> None:
         self.max_retries, self.backoff_seconds, self.may_restart = max_retries, backoff_seconds, may_restart
         openai = client_library(extra)
+        base_url = base_url or os.environ.get("OPENAI_BASE_URL")
+        check_without_query("base_url", base_url)
+        parts = urlsplit(base_url or "")
         # Servers close idle connections, which must not be taken for a restart: then each request has its own.
-        limits = {} if may_restart else {"http_client": openai.DefaultHttpxClient(headers={"Connection": "close"})}
+        options: dict[str, Any] = {} if may_restart else {"headers": {"Connection": "close"}}
+        if parts.username is not None:  # apart from the address, which is logged with every request
+            options["auth"] = (unquote(parts.username), unquote(parts.password or ""))
+            base_url = shown_url(base_url or "")
         # The library's own retries are off: they hide what happened, and draw from the global random generator.
         self._client = openai.OpenAI(
-            api_key=api_key or "none", base_url=base_url, timeout=timeout_seconds, max_retries=0, **limits
+            api_key=api_key or "none",
+            base_url=base_url,
+            timeout=timeout_seconds,
+            max_retries=0,
+            http_client=openai.DefaultHttpxClient(**options) if options else None,
         )
         self._is_closing = threading.Event()
 
@@ -116,7 +136,7 @@ class OpenAIClient:
                 if status < 500 and status not in _RETRIED_STATUSES:
                     raise RequestRefused(
                         f"The server at {url} refused the request of {subject} with {status}: {said}", status
-                    ) from error
+                    ) from None  # its own message repeats the key, too
                 failure, seconds = f"{status}: {said}", _retry_after(error.response.headers)
             except openai.APITimeoutError as error:
                 failure = f"{type(error).__name__}: {error}"
@@ -145,12 +165,12 @@ class OpenAIClient:
 
         Args:
             attempt: Number of failed tries before the last one, from 0.
-            seconds: Pause that the server asked for.
+            seconds: Pause that the server asked for; 0 is no wish to be asked again at once.
 
         Raises:
             RuntimeError: If the client is closed.
         """
-        seconds = self.backoff_seconds * 2**attempt if seconds is None else seconds
+        seconds = max(self.backoff_seconds * 2**attempt, seconds or 0.0)
         if self._is_closing.wait(min(seconds, _LONGEST_PAUSE_SECONDS)):
             raise RuntimeError("Not tried again: the client has been closed.")
 

@@ -3,6 +3,7 @@
 import http.server
 import logging
 import threading
+import traceback
 from pathlib import Path
 
 import pytest
@@ -74,14 +75,39 @@ def test_a_round_leaves_them_in_no_file_and_no_log(
     address: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     judge = JudgeReward("m", address, KEY, max_retries=0)
-    with caplog.at_level(logging.DEBUG, logger="rsft_hf"), pytest.raises(RuntimeError) as caught:
+    with caplog.at_level(logging.INFO), pytest.raises(RuntimeError) as caught:  # of the HTTP client, too
         trained(tmp_path, resampler(judge))
-    assert is_clean(str(caught.value))
+    assert is_clean("".join(traceback.format_exception(caught.value)))
+    assert "POST http://127.0.0.1" in caplog.text
     assert is_clean(caplog.text)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.name == "manifest.json" for path in files)
     for path in files:
         assert is_clean(path.read_bytes().decode("latin-1"))
+
+
+def test_a_query_is_refused(address: str) -> None:
+    for made in (EndpointEngine, lambda url, model: JudgeReward(model, url, KEY)):
+        with pytest.raises(ValueError, match=r"`base_url`='http://127.0.0.1:\d+/v1' is followed by a query") as caught:
+            made(f"{address}?key={KEY}", "m")
+        assert is_clean(str(caught.value))
+
+
+def test_the_weights_are_not_handed_to_whom_the_server_names(address: str, tmp_path: Path) -> None:
+    class Elsewhere(Echo):
+        def do_POST(self):
+            self.send_response(302)
+            self.send_header("Location", address.replace("me:hunter22@", ""))
+            self.end_headers()
+
+        do_GET = do_POST
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hand_over = SaveAndReload(tmp_path, f"http://127.0.0.1:{server.server_port}/load", {"path": "{path}"}, api_key=KEY)
+    with pytest.raises(RuntimeError, match=r"did not take over the weights.*302"):
+        hand_over(generators.tiny_model())
+    server.shutdown()
 
 
 @pytest.mark.parametrize("value", [f"me:{PASSWORD}@host/v1", f"ftp://me:{PASSWORD}@host"])

@@ -108,6 +108,10 @@ def _add_score(commands: Any) -> None:
         "--prompts", type=Path, help="JSONL, JSON, CSV or Parquet; those of an imported round by default"
     )
     parser.add_argument("--prompt_column", default="prompt", help="column of the prompts (default: prompt)")
+    parser.add_argument(
+        "--filters", nargs="*", default=["RejectTruncated()", "RejectEmpty()"],
+        help="candidates that one of them refuses are not scored (default: RejectTruncated() RejectEmpty())",
+    )  # fmt: skip
 
 
 def _import(options: argparse.Namespace) -> str:
@@ -128,7 +132,7 @@ def _import(options: argparse.Namespace) -> str:
 
 def _score(options: argparse.Namespace) -> str:
     from rsft_hf.generative import load_candidates, score_again
-    from rsft_hf.generative.imports import read_rows
+    from rsft_hf.generative.row_files import read_rows
 
     prompts = None if options.prompts is None else list(read_rows(options.prompts))
     folder = score_again(
@@ -138,10 +142,14 @@ def _score(options: argparse.Namespace) -> str:
         prompts,
         reward_weights=options.reward_weights,
         prompt_column=options.prompt_column,
+        filters=[construct(text, members("generative"), "filter") for text in options.filters],
     )
     rewards = [value for value in load_candidates(folder)["reward"] if value is not None]
     if not rewards:
-        return f"No candidate could be scored; they are in {folder}"
+        raise RuntimeError(
+            f"no candidate in {folder} was scored: a filter refused it, or no reward function answered. See `verdict`, "
+            "or the log of the judge, and run the same command again."
+        )
     mean = sum(rewards) / len(rewards)
     return f"{len(rewards)} candidates scored, {min(rewards):.4g} to {max(rewards):.4g}, mean {mean:.4g}, in {folder}"
 
@@ -214,7 +222,7 @@ def _dataset(path: Path | None) -> Any:
         return None
     import datasets
 
-    from rsft_hf.generative.imports import read_rows
+    from rsft_hf.generative.row_files import read_rows
 
     return datasets.Dataset.from_list(list(read_rows(path)))
 

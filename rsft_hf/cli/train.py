@@ -72,7 +72,8 @@ def generate(options: argparse.Namespace) -> str:
     data, sampling = groups["data"], resolved({name: groups["resampler"].get(name) for name in GENERATION})
     column = sampling.pop("prompt_column") or "prompt"
     rows, _ = _load_data(data, seed)
-    if column != "prompt":
+    if column != "prompt":  # which no reward reads under its own name
+        rows = rows.remove_columns([name for name in rows.column_names if name == "prompt"])
         rows = rows.rename_column(column, "prompt")
     model, tokenizer = _load_model(data, is_encoder_decoder)
     model.to(launched_processes().device)

@@ -80,7 +80,11 @@ class ColocatedLLM:
                 f"vLLM's model has {len(left)} weights that got no value, such as {min(left)}: it names them otherwise "
                 "than transformers does, and would generate nonsense. Use another engine for this model."
             )
-        self.llm.reset_prefix_cache()  # its keys are those of the old weights
+        if self.llm.reset_prefix_cache() is False:  # its keys are those of the old weights
+            raise RuntimeError(
+                "vLLM could not empty its prefix cache, as requests of an interrupted generation are unfinished: new "
+                "candidates would begin from states of the old weights. Start again in a new process."
+            )
 
     def generate(self, prompts: list[list[int]], params: list[dict[str, Any]]) -> list[Any]:
         """Returns vLLM's outputs, away from autocast and from the global generators.
@@ -183,7 +187,9 @@ class VLLMEngine(Engine):
                 otherwise, or a prompt leaves no room.
         """
         self.check(model, request.generation_config)
-        check_request(request, context_length(model), is_encoder_decoder=False)
+        own = self.llm_kwargs.get("max_model_len"), context_length(model)
+        lengths = [length for length in own if isinstance(length, int)]
+        check_request(request, min(lengths, default=None), is_encoder_decoder=False)
         if self._llm is None:
             raise RuntimeError(
                 "VLLMEngine has no weights yet. Call sync_weights(model, is_main_process) before each round."

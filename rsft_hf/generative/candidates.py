@@ -8,6 +8,7 @@ columns.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,8 @@ class Candidate:
         prompt: Text, or messages with `role` and `content`.
         token_ids: The tokens sampled, an end-of-sequence token included where there is one; no prompt, no padding.
         text: The tokens as text, without special tokens.
+        separator: What stands between a prompt of text and `text`, where the tokenizer leaves it out of the latter: a
+            space, or nothing.
         finish_reason: "stop" (an end token or stop string), "length" (cut off), or "reference" (not generated).
         attempt: Attempt of the round, from 0; -1 for a reference.
         index: Candidate within the attempt, from 0; -1 for a reference.
@@ -56,6 +59,7 @@ class Candidate:
         extras: What reward functions said of it by `log_extra`.
         row: The other columns of the prompt's row, at hand while filters and rewards run; those of the chat template
             are stored.
+        template_columns: `tools` and `chat_template_kwargs` as the chat template got them, where a run adds to the row.
     """
 
     prompt_id: int
@@ -76,6 +80,8 @@ class Candidate:
     duplicate_key: str | None = None
     extras: dict[str, Any] = field(default_factory=dict)
     row: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    template_columns: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    separator: str = ""
 
     @property
     def num_tokens(self) -> int:
@@ -98,6 +104,7 @@ _PLAIN_COLUMNS = {
     "attempt": pa.int32(),
     "candidate": pa.int32(),
     "text": pa.string(),
+    "separator": pa.string(),
     "token_ids": pa.list_(pa.int32()),
     "num_tokens": pa.int32(),
     "finish_reason": pa.string(),
@@ -206,11 +213,11 @@ class CandidateStore:
         return candidates
 
     def is_unjudged(self, path: Path) -> bool:
-        """Returns whether no reward function answered for any candidate of a shard: a judge that was out, perhaps."""
-        columns = pq.read_table(path, columns=["reward", "verdict"]).to_pydict()
-        return any(verdict != "filtered" for verdict in columns["verdict"]) and not any(
-            reward is not None for reward in columns["reward"]
-        )
+        """Returns whether some reward function answered for no candidate of a shard: a judge that was out, perhaps."""
+        names = ["reward", *(f"rewards/{name}" for name in self.reward_names)]
+        columns = pq.read_table(path, columns=["verdict", *names]).to_pydict()
+        kept = [row for row, verdict in enumerate(columns["verdict"]) if verdict != "filtered"]
+        return bool(kept) and any(all(columns[name][row] is None for row in kept) for name in names)
 
     def logged(self) -> list[dict[str, float]]:
         """Returns what reward functions logged of each shard, in the order of the shards."""
@@ -223,6 +230,13 @@ class CandidateStore:
     def shards(self) -> list[Path]:
         """Returns the files of all shards, in order of attempt and prompt."""
         return sorted(self.directory.glob("*.parquet"))
+
+    def digest(self) -> str:
+        """Returns a digest of the files of all shards."""
+        digest = hashlib.blake2b(digest_size=8)
+        for path in self.shards():
+            digest.update(hashlib.blake2b(path.read_bytes()).digest())
+        return digest.hexdigest()
 
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
         """Returns some columns of the whole round, in the order of the shards, without reading the others."""
@@ -292,7 +306,8 @@ def to_row(candidate: Candidate, reward_names: Sequence[str]) -> dict[str, Any]:
     row = {name: getattr(candidate, name) for name in _PLAIN_COLUMNS if name not in _NOT_ATTRIBUTES}
     row |= {"candidate": candidate.index, "prompt": _role_and_text(candidate.prompt)}
     row["extras"] = json.dumps(candidate.extras, default=str) if candidate.extras else None
-    columns = {name: candidate.row[name] for name in TEMPLATE_COLUMNS if candidate.row.get(name)}
+    given = {**candidate.row, **candidate.template_columns}
+    columns = {name: given[name] for name in TEMPLATE_COLUMNS if given.get(name)}
     if isinstance(candidate.prompt, list) and (columns or row["prompt"] != candidate.prompt):
         row["template_input"] = json.dumps({"prompt": candidate.prompt, **columns}, default=str)
     return row | {f"rewards/{name}": candidate.rewards.get(name) for name in reward_names}
@@ -325,6 +340,7 @@ def _from_row(row: Mapping[str, Any], reward_names: Sequence[str]) -> Candidate:
         extras=json.loads(row["extras"]) if row["extras"] else {},
         rewards={name: row.get(f"rewards/{name}") for name in reward_names},
         row=columns,
+        template_columns=columns,
     )
 
 

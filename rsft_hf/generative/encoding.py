@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from rsft_hf.engines.generation_config import end_tokens
 from rsft_hf.generative.prompts import Prompt, message_text, template_arguments
 
+_TAIL = 8  # tokens of a prompt that decide how the next one is written
+
 IGNORED = -100  # what torch's cross-entropy leaves out
 
 Row = dict[str, list[int]]
@@ -69,6 +71,17 @@ class Encoder:
     def text(self, token_ids: Sequence[int]) -> str:
         """Returns sampled tokens as text, without special tokens."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def separator(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> str:
+        """Returns what stands between a prompt of text and `text(token_ids)` after it.
+
+        SentencePiece and WordPiece tokenizers drop the space that begins a text: "Paris" after "The capital is" is
+        " Paris".
+        """
+        text, end = self.text(token_ids), list(prompt_ids[-_TAIL:])
+        before, both = self.text(end), self.text([*end, *token_ids])
+        is_whole = both.startswith(before) and both.endswith(text) and len(both) >= len(before) + len(text)
+        return both[len(before) : len(both) - len(text)] if is_whole and not self.is_encoder_decoder else ""
 
     def training_row(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> Row:
         """Returns `input_ids`, `attention_mask` and `labels` of one row, unpadded.

@@ -18,7 +18,7 @@ from rsft_hf.generative.candidates import round_number, template_input, to_row
 from rsft_hf.generative.prompts import message_text
 
 _BATCH_SIZE = 4096
-_COLUMNS = ["prompt_id", "prompt", "text", "reward", "is_accepted", "verdict", "template_input"]
+_COLUMNS = ["prompt_id", "prompt", "text", "separator", "reward", "is_accepted", "verdict", "template_input"]
 
 
 class NoRowsError(ValueError):
@@ -52,10 +52,11 @@ def export_sft(candidates: Any, as_messages: bool = False) -> datasets.Dataset:
     def exported(row: dict[str, Any]) -> dict[str, Any] | None:
         if not row["is_accepted"]:
             return None
-        prompt, columns, (completion,) = _parts(row, row["text"])
+        prompt, columns, (completion,) = _parts(row)
         if not as_messages:
             return {"prompt": prompt, "completion": completion, **columns}
         if isinstance(prompt, str):
+            completion = row["text"]
             prompt, completion = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": completion}]
         return {"messages": prompt + completion, **columns}
 
@@ -91,7 +92,7 @@ def export_dpo(candidates: Any, min_margin: float = 0.0) -> datasets.Dataset:
         best, worst = pair
         if best["reward"] - worst["reward"] <= min_margin or best["text"] == worst["text"]:
             return None
-        prompt, columns, (chosen, rejected) = _parts(best, best["text"], worst["text"])
+        prompt, columns, (chosen, rejected) = _parts(best, worst)
         rewards = {"chosen_reward": best["reward"], "rejected_reward": worst["reward"]}
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **rewards, **columns}
 
@@ -114,7 +115,7 @@ def export_kto(candidates: Any) -> datasets.Dataset:
     def exported(row: dict[str, Any]) -> dict[str, Any] | None:
         if row["verdict"] not in ("accepted", "fallback", "rejected"):
             return None
-        prompt, columns, (completion,) = _parts(row, row["text"])
+        prompt, columns, (completion,) = _parts(row)
         return {"prompt": prompt, "completion": completion, "label": row["is_accepted"], **columns}
 
     return _dataset(exported, _shard_rows(candidates), candidates, "judged")
@@ -160,11 +161,14 @@ def _shard_rows(candidates: Any) -> Iterator[list[dict[str, Any]]]:
         yield [{**row, "round": path.parent.name} for row in pq.read_table(path, columns=_COLUMNS).to_pylist()]
 
 
-def _parts(row: dict[str, Any], *texts: str) -> tuple[Any, dict[str, Any], list[Any]]:
-    """A prompt, its columns for the chat template, and answers in the form of the prompt."""
-    prompt, columns = template_input(row)
+def _parts(*rows: dict[str, Any]) -> tuple[Any, dict[str, Any], list[Any]]:
+    """The prompt of some rows, its columns for the chat template, and their answers in the form of the prompt."""
+    prompt, columns = template_input(rows[0])
     if isinstance(prompt, str):
-        return prompt, columns, list(texts)
+        return prompt, columns, [row["separator"] + row["text"] for row in rows]
+    settings = dict(columns.pop("chat_template_kwargs", None) or {})
+    settings.pop("continue_final_message", None)  # what was begun is part of the answer below
+    columns |= {"chat_template_kwargs": settings} if settings else {}
     if isinstance(columns.get("tools"), list):
         columns["tools"] = json.dumps(columns["tools"])
     messages = [dict(message) for message in prompt]
@@ -172,7 +176,7 @@ def _parts(row: dict[str, Any], *texts: str) -> tuple[Any, dict[str, Any], list[
         if isinstance(message.get("content"), list):
             message["content"] = message_text(message["content"])
     begun = message_text(messages.pop()["content"]) if messages[-1]["role"] == "assistant" else ""
-    return messages, columns, [[{"role": "assistant", "content": begun + text}] for text in texts]
+    return messages, columns, [[{"role": "assistant", "content": begun + row["text"]}] for row in rows]
 
 
 def _dataset(

@@ -115,6 +115,12 @@ class Generator:
             )
             for one in sequences
         ]
+        for candidate, one in zip(candidates, sequences, strict=True):
+            if isinstance(candidate.prompt, str):
+                candidate.separator = self.encoder.separator(token_ids[one.prompt], one.token_ids)
+            else:
+                settings = {**self.encoder.chat_template_kwargs, **(candidate.row.get("chat_template_kwargs") or {})}
+                candidate.template_columns = {"chat_template_kwargs": settings}
         if self.reference is not None and sampling.with_log_probs:
             self._take_reference(candidates, [token_ids[one.prompt] for one in sequences])
         if sampling.with_log_probs and any(None in (one.log_q, one.log_p) for one in candidates):

@@ -3,20 +3,18 @@
 rows -> prompt, answers and other columns of each -> prompts numbered -> store of one round, and its prompts
 """
 
-import csv
 import itertools
 import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import datasets
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -26,6 +24,7 @@ from rsft_hf.engines.random_streams import candidate_seed
 from rsft_hf.generative.candidates import Candidate, CandidateStore
 from rsft_hf.generative.encoding import Encoder
 from rsft_hf.generative.prompts import Prompt
+from rsft_hf.generative.row_files import read_rows
 
 logger = logging.get_logger(__name__)
 
@@ -150,6 +149,8 @@ def _as_facts(found: Any) -> dict[str, Any]:
     """An answer as a mapping; text, or a list of one message or mapping, are taken as such."""
     if isinstance(found, (list, tuple)) and len(found) == 1:
         found = found[0]
+    if _is_message_list(found):
+        raise ValueError(f"A completion has {len(found)} messages. Give the one that the model is to learn to write.")
     return dict(found) if isinstance(found, Mapping) else {"text": found}
 
 
@@ -179,24 +180,31 @@ def _ends_with_answer(prompt: Any) -> bool:
     return _is_message_list(prompt) and prompt[-1]["role"] == "assistant"
 
 
-def _answer(found: Mapping[str, Any], score: str | None) -> Answer:
-    """An answer from a mapping: of vLLM, of OpenAI, of LMFlow, a message, or a text alone."""
+def _text_of(found: Mapping[str, Any]) -> str | None:
     text = next((found[name] for name in _TEXT_NAMES if isinstance(found.get(name), str)), None)
     nested = next((found[name] for name in ("message", "text") if isinstance(found.get(name), (Mapping, list))), None)
-    if text is None and nested is not None:
-        text = _answer(_as_facts(nested), None).text
+    return _text_of(_as_facts(nested)) if text is None and nested is not None else text
+
+
+def _answer(found: Mapping[str, Any], score: str | None) -> Answer:
+    """An answer from a mapping: of vLLM, of OpenAI, of LMFlow, a message, or a text alone."""
+    text, reason = _text_of(found), found.get("finish_reason")
+    if text is None and ("message" in found or reason not in _ENDED):  # of a chat: a refusal, or a call of a tool
+        text, reason = "", "no text" if reason in (*_ENDED, *_CUT_OFF) else reason
     if text is None:
         raise ValueError(
             f"A completion is {found['text']!r}. Give text, or a mapping with `text`."
             if "text" in found
             else f"A completion has none of {list(_TEXT_NAMES)} with a text: {dict(found)!r}."
         )
-    reason = found.get("finish_reason")
     log_q = next((found[name] for name in _LOG_Q_NAMES if found.get(name) is not None), None)
     logprobs = found.get("logprobs")
     if log_q is None and isinstance(logprobs, Mapping) and isinstance(logprobs.get("content"), list):
         log_q = sum(token["logprob"] for token in logprobs["content"])
-    given = next((found[name] for name in ((score,) if score else _SCORE_NAMES) if found.get(name) is not None), None)
+    names = (score,) if score else _SCORE_NAMES
+    given = next((found[name] for name in names if found.get(name) not in (None, "")), None)  # CSV has no null
+    if given is not None and math.isinf(float(given)):
+        raise ValueError(f"its score is {given}. Give a finite number, or null for one that is not known")
     return Answer(
         text=text,
         token_ids=[int(token) for token in found.get("token_ids") or ()],
@@ -204,95 +212,6 @@ def _answer(found: Mapping[str, Any], score: str | None) -> Answer:
         log_q=None if log_q is None else float(log_q),
         score=None if given is None else float(given),
     )
-
-
-def read_rows(data: Any, requests: Any = None) -> Iterator[Mapping[str, Any]]:
-    """Yields the rows of a file, a data set, a list, or the outputs of vLLM.
-
-    Args:
-        data: Path of a JSONL, JSON, CSV or Parquet file, or an iterable of mappings or of vLLM's `RequestOutput`.
-        requests: The file or rows of requests that an OpenAI batch answers, by `custom_id`.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a line is no JSON object, the file is of another kind, or an answer has no request.
-    """
-    rows = _file_rows(Path(data)) if isinstance(data, (str, Path)) else (_as_mapping(row) for row in data)
-    if requests is None:
-        for row in rows:
-            if "custom_id" in row and "response" in row:
-                raise ValueError(
-                    "The rows are answers of an OpenAI batch. Give the file of its requests by `requests`."
-                )
-            yield row
-        return
-    prompts = {row["custom_id"]: row["body"] for row in read_rows(requests)}
-    num_failed = 0
-    for row in rows:
-        if row["custom_id"] not in prompts:
-            raise ValueError(f"The answer {row['custom_id']!r} has no request in `requests`.")
-        asked, body = prompts[row["custom_id"]], (row.get("response") or {}).get("body") or {}
-        if row.get("error") or not body.get("choices"):
-            num_failed += 1
-            continue
-        yield {"prompt": asked.get("messages", asked.get("prompt")), "choices": body["choices"]}
-    if num_failed:
-        logger.warning(f"{num_failed} requests of the batch failed and have no completions.")
-
-
-@runtime_checkable
-class _RequestOutput(Protocol):
-    """The part of vLLM's `RequestOutput` that is read."""
-
-    prompt: str
-    outputs: Sequence[Any]
-
-
-def _as_mapping(row: Any) -> Mapping[str, Any]:
-    if isinstance(row, Mapping):
-        return row
-    if isinstance(row, _RequestOutput):
-        names = ("text", "token_ids", "finish_reason", "cumulative_logprob")
-        return {"prompt": row.prompt, "outputs": [{name: getattr(one, name) for name in names} for one in row.outputs]}
-    raise ValueError(f"A row is {type(row).__name__}. Give mappings, or the outputs of vLLM.")
-
-
-def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file. Give a JSONL, JSON, CSV or Parquet file.")
-    if path.suffix == ".parquet":
-        for batch in pq.ParquetFile(path).iter_batches(1024):
-            yield from batch.to_pylist()
-    elif path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte order mark
-            reader = csv.DictReader(file)
-            for row in reader:
-                if None in row:
-                    raise ValueError(f"Line {reader.line_num} of {path} has more fields than the first line has names.")
-                yield row
-    elif path.suffix in (".jsonl", ".ndjson"):
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _parsed(line, f"Line {number} of {path}")
-    elif path.suffix == ".json":
-        content = json.loads(path.read_text(encoding="utf-8"))
-        rows = content.get("instances") if isinstance(content, dict) else content  # LMFlow's data have a type
-        if not isinstance(rows, list):
-            raise ValueError(f"{path} holds neither a list of rows nor `instances`.")
-        yield from rows
-    else:
-        raise ValueError(f"{path} is none of .jsonl, .json, .csv, .parquet.")
-
-
-def _parsed(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no JSON: {error}.") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} is no JSON object but {type(row).__name__}.")
-    return row
 
 
 def import_candidates(
@@ -386,7 +305,8 @@ class _Importer:
         """Adds the completions of a row."""
         try:
             prompt, answers, columns = self.row_format.read(row)
-            json.dumps([prompt, [answer.text for answer in answers]], ensure_ascii=False).encode()  # a lone surrogate
+            texts = [answer.text for answer in answers]
+            json.dumps([prompt, texts, columns], ensure_ascii=False, default=str).encode()  # a lone surrogate
         except (KeyError, ValueError, TypeError) as error:
             reason = f"it has no column {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"Row {self.num_rows} cannot be imported: {reason}") from error
@@ -463,7 +383,7 @@ class _Importer:
         columns = {name: [row.get(name) for row in self.prompts] for name in names}
         try:
             return datasets.Dataset.from_dict(columns)
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise ValueError(f"A column of the prompts has values of several types: {error}.") from error
 
 

@@ -1,6 +1,5 @@
 """OfflineCandidates: completions that were imported, in the place of a generator in the first rounds of a run."""
 
-import hashlib
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ import datasets
 from transformers.utils import logging
 
 from rsft_hf.engines.random_streams import candidate_seed
-from rsft_hf.generative.candidates import Candidate, prompt_key, template_input
+from rsft_hf.generative.candidates import Candidate, CandidateStore, prompt_key, template_input
 from rsft_hf.generative.encoding import Encoder
 from rsft_hf.generative.exports import load_candidates, round_folders
 from rsft_hf.generative.generation import Sampling
@@ -43,10 +42,7 @@ class OfflineCandidates:
         """Returns a digest of a round's files; None for a round that was not imported."""
         if round_number >= self.num_rounds:
             return None
-        digest = hashlib.blake2b(digest_size=8)
-        for path in sorted(self._folders[round_number].glob("*.parquet")):
-            digest.update(hashlib.blake2b(path.read_bytes()).digest())
-        return digest.hexdigest()
+        return CandidateStore(self._folders[round_number], (), is_conversational=False).digest()
 
     def __call__(self, prompts: PromptSet, prompt_ids: Sequence[int], sampling: Sampling) -> list[Candidate]:
         """Returns the completions of some prompts, in order of prompt; none for a prompt without any.

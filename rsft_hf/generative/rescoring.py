@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 from rsft_hf.acceptance import Acceptance, check_acceptance
 from rsft_hf.distributed import FailTogether, launched_processes
-from rsft_hf.generative.candidates import REFERENCES, VERDICTS, Candidate, CandidateStore, prompt_key
-from rsft_hf.generative.filters import Deduplicate, Filter
+from rsft_hf.generative.candidates import ACCEPTED, REFERENCES, VERDICTS, Candidate, CandidateStore, prompt_key
+from rsft_hf.generative.filters import Deduplicate, Filter, RejectEmpty, RejectTruncated
 from rsft_hf.generative.imports import PROMPTS, stored_prompts
 from rsft_hf.generative.prompts import Prompt, PromptSet, column_names
 from rsft_hf.generative.round_cache import rule_digest, source_digest
@@ -28,6 +28,7 @@ from rsft_hf.generative.selection import (
     stable_repr,
 )
 from rsft_hf.rewards.functions import RewardFunctions
+from rsft_hf.training_set import dataset_fingerprint
 
 logger = logging.get_logger(__name__)
 
@@ -39,13 +40,14 @@ def score_again(
     prompts: Any = None,
     *,
     reward_weights: Sequence[float] | None = None,
-    filters: Sequence[Filter] = (),
+    filters: Sequence[Filter] = (RejectTruncated(), RejectEmpty()),
     dedup: Deduplicate | None = None,
     prompt_column: str = "prompt",
 ) -> Path:
     """Returns the folder with the candidates of a round, filtered and scored by these functions, not yet judged.
 
-    Collective: the processes of `accelerate launch` share the work. A call that was killed goes on with what is left.
+    Collective: the processes of `accelerate launch` share the work. The same call goes on with what is left of one that
+    was killed, and where a function answered for no candidate of a shard.
 
     Args:
         directory: Folder of a round.
@@ -54,7 +56,7 @@ def score_again(
         prompts: The data set they were generated for, for the columns that rewards read; those of an imported round by
             default. A candidate belongs to the row of its number, or else to the only row with its prompt.
         reward_weights: As in `CandidateResampler`.
-        filters: As in `CandidateResampler`; none by default.
+        filters: As in `CandidateResampler`.
         dedup: As in `CandidateResampler`.
         prompt_column: Column of the prompts.
 
@@ -71,15 +73,18 @@ def score_again(
     accelerator = launched_processes()
     with FailTogether(accelerator, f"opening {destination}"):
         if accelerator.is_main_process:
-            _create(store, source, {"scored_by": _scoring_facts(functions, filters, dedup)})
+            facts = _scoring_facts(functions, filters, dedup)
+            facts |= {"prompts": dataset_fingerprint(prompts, len(prompts)), "candidates": source.digest()}
+            _create(store, source, {"scored_by": facts})
     rows = _PromptRows(PromptSet(prompts, prompt_column))
     with FailTogether(accelerator, "scoring"):
         for path in source.shards()[accelerator.process_index :: accelerator.num_processes]:
-            if store.stage(store.directory / path.name) is None:
+            own = store.directory / path.name
+            if store.stage(own) is None or store.is_unjudged(own):
                 candidates = source.read_generated(path, rows.of)
                 filter_candidates(candidates, filters, dedup)
                 scores = score_candidates(candidates, functions)
-                store.write(store.directory / path.name, candidates, "scored", scores.metrics)
+                store.write(own, candidates, "scored", scores.metrics)
     return store.directory
 
 
@@ -126,10 +131,12 @@ def accept_again(
         FileNotFoundError: If the folder holds no candidates.
         FileExistsError: If the destination is not empty.
         TypeError: If `acceptance` is no rule.
-        ValueError: If the rule needs log probabilities that were not stored.
+        ValueError: If the candidates are not scored, or the rule needs log probabilities that were not stored.
     """
     check_acceptance(acceptance, "`acceptance`")
     source = _opened(directory)
+    if all(source.stage(path) == "generated" for path in source.shards()):
+        raise ValueError(f"The candidates in {directory} are not scored. Score them first: `score_again`.")
     rule = acceptance.for_round(round_number)
     table = RoundTable.of(source.columns(COLUMNS))
     verdicts = judge(table, SelectionRules(rule, 1, False, seed, round_number))
@@ -141,6 +148,13 @@ def accept_again(
             size = pq.read_metadata(path).num_rows
             store.write_verdicts(store.directory / path.name, verdicts[start : start + size], rules, source=path)
             start += size
+    reasons = zip(source.columns(["finish_reason"])["finish_reason"], verdicts, strict=False)
+    accepted = [reason for reason, verdict in reasons if verdict in ACCEPTED]
+    if num_cut_off := accepted.count("length"):
+        logger.warning(
+            f"{num_cut_off} of {len(accepted)} accepted candidates are cut off: they teach a model not to stop. "
+            "`score_again` leaves them out."
+        )
     return store.directory
 
 
@@ -169,7 +183,8 @@ def _create(store: CandidateStore, source: CandidateStore, facts: dict[str, Any]
     manifest |= facts or {}
     if folder.exists() and any(folder.iterdir()):
         if facts is None or store.manifest() != manifest:
-            raise FileExistsError(f"{folder} is not empty. Give a folder that does not exist yet.")
+            what = "other candidates, prompts or functions" if store.manifest() and facts else "something else"
+            raise FileExistsError(f"{folder} is not empty: it holds {what}. Give a folder that does not exist yet.")
         return
     folder.mkdir(parents=True, exist_ok=True)
     if (source.directory / PROMPTS).is_file():

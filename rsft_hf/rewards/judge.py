@@ -10,7 +10,8 @@ import json
 import logging
 import math
 import os
-import tempfile
+import re
+import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-from rsft_hf.openai_client import OpenAIClient, RequestRefused, client_library, shown_url
+from rsft_hf.openai_client import OpenAIClient, RequestRefused, check_without_query, client_library, shown_url
 from rsft_hf.rewards.templates import Completion, Prompt, fields_of, render
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 _BACKOFF_SECONDS = 0.5
 
 _HOPELESS_STATUSES = (401, 403, 404)  # the key or the model is wrong, for every request
+
+_FENCE = re.compile(r"^\s*```(?:json)?\s*|\s*```\s*$")
 
 RUBRIC = (
     "Rate how well the response answers the prompt, from {low:g} (useless or wrong) to {high:g} (correct, complete and "
@@ -49,7 +52,7 @@ class JudgeReward:
         high: Highest score.
         concurrency: Most requests under way at once.
         max_retries: How often a request is sent again after a connection error, a timeout, 429 or 5xx.
-        timeout_seconds: For each try.
+        timeout_seconds: Seconds without a byte after which a try has failed.
         cache_dir: Folder of the replies; None keeps none.
         options: More of the request, such as {"temperature": 0}.
         name: Names the rewards, and the metrics `<name>/failures` and `<name>/requests`: of a call, which scores a
@@ -87,6 +90,7 @@ class JudgeReward:
             )
         if not (self.base_url or os.environ.get("OPENAI_BASE_URL") or self.api_key or os.environ.get("OPENAI_API_KEY")):
             raise ValueError("No `api_key` was given. Set OPENAI_API_KEY, or `base_url` to a server of your own.")
+        check_without_query("base_url", self.base_url)
         fields_of(self.template)
         client_library("judge")
         object.__setattr__(self, "server", None if self.base_url is None else shown_url(self.base_url))
@@ -114,11 +118,12 @@ class JudgeReward:
         requests = {key: request for pair in keys if pair for key, request in [pair]}
         scores = {key: score for key in requests if (score := self._cached(key)) is not None}
         missing = {key: request for key, request in requests.items() if key not in scores}
-        scores |= await self._ask_all(missing)
+        reasons: list[str] = []
+        scores |= await self._ask_all(missing, reasons)
         failures = len(missing) - sum(key in scores for key in missing)
         if failures:
-            logger.warning("%s: %d of %d requests got no score; these completions have no reward from it.",
-                           self.name, failures, len(missing))  # fmt: skip
+            logger.warning("%s: %d of %d requests got no score, the last one: %s; these completions have no reward "
+                           "from it.", self.name, failures, len(missing), reasons[-1])  # fmt: skip
         if log_metric is not None:
             log_metric(f"{self.name}/requests", len(missing))
             log_metric(f"{self.name}/failures", failures)
@@ -149,7 +154,7 @@ class JudgeReward:
         text = json.dumps([str(address), request], sort_keys=True)
         return hashlib.sha256(text.encode("utf-8")).hexdigest(), request
 
-    async def _ask_all(self, requests: dict[str, dict[str, Any]]) -> dict[str, float]:
+    async def _ask_all(self, requests: dict[str, dict[str, Any]], reasons: list[str]) -> dict[str, float]:
         if not requests:
             return {}
         api_key = self.api_key or os.environ.get("OPENAI_API_KEY")
@@ -160,11 +165,11 @@ class JudgeReward:
         with contextlib.closing(client), ThreadPool(min(self.concurrency, len(requests))) as pool:
             futures = [Future[float | None]() for _ in requests]
             for future, item in zip(futures, requests.items(), strict=True):
-                pool.apply_async(self._ask, (client, *item), {}, future.set_result, future.set_exception)
+                pool.apply_async(self._ask, (client, *item, reasons), {}, future.set_result, future.set_exception)
             scores = await asyncio.gather(*map(asyncio.wrap_future, futures))
         return {key: score for key, score in zip(requests, scores, strict=True) if score is not None}
 
-    def _ask(self, client: OpenAIClient, key: str, request: dict[str, Any]) -> float | None:
+    def _ask(self, client: OpenAIClient, key: str, request: dict[str, Any], reasons: list[str]) -> float | None:
         try:
             reply = client.post("/chat/completions", request, f"the judge {self.name!r}")
         except RequestRefused as error:
@@ -173,22 +178,24 @@ class JudgeReward:
                     f"The judge at {client.base_url} refused `model`={self.model!r} or its `api_key`: {error}. No "
                     "request can succeed until they are right."
                 ) from error
-            logger.info("%s: %s", self.name, error)
-            return None
+            return self._without_score(str(error), reasons)
         except RuntimeError as error:
-            logger.info("%s: %s", self.name, error)
-            return None
+            return self._without_score(str(error), reasons)
         text = _content(reply)
         score = self._parse(text)
         if score is None or text is None:
-            logger.info("%s: no score from %g to %g in the reply %r", self.name, self.low, self.high, reply)
-            return None
+            return self._without_score(f"no score from {self.low:g} to {self.high:g} in {reply[:500]!r}", reasons)
         self._keep(key, text)
         return score
 
+    def _without_score(self, reason: str, reasons: list[str]) -> float | None:
+        logger.info("%s: %s", self.name, reason)
+        reasons.append(reason)
+        return None
+
     def _parse(self, text: str | None) -> float | None:
         try:
-            value = json.loads(text or "")["score"]
+            value = json.loads(_FENCE.sub("", text or ""))["score"]  # where `response_format` is not heeded
         except (ValueError, KeyError, TypeError):
             return None
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -199,16 +206,17 @@ class JudgeReward:
 
     def _cached(self, key: str) -> float | None:
         path = self._path(key)
-        return self._parse(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
+        is_kept = path is not None and path.is_file()
+        return self._parse(path.read_text(encoding="utf-8", errors="replace")) if path is not None and is_kept else None
 
     def _keep(self, key: str, text: str) -> None:
         if (path := self._path(key)) is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         # Whole or not at all: other processes read and write here too.
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            file.write(text)
-        os.replace(file.name, path)
+        draft = path.with_name(f".{uuid.uuid4().hex}")
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
 
 
 def _content(body: str) -> str | None:

@@ -89,6 +89,15 @@ def test_log_q_and_log_p_are_those_of_the_local_engine(server, settings, mode, i
         torch.testing.assert_close(one.log_p, local.log_p, atol=1e-4, rtol=0)
 
 
+def test_cuts_whose_order_differs_at_the_server_are_refused_where_log_q_is_computed_here(server):
+    settings = {"temperature": 1.5, "top_p": 0.7, "min_p": 0.1}
+    with pytest.raises(ValueError, match=r"`min_p`=0.1 and `top_p`=0.7 together: servers cut by `min_p` first"):
+        engine(server, **VOUCHED)(MODEL, request(with_log_probs=True, **settings))
+    assert run(engine(server, **VOUCHED), request(1, **settings))
+    server.logprobs_mode = "processed"
+    assert run(engine(server, logprobs_mode="processed", **VOUCHED), request(1, with_log_probs=True, **settings))
+
+
 def test_a_fixed_server_says_log_q_itself_or_nobody_does(server):
     with pytest.raises(ValueError, match=r"server's do not serve \(temperature.*weights=lambda model: None"):
         engine(server)(MODEL, request(with_log_probs=True, temperature=0.7))

@@ -53,11 +53,21 @@ def test_the_pause_is_the_one_the_server_asks_for_or_doubles(server, monkeypatch
     for retry_after in ("", "7", "never", "1000000", email.utils.formatdate(usegmt=True)):
         server.mishaps, server.retry_after = ["429", "503", "500"], retry_after
         assert len(ask_choices(client, body, 0)) == 1
-    assert waited == [0.5, 1.0, 2.0, 7.0, 7.0, 7.0, 0.5, 1.0, 2.0, 60.0, 60.0, 60.0, 0.0, 0.0, 0.0]
+    assert waited == [0.5, 1.0, 2.0, 7.0, 7.0, 7.0, 0.5, 1.0, 2.0, 60.0, 60.0, 60.0, 0.5, 1.0, 2.0]
     monkeypatch.undo()
     client.close()
     with pytest.raises(RuntimeError, match="the client has been closed"):
         client.pause(9)
+
+
+def test_a_reply_that_was_cut_off_on_its_way_is_asked_for_again(server):
+    client = OpenAIClient(server.base_url, None, 5.0, 1, 0.01)
+    body = {"model": NAME, "prompt": IDS[0], "n": 1, "seed": 0, "max_tokens": 1, "temperature": 0.0, "top_p": 1.0}
+    server.mishaps = ["cut off"]
+    assert len(ask_choices(client, body, 0)) == 1
+    server.mishaps = ["cut off"] * 2
+    with pytest.raises(RuntimeError, match=r"answered prompt 0 with something that is no completion: '\{\"choices"):
+        ask_choices(client, body, 0)
 
 
 def test_a_server_that_stays_down_is_given_up_by_name(server):

@@ -6,6 +6,7 @@ import torch
 import generators as g
 from completions_server import CompletionsServer
 from endpoint_runs import IDS, MODEL, VOUCHED, engine, request, run, tokens, whole
+from rsft_hf.engines.endpoint.protocol import ReplyReader
 
 pytest.importorskip("openai", reason="the extra `endpoint` is not installed")
 
@@ -26,6 +27,15 @@ def test_text_prompts_reach_the_model_as_their_tokens(server):
         assert len(same) >= 3
         assert {at: found[at] for at in same} == {at: expected[at] for at in same}
     assert '"do_sample": false' in server.bodies[-1]["generation_config"]
+
+
+@pytest.mark.parametrize(("text", "expected"), [("a b", ([g.A, g.A + 1, g.EOS], "stop")), ("a b c d", (4, "length"))])
+def test_a_text_longer_than_was_asked_for_is_cut_and_did_not_end(text, expected):
+    reader = ReplyReader(g.tokenizer(), (g.EOS,), (), len(g.WORDS), False, lambda _: None)
+    answer = reader({"text": text, "finish_reason": "stop"}, 4)
+    ids, reason = expected
+    assert answer.finish_reason == reason
+    assert answer.token_ids == ids if isinstance(ids, list) else len(answer.token_ids) == ids
 
 
 def test_the_whole_configuration_reaches_transformers_serve(server):

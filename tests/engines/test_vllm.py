@@ -228,3 +228,20 @@ def test_a_run_completes_with_it(tmp_path: Path):
     assert len(g.stored(run)) == 8
     assert len(engine._llm.llm.requests) == 8
     assert engine._llm.llm.args["gpu_memory_utilization"] == 0.5
+
+
+def test_states_of_the_old_weights_that_vllm_keeps_are_an_error(monkeypatch):
+    model = g.tiny_model().eval()
+    engine = engine_for(model)
+    monkeypatch.setattr(recorded_vllm.LLM, "reset_prefix_cache", lambda self: False)
+    with pytest.raises(RuntimeError, match="could not empty its prefix cache"):
+        engine.sync_weights(model, is_main_process=True)
+
+
+def test_a_length_that_vllm_was_started_with_is_the_limit_of_prompts():
+    model = g.tiny_model().eval()
+    longest = max(map(len, g.prompt_ids(NUM_PROMPTS)))
+    request = request_for(model, max_new_tokens=10)
+    with pytest.raises(ValueError, match=str(longest + 9)):
+        engine_for(model, max_model_len=longest + 9)(model, request)
+    assert run(engine_for(model, max_model_len=longest + 10), model, request)

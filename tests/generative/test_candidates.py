@@ -27,7 +27,7 @@ from rsft_hf.generative.candidates import STAGES, CandidateStore
 COLUMNS = {
     "prompt_id", "attempt", "candidate", "prompt", "text", "token_ids", "num_tokens", "finish_reason", "log_q", "log_p",
     "reward", "rewards/share_of_wanted", "is_accepted", "verdict", "rule", "duplicate_key", "extras", "seed",
-    "template_input",
+    "template_input", "separator",
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import generators
 import generators as g
@@ -47,6 +47,27 @@ def test_rows_are_padded_on_the_right_and_real_end_tokens_stay(pad):
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert batch["labels"].tolist() == [[-100, B, g.EOS, -100, -100], [-100, -100, -100, C, g.EOS]]
     assert {values.dtype for values in batch.values()} == {torch.int64}
+
+
+PIECES = {
+    "metaspace": (["▁the", "▁sea", "son", "▁ends"], pre_tokenizers.Metaspace(), decoders.Metaspace()),
+    "wordpiece": (["the", "sea", "son", "ends"], pre_tokenizers.Whitespace(), decoders.WordPiece()),
+    "byte_level": (["the", "Ġsea", "son", "Ġends"], pre_tokenizers.ByteLevel(), decoders.ByteLevel()),
+}
+
+
+@pytest.mark.parametrize("kind", PIECES)
+@pytest.mark.parametrize(("cut", "after"), [(1, " season ends"), (2, "son ends"), (3, " ends"), (0, "the season ends")])
+def test_prompt_separator_and_text_are_what_was_written(kind: str, cut: int, after: str) -> None:
+    after = after.replace("son", " son").replace("  ", " ") if kind == "wordpiece" else after
+    words, splits, decoder = PIECES[kind]
+    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate([*words, "</s>", "<s>"])}))
+    made.pre_tokenizer, made.decoder = splits, decoder
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", bos_token="<s>")
+    ids = [5, 0, 1, 2, 3, 4]
+    prompt, sampled, own = ids[: cut + 1], ids[cut + 1 :], Encoder(tokenizer, False)
+    assert own.separator(prompt, sampled) + own.text(sampled) == after
+    assert own.separator(prompt, [4]) == "" == Encoder(tokenizer, True).separator(prompt, sampled)
 
 
 def test_inputs_and_labels_of_an_encoder_decoder_are_padded_each_to_its_own_width():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -213,6 +214,51 @@ def test_a_column_of_some_rows_is_given_as_none(tmp_path: Path) -> None:
     assert seen == [None, "B"]
 
 
+def test_a_refusal_is_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    answers = [
+        ({"role": "assistant", "content": None, "refusal": "I cannot."}, "stop"),
+        ({"role": "assistant", "content": None}, "content_filter"),
+        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "tool_calls"),
+        (turn("4"), "stop"),
+    ]
+    rows = [response(0, ("", ""))]
+    choices = [{"index": place, "message": one, "finish_reason": why} for place, (one, why) in enumerate(answers)]
+    rows[0]["response"]["body"]["choices"] = choices
+    folder = import_candidates(rows, tmp_path / "in", requests=[request(0, QUESTION), request(0, QUESTION)])
+    assert load_candidates(folder)["text"][:] == ["4"]
+    for reason in ("no text", "content_filter", "tool_calls"):
+        assert f"1 completions ended by {reason!r} were left out." in caplog.text
+
+
+def test_files_of_spreadsheets_and_long_fields(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"\ufeffprompt,completion,score\na,{'x ' * 100_000},\nb,y,0.5\n", encoding="utf-8")
+    folder = import_candidates(tmp_path / "a.csv", tmp_path / "csv")
+    assert load_candidates(folder)["reward"][:] == [None, 0.5]
+    (tmp_path / "a.json").write_text('\ufeff[{"prompt": "a", "completion": "x"}]', encoding="utf-8")
+    assert load_candidates(import_candidates(tmp_path / "a.json", tmp_path / "json"))["text"][:] == ["x"]
+    (tmp_path / "latin.csv").write_bytes("prompt,completion\na,é\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.csv cannot be read: .*Save it as .csv, in UTF-8"):
+        import_candidates(tmp_path / "latin.csv", tmp_path / "latin")
+    (tmp_path / "b.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"neither a list of rows, each an object, nor `instances`"):
+        import_candidates(tmp_path / "b.json", tmp_path / "b")
+
+
+def test_answers_that_are_cut_off_are_left_out_by_scoring_and_warned_of_without(tmp_path: Path, caplog) -> None:
+    rows = [{"prompt": "a", "completion": text, "finish_reason": why, "score": 1.0}
+            for text, why in (("once there was", "length"), ("the end", "stop"))]  # fmt: skip
+    folder = import_candidates(rows, tmp_path / "in")
+    scored = score_again(folder, tmp_path / "scored", lambda completions, **_: [1.0] * len(completions))
+    assert load_candidates(scored)["verdict"][:] == ["filtered", None]
+    accept_again(scored, tmp_path / "accepted", Threshold(minimum=0.5))
+    assert "cut off" not in caplog.text
+    accept_again(folder, tmp_path / "at once", Threshold(minimum=0.5))
+    assert "1 of 2 accepted candidates are cut off" in caplog.text
+    plain = import_candidates([{"prompt": "a", "completion": "b"}], tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"are not scored. Score them first"):
+        accept_again(plain, tmp_path / "nothing", Threshold(minimum=0.5))
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
 def test_files(tmp_path: Path, kind: str) -> None:
     rows = [{"prompt": "2 + 2 =", "completion": text, "answer": "4"} for text in ("4", "five", "4, I think")]
@@ -343,6 +389,33 @@ GOOD = {"prompt": "a", "completion": "x"}
         ([GOOD, {"prompt": "", "completion": "x"}], {}, ValueError, r"Row 1 has the prompt ''; give text or messages"),
         ([GOOD, {**GOOD, "score": 1.0}], {}, ValueError, r"Row 1 has a score, and the first row has none"),
         ([{"prompt": "a", "completions": ["x"], "scores": [1, 2]}], {}, ValueError, r"1 completions and 2 scores"),
+        ([GOOD, {**GOOD, "score": math.inf}], {}, ValueError, r"its score is inf. Give a finite number"),
+        (
+            [{"prompt": "a", "completion": [turn("b"), turn("c")]}],
+            {},
+            ValueError,
+            r"Row 0 cannot be imported: A completion has 2 messages",
+        ),
+        (
+            [response(1, ("4", "stop"))],
+            {"requests": [request(1, OTHER), request(1, QUESTION)]},
+            ValueError,
+            r"Two requests of other content are named 'r1'",
+        ),
+        ([response(0, ("4", "stop"))], {"requests": [{"id": 1}]}, ValueError, r"Row 0 of `requests` is no request"),
+        (
+            [response(0, ("4", "stop"))],
+            {"requests": [{"custom_id": "r0", "body": {"prompt": ["a", "b"]}}]},
+            ValueError,
+            r"'r0' asks for several prompts",
+        ),
+        ([GOOD, {**GOOD, "note": "\ud800"}], {}, ValueError, r"Row 1 cannot be imported: .*surrogates"),
+        (
+            [GOOD, {"prompt": "b", "completion": "x", "n": "4"}, {"prompt": "c", "completion": "x", "n": 4}],
+            {},
+            ValueError,
+            r"values of several types",
+        ),
         ([{**GOOD, "finish_reason": "error"}], {}, ValueError, r"None of 1 rows has a completion .*ended by 'error'"),
         ([response(0, ("4", "stop"))], {}, ValueError, r"answers of an OpenAI batch. Give the file of its requests"),
         ([response(0, ("4", "stop"))], {"requests": [request(1, OTHER)]}, ValueError, r"'r0' has no request"),

@@ -14,6 +14,7 @@ import generators as g
 from generative_runs import CountingEngine, resampler, stored, trained
 from rsft_hf import export_dpo, export_kto, export_sft
 from rsft_hf.acceptance import TopKPerPrompt
+from rsft_hf.generative import accept_again, score_again
 from rsft_hf.generative.encoding import Encoder
 from rsft_hf.generative.prompts import PromptSet
 
@@ -90,6 +91,18 @@ def test_tools_and_template_arguments_of_each_row_are_rendered_as_trl_does(tmp_p
     exported = export_sft(tmp_path / "candidates")
     assert [json.loads(row["tools"])[0]["function"]["name"] for row in exported] == ["b", "c"]
     assert exported[1]["chat_template_kwargs"]["enable_thinking"]
+
+
+def test_exports_have_what_a_run_hands_to_the_template(tmp_path: Path) -> None:
+    made = resampler(chat_template_kwargs={"enable_thinking": True})
+    rows = [{"prompt": [user(name)], "wanted": "a"} for name in "ab"]
+    ours = trained(tmp_path, made, train_dataset=rows, processing_class=words())
+    exported = export_sft(tmp_path / "candidates").to_list()
+    assert prompted(ours) == rendered_by_trl(exported, words())
+    assert all(text.endswith("think") for text in prompted(ours))
+    scored = score_again(tmp_path / "candidates" / "round-000", tmp_path / "scored", g.share_of_wanted, rows)
+    again = export_sft(accept_again(scored, tmp_path / "accepted", TopKPerPrompt(1))).to_list()
+    assert prompted(ours) == rendered_by_trl(again, words())
 
 
 def test_a_rows_template_arguments_win_over_the_runs() -> None:

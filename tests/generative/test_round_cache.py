@@ -333,11 +333,23 @@ def test_what_no_judge_answered_for_is_scored_again_without_generating(tmp_path:
 def test_a_shard_is_unjudged_where_no_candidate_was_answered_for(tmp_path, rewards, verdicts, expected) -> None:
     store = CandidateStore(tmp_path, ["judge"], is_conversational=False)
     candidates = [
-        Candidate(0, "a", [6], "a", "stop", index=index, reward=reward, verdict=verdict)
+        Candidate(0, "a", [6], "a", "stop", index=index, reward=reward, verdict=verdict, rewards={"judge": reward})
         for index, (reward, verdict) in enumerate(zip(rewards, verdicts))
     ]
     store.write(store.path(0, 0), candidates, "scored")
     assert store.is_unjudged(store.path(0, 0)) is expected
+
+
+def test_a_judge_that_was_out_beside_another_reward_is_asked_again(tmp_path: Path) -> None:
+    is_out = [True]
+
+    def judge(completions, **columns):
+        return [None if is_out[0] else float(len(text)) for text in completions]
+
+    for is_out[0], expected in ((True, {None}), (False, None)):
+        trained(tmp_path, resampler([judge, generators.share_of_wanted]))
+        found = set(load_candidates(tmp_path)["rewards/judge"])
+        assert found == expected if expected else None not in found
 
 
 @pytest.mark.parametrize("column", [None, "prompt", "wanted", "reference"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from rsft_hf.generative import (
     accept_again,
     drop_long_prompts,
     generate_candidates,
+    import_candidates,
     score_again,
     stored_prompts,
 )
@@ -85,6 +87,30 @@ def test_a_killed_call_goes_on_with_the_prompts_that_are_left(tmp_path: Path) ->
     again = CountingEngine()
     generated(tmp_path / "killed", engine=again)
     assert again.calls == []
+
+
+def test_a_judge_that_was_out_is_asked_again(tmp_path: Path) -> None:
+    folder, is_out = generated(tmp_path / "generated"), [True]
+
+    def judge(completions: list, **columns) -> list[float | None]:
+        return [None if is_out[0] else 1.0 for _ in completions]
+
+    for is_out[0], expected in ((True, {None}), (False, {1.0})):
+        score_again(folder, tmp_path / "scored", [judge, generators.share_of_wanted])
+        assert set(rsft_hf.load_candidates(tmp_path / "scored")["rewards/judge"]) == expected
+
+
+def test_scores_of_other_prompts_or_candidates_are_never_taken(tmp_path: Path) -> None:
+    rows = [{"prompt": "2 + 2 =", "completion": text} for text in ("4", "5")]
+    is_right = lambda completions, answer, **_: [float(pair[0] == pair[1]) for pair in zip(completions, answer)]  # noqa: E731
+    source = import_candidates(rows, tmp_path / "in")
+    score_again(source, tmp_path / "scored", is_right, [{"prompt": "2 + 2 =", "answer": "5"}])
+    with pytest.raises(FileExistsError, match="is not empty: it holds other candidates, prompts or functions"):
+        score_again(source, tmp_path / "scored", is_right, [{"prompt": "2 + 2 =", "answer": "4"}])
+    shutil.rmtree(source)
+    import_candidates([{**row, "completion": "6"} for row in rows], source)
+    with pytest.raises(FileExistsError, match="is not empty: it holds other candidates, prompts or functions"):
+        score_again(source, tmp_path / "scored", is_right, [{"prompt": "2 + 2 =", "answer": "5"}])
 
 
 def test_scoring_goes_on_where_it_was_killed(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ TRANSFORMERS_FIELDS = {
 STATUSES = {"500": 500, "503": 503, "429": 429, "400": 400, "401": 401, "404": 404, "422": 422}
 BODIES = {
     "no json": "<html>busy</html>",
+    "cut off": '{"choices": [{"te',
     "no choices": "{}",
     "empty choices": '{"choices": []}',
     "a list": "[1]",

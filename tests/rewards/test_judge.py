@@ -46,7 +46,7 @@ class Judge(BaseHTTPRequestHandler):
         if wish in bodies:
             return self.send(200, bodies[wish])
         message = {"content": {"refusal": None}.get(wish, wish), "role": "assistant"}
-        if not wish.startswith("{") and message["content"] is not None and wish != "garbage":
+        if not wish.startswith(("{", "`")) and message["content"] is not None and wish != "garbage":
             message["content"] = json.dumps({"score": 7})
         return self.send(200, json.dumps({"choices": [{"message": message, "index": 0, "finish_reason": "stop"}]}))
 
@@ -131,14 +131,14 @@ FAILURES += ['{"score": null}', "{}"]
 
 
 def test_failures_are_none_and_counted(server, caplog):
-    wishes = [*FAILURES, "fine", '{"score": 0}']
+    wishes = [*FAILURES, "fine", '{"score": 0}', '```json\n{"score": 3}\n```']
     with caplog.at_level(logging.INFO):
         rewards, metrics = score(judge(server), wishes)
-    assert rewards == [None] * len(FAILURES) + [7.0, 0.0]
+    assert rewards == [None] * len(FAILURES) + [7.0, 0.0, 3.0]
     assert metrics == {"judge/requests": len(wishes), "judge/failures": len(FAILURES)}
     assert server.attempts["always 500"] == 2
     assert server.attempts["too long"] == 1
-    assert f"judge: {len(FAILURES)} of {len(wishes)} requests got no score" in caplog.text
+    assert f"judge: {len(FAILURES)} of {len(wishes)} requests got no score, the last one: " in caplog.text
     assert "no: too long" in caplog.text
 
 
@@ -180,6 +180,7 @@ def test_equal_requests_are_sent_once_and_kept_on_disk(server, tmp_path, monkeyp
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert [path.suffix for path in files] == [".json", ".json"]
     files[0].write_text('{"sco', encoding="utf-8")  # broken from outside
+    files[1].write_bytes(b"\xff\xfe")
     assert score(judge(server, cache_dir=tmp_path), ["fine", "500 once"])[0] == [7.0, 7.0]
     assert score(judge(server, cache_dir=tmp_path, rubric="Be strict."), ["fine"])[1]["judge/requests"] == 1
     keys = set()

@@ -33,16 +33,23 @@ def ask_choices(client: OpenAIClient, body: Mapping[str, Any], prompt: int) -> l
         ValueError: If the server refuses the request (4xx).
         RuntimeError: If there is no reply after all tries, or one that is no completion.
     """
-    try:
-        text = client.post("/completions", body, f"prompt {prompt}")
-    except RequestRefused as error:
-        raise ValueError(
-            f"{error}. {_REMEDIES.get(error.status, 'The request is at fault, not the moment.')}"
-        ) from error
-    try:
-        choices = json.loads(text)["choices"]
-    except (ValueError, KeyError, TypeError):
-        choices = None
+    for attempt in range(client.max_retries + 1):
+        try:
+            text = client.post("/completions", body, f"prompt {prompt}")
+        except RequestRefused as error:
+            raise ValueError(
+                f"{error}. {_REMEDIES.get(error.status, 'The request is at fault, not the moment.')}"
+            ) from error
+        try:
+            reply = json.loads(text)
+            break
+        except (ValueError, RecursionError):  # cut off on its way
+            reply = None
+            if attempt < client.max_retries and text.lstrip().startswith("{"):
+                client.pause(attempt)
+            else:
+                break
+    choices = reply.get("choices") if isinstance(reply, dict) else None
     if not isinstance(choices, list) or not choices:
         raise RuntimeError(
             f"The server at {client.base_url}/completions answered prompt {prompt} with something that is no "

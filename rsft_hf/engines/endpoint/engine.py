@@ -31,7 +31,7 @@ from rsft_hf.engines.endpoint.protocol import (
 from rsft_hf.engines.endpoint.weight_sync import SaveAndReload, WeightsHandOver, check_url
 from rsft_hf.engines.generation_config import context_length, end_tokens
 from rsft_hf.engines.log_probs import token_log_probabilities
-from rsft_hf.openai_client import OpenAIClient, client_library, shown_url
+from rsft_hf.openai_client import OpenAIClient, check_without_query, client_library, shown_url
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +56,7 @@ class EndpointEngine(Engine):
         candidates_per_request: None asks for all candidates of a prompt at once; 1 gives each its own request and seed,
             for servers that draw all choices of a request from one seed (SGLang's deterministic mode).
         concurrency: Most requests under way.
-        timeout_seconds: For each try.
+        timeout_seconds: Seconds without a byte after which a try has failed.
         max_retries: How often a request is sent again after a timeout, 429, 5xx or, without `weights`, a lost
             connection, and a candidate asked for again that was aborted or is empty.
         backoff_seconds: Before the second try, doubled each time.
@@ -92,6 +92,7 @@ class EndpointEngine(Engine):
 
     def __post_init__(self) -> None:
         check_url("base_url", self.base_url)
+        check_without_query("base_url", self.base_url)
         check_choices(self.dialect, self.logprobs_mode)
         check_weights(self.weights)
         check_options(self.options)
@@ -124,6 +125,12 @@ class EndpointEngine(Engine):
         check_spared(self.options, config)
         if self.is_fixed:
             check_log_probs(config, self.dialect, self.logprobs_mode, log_probs)
+        elif log_probs and self.logprobs_mode == "raw" and {"min_p", "top_p"} <= needed_settings(config):
+            raise ValueError(
+                f"`min_p`={config.min_p} and `top_p`={config.top_p} together: servers cut by `min_p` first and "
+                "transformers last, so that log q, which is computed here, would be wrong. Unset one of them, or start "
+                'the server with processed log probabilities and say logprobs_mode="processed".'
+            )
 
     def sync_weights(self, model: Any, is_main_process: bool) -> None:
         """Brings the server's weights up to date; the main process does.

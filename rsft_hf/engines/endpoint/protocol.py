@@ -204,7 +204,8 @@ class ReplyReader:
             raise UnusableChoice(f"finish_reason={reason!r}")
         log_probs, ids = self._log_probs(choice), self._token_ids(choice)
         if ids is None:
-            return self._cut(self._encoded(choice, limit), reason, log_probs)
+            ids = self._encoded(choice)
+            return self._cut(ids[:limit], "length" if len(ids) > limit else reason, log_probs)
         self._check(ids, limit)
         if reason == "length" and ids and len(ids) < limit and ids[-1] not in self.ends:
             self.warn(
@@ -236,7 +237,7 @@ class ReplyReader:
                 "model's tokenizer. Serve the model that is trained."
             )
 
-    def _encoded(self, choice: dict[str, Any], limit: int) -> list[int]:
+    def _encoded(self, choice: dict[str, Any]) -> list[int]:
         """The tokens of a reply that holds text alone: perhaps others than those sampled, but of the same text."""
         text = choice.get("text")
         if not isinstance(text, str):
@@ -256,7 +257,7 @@ class ReplyReader:
         )
         if choice["finish_reason"] == "stop" and self.ends and not self._is_ended(ids, choice):
             ids.append(self._end(choice))
-        return ids[:limit]
+        return ids
 
     def _is_ended(self, ids: list[int], choice: dict[str, Any]) -> bool:
         if not self.ends or any(token in self.ends for token in ids):

@@ -23,6 +23,16 @@ WeightsHandOver = Callable[[Any], None]
 _PLACE = "{path}"
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirected POST would arrive as a GET, load nothing, and take the key with it: it is an error."""
+
+    def redirect_request(self, *args: Any, **keywords: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
 def names_no_error(answer: str) -> bool:
     """Returns whether a reply neither is a page of HTML nor names an error; plain words and nothing at all do not.
 
@@ -181,7 +191,7 @@ class SaveAndReload:
             headers["Authorization"] = f"Bearer {self.api_key}"
         request = urllib.request.Request(url, json.dumps(dict(payload)).encode(), headers, method="POST")
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout_seconds) as reply:
+            with _OPENER.open(request, timeout=self.timeout_seconds) as reply:
                 answer = reply.read().decode(errors="replace")
         except urllib.error.HTTPError as error:
             if is_missing_fine and error.code == 404:
