@@ -202,7 +202,8 @@ def _answer(found: Mapping[str, Any], score: str | None) -> Answer:
     if log_q is None and isinstance(logprobs, Mapping) and isinstance(logprobs.get("content"), list):
         log_q = sum(token["logprob"] for token in logprobs["content"])
     names = (score,) if score else _SCORE_NAMES
-    given = next((found[name] for name in names if found.get(name) not in (None, "")), None)  # CSV has no null
+    given = next((found[name] for name in names if found.get(name) is not None), None)
+    given = math.nan if given == "" else given  # CSV has no null
     if given is not None and math.isinf(float(given)):
         raise ValueError(f"its score is {given}. Give a finite number, or null for one that is not known")
     return Answer(

@@ -442,7 +442,7 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a.txt is none of .jsonl, .json, .csv, .parquet"):
         import_candidates(tmp_path / "a.txt", tmp_path / "round")
     (tmp_path / "a.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds neither a list of rows nor `instances`"):
+    with pytest.raises(ValueError, match=r"holds neither a list of rows, each an object, nor `instances`"):
         import_candidates(tmp_path / "a.json", tmp_path / "round")
     assert not (tmp_path / "round").exists()
     import_candidates([GOOD], tmp_path / "round")

@@ -290,7 +290,7 @@ def test_the_work_on_a_shard_is_what_its_stage_leaves(tmp_path) -> None:
     assert shard_work(store, path) == "score"
     store.write(path, [candidate], "scored")  # no function answered
     assert shard_work(store, path) == "score"
-    candidate.reward = 1.0
+    candidate.reward, candidate.rewards = 1.0, {"judge": 1.0}
     store.write(path, [candidate], "scored")
     assert shard_work(store, path) == "nothing"
 

@@ -69,7 +69,7 @@ def test_the_stages_after_it_are_those_of_the_resampler(tmp_path: Path, is_conve
     )
     scored = score_again(folder, tmp_path / "scored", generators.share_of_wanted)
     accepted = rsft_hf.load_candidates(accept_again(scored, tmp_path / "accepted", TopKPerPrompt(1)))
-    resampler = CandidateResampler(generators.share_of_wanted, TopKPerPrompt(1), filters=(), **SAMPLING)
+    resampler = CandidateResampler(generators.share_of_wanted, TopKPerPrompt(1), **SAMPLING)
     made = resampler.generate(generators.tiny_model(), generators.tokenizer(), prompts)
     made = resampler.accept(resampler.score(made))
     assert accepted["reward"][:] == [one.reward for one in made]
@@ -96,7 +96,7 @@ def test_a_judge_that_was_out_is_asked_again(tmp_path: Path) -> None:
         return [None if is_out[0] else 1.0 for _ in completions]
 
     for is_out[0], expected in ((True, {None}), (False, {1.0})):
-        score_again(folder, tmp_path / "scored", [judge, generators.share_of_wanted])
+        score_again(folder, tmp_path / "scored", [judge, generators.share_of_wanted], filters=())
         assert set(rsft_hf.load_candidates(tmp_path / "scored")["rewards/judge"]) == expected
 
 
@@ -124,11 +124,11 @@ def test_scoring_goes_on_where_it_was_killed(tmp_path: Path) -> None:
 
     fatal = [3]
     with pytest.raises(RuntimeError, match="raised Killed"):
-        score_again(folder, tmp_path / "scored", reward)
+        score_again(folder, tmp_path / "scored", reward, filters=())
     before = len(calls)
-    score_again(folder, tmp_path / "scored", reward)
+    score_again(folder, tmp_path / "scored", reward, filters=())
     assert len(calls) - before == 3
-    whole = score_again(folder, tmp_path / "whole", generators.share_of_wanted)
+    whole = score_again(folder, tmp_path / "whole", generators.share_of_wanted, filters=())
     names = ["reward", "text"]
     scored = rsft_hf.load_candidates(tmp_path / "scored").select_columns(names)
     assert scored[:] == rsft_hf.load_candidates(whole).select_columns(names)[:]

@@ -68,7 +68,8 @@ def test_sft_reads_what_is_exported(folder: Path, tmp_path: Path, as_messages: b
     assert exported.column_names == (["messages"] if as_messages else ["prompt", "completion"])
     for row, source in zip(exported, accepted, strict=True):
         answer = row["messages"] if as_messages else row["completion"]
-        assert source["text"] == (answer if isinstance(answer, str) else answer[-1]["content"])
+        text = source["separator"] + source["text"] if isinstance(answer, str) else source["text"]
+        assert text == (answer if isinstance(answer, str) else answer[-1]["content"])
     assert 0 < one_step("SFT", exported, tmp_path) < 30
 
 
@@ -225,7 +226,8 @@ def test_candidates_are_scored_and_accepted_again_without_being_generated(folder
 
     source, before = round_dir(folder), stored(folder)
     rows = generators.prompts(9, conversational=not isinstance(before[0]["prompt"], str))
-    scored = score_again(source, tmp_path / "scored", words, rows, dedup=Deduplicate(key=lambda text: text[:1]))
+    dedup = Deduplicate(key=lambda text: text[:1])
+    scored = score_again(source, tmp_path / "scored", words, rows, filters=(), dedup=dedup)
     accepted = accept_again(scored, tmp_path / "accepted", Threshold(minimum=3))
     again = load_candidates(accepted).to_list()
     assert stored(folder) == before
