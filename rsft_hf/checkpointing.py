@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from rsft_hf.isolation import forked_rng
 from rsft_hf.training_set import dataset_fingerprint
 
 logger = logging.get_logger(__name__)
@@ -283,3 +284,34 @@ def load_trainable(model: torch.nn.Module, path: Path) -> None:
 
 def _trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: values for name, values in model.named_parameters() if values.requires_grad}
+
+
+def load_renamed_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Loads a checkpoint whose weights have other names than the model's, which Trainer passes over.
+
+    transformers saves ViT, Segformer, Mixtral and others by the names of the hub's files, and resumes them without
+    renaming (seen in 5.24): such a run would go on from its initial weights.
+
+    Raises:
+        RuntimeError: If the checkpoint does not hold all weights under any name.
+    """
+    files = sorted(folder.glob("model*.safetensors"))
+    if not isinstance(model, PreTrainedModel) or not files:
+        return
+    state, found = model.state_dict(), set[str]()
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            found |= set(opened.keys())
+    tied = {state[name].data_ptr() for name in found & state.keys()}
+    ignored = model._keys_to_ignore_on_save or ()
+    missing = [name for name in state if name not in found and state[name].data_ptr() not in tied]
+    if not (missing := [name for name in missing if name not in ignored]):
+        return
+    with forked_rng(0):
+        loaded, info = type(model).from_pretrained(
+            folder, config=model.config, dtype=model.dtype, output_loading_info=True
+        )
+    if info["missing_keys"]:
+        raise RuntimeError(f"{folder} lacks {len(info['missing_keys'])} weights, such as {min(info['missing_keys'])}.")
+    model.load_state_dict(loaded.state_dict())
+    logger.info(f"{len(missing)} weights of {folder} have other names there than in {type(model).__name__}.")

@@ -27,6 +27,7 @@ from rsft_hf.checkpointing import (
     EpochProgress,
     last_complete_checkpoint,
     load_progress,
+    load_renamed_weights,
     load_trainable,
     replaced_directory,
     run_settings,
@@ -211,31 +212,40 @@ class RejectionSamplingMixin(_Base):
             self.train_dataset, self.data_collator = original
         return self._train_loader
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs: Any
-    ) -> Any:
-        """Evaluates as the trainer does, or by the resampler for data sets that it evaluates (held-out prompts)."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates as the trainer does, or by the resampler for data sets that it evaluates (held-out prompts).
+
+        Arguments are those of the trainer's own method; for held-out prompts `eval_dataset` and `metric_key_prefix`.
+        """
+        # The trainer's own method may have others, in another order: of question answering, say.
+        given = dict(zip(("eval_dataset", "ignore_keys", "metric_key_prefix"), args, strict=False)) | kwargs
+        dataset = given.pop("eval_dataset", None)
+        dataset = self.eval_dataset if dataset is None else dataset
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
         if dataset is None or isinstance(dataset, dict) or not self.resampler.evaluates(dataset):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
-        _, _, metrics = self._answered("evaluate", dataset, metric_key_prefix, kwargs)
+            return super().evaluate(*args, **kwargs)
+        _, _, metrics = self._answered("evaluate", dataset, "eval", given)
         self._log_apart(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def predict(
-        self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test", **kwargs: Any
-    ) -> PredictionOutput:
-        """Predicts as the trainer does, or returns answers (texts) and references of held-out prompts."""
-        if not self.resampler.evaluates(test_dataset):
-            return super().predict(test_dataset, ignore_keys, metric_key_prefix, **kwargs)
-        output = PredictionOutput(*self._answered("predict", test_dataset, metric_key_prefix, kwargs))
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Predicts as the trainer does, or returns answers (texts) and references of held-out prompts.
+
+        Arguments are those of the trainer's own method; for held-out prompts `test_dataset` and `metric_key_prefix`.
+        """
+        given = dict(zip(("test_dataset", "ignore_keys", "metric_key_prefix"), args, strict=False)) | kwargs
+        dataset = given.pop("test_dataset", None)
+        if dataset is None or not self.resampler.evaluates(dataset):
+            return super().predict(*args, **kwargs)
+        output = PredictionOutput(*self._answered("predict", dataset, "test", given))
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
         return output
 
-    def _answered(self, method: str, dataset: Any, prefix: str, kwargs: dict[str, Any]) -> Predictions:
+    def _answered(self, method: str, dataset: Any, prefix: str, given: dict[str, Any]) -> Predictions:
+        kwargs = {name: value for name, value in given.items() if name not in ("ignore_keys", "metric_key_prefix")}
+        prefix = given.get("metric_key_prefix", prefix)
         if kwargs:
             raise ValueError(
                 f"{method}() got {', '.join(kwargs)}, which held-out prompts do not use. Pass "
@@ -319,6 +329,18 @@ class RejectionSamplingMixin(_Base):
             self._progress = load_progress(directory, self._settings, self.args.max_steps)
             self.resampler.load(directory)
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_renamed_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_renamed_weights(self.state.best_model_checkpoint)
+
+    def _load_renamed_weights(self, folder: str | Path) -> None:
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            load_renamed_weights(unwrapped(self.model), Path(folder))
 
     def _init_training_state(self, max_steps: int, num_update_steps_per_epoch: int, *args: Any, **kwargs: Any) -> Any:
         done = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)

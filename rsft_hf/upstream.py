@@ -19,6 +19,7 @@ PRIVATE = {
         "_get_num_items_in_batch",
         "_save_rng_state",
         "_load_best_model",
+        "_load_from_checkpoint",
         "_prepare_inputs",
         "_train_batch_size",  # of an instance
     ),

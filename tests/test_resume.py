@@ -270,3 +270,27 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     cut = runs.trained(RejectionSamplingTrainer, tmp_path / "cut", args=args, resume=True, resampler=LossResampler())
     assert runs.largest_difference(whole, cut) == 0.0
     assert runs.losses(whole) == runs.losses(cut)
+
+
+def vision_run(folder: Path, resume: str | None = None, **args) -> RejectionSamplingTrainer:
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = hf.ViTForImageClassification(hf.ViTConfig(image_size=4, patch_size=2, **size))
+    rows = [{"pixel_values": torch.randn(3, 4, 4), "labels": number % 2} for number in range(16)]
+    made = RejectionSamplingTrainer(
+        model, runs.arguments(folder, **args), train_dataset=rows, eval_dataset=rows, resampler=LossResampler()
+    )
+    made.train(resume_from_checkpoint=resume)
+    return made
+
+
+def test_weights_that_transformers_saves_under_other_names_are_resumed_and_the_best_are_loaded(tmp_path: Path) -> None:
+    settings = {"num_train_epochs": 2, "save_strategy": "epoch", "eval_strategy": "epoch", "learning_rate": 0.05}
+    whole = vision_run(tmp_path / "whole", **settings)
+    cut = vision_run(tmp_path / "whole", resume=str(tmp_path / "whole" / "checkpoint-4"), **settings)
+    assert runs.largest_difference(whole, cut) == 0.0
+    best = vision_run(tmp_path / "best", load_best_model_at_end=True, greater_is_better=True, **settings,
+                      metric_for_best_model="eval_loss")  # fmt: skip
+    lines = {line["step"]: line["eval_loss"] for line in best.state.log_history if "eval_loss" in line}
+    assert best.evaluate()["eval_loss"] == pytest.approx(max(lines.values()), rel=1e-5)
+    assert best.state.best_global_step == 4 != max(lines)

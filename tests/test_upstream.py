@@ -20,6 +20,7 @@ PARAMETERS = {
     "_get_train_sampler": ["train_dataset"],
     "_save_rng_state": ["output_dir"],
     "_load_best_model": [],
+    "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
     "_prepare_inputs": ["inputs"],
     "_sample": ["input_ids", "logits_processor", "stopping_criteria", "generation_config"],
     "_prefill": ["input_ids", "generation_config", "model_kwargs"],

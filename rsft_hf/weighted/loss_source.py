@@ -208,12 +208,11 @@ class LossSource:
         return not self._is_measured or bool(missing) or (epoch - self._warmup_epochs) % self._every_n_epochs == 0
 
     def _reading_batch_size(self) -> int:
-        """Rows of the batches whose losses are read."""
+        """Rows of the largest batches whose losses are read."""
         args = self.trainer.args
+        is_scored, is_trained = not self.is_from_training, self.is_from_training or self.importance_correction > 0
         scored = self._batch_size or args.per_device_eval_batch_size
-        if self.is_from_training or self.importance_correction > 0:
-            return min(scored, args.per_device_train_batch_size)
-        return scored
+        return max(is_scored * scored, is_trained * args.per_device_train_batch_size)
 
     def _find_reading(self, seed: int) -> None:
         """Finds the reading from a few rows before every epoch, so that an unreadable loss fails before the first step.
@@ -244,7 +243,11 @@ class LossSource:
         is_correctable = is_intercepted or (reading.kind == "outputs" and is_smoothed(self.trainer))
         if not is_correctable and (self.importance_correction > 0 or reading.kind == "single"):
             source = "a fused head" if reading.is_fused else f"the reading {reading.kind!r}"
+            num_rows = self._reading_batch_size()
             self._fall_back(f"they come from {source}", is_from_training=reading.kind != "single")
+            if self._reading_batch_size() != num_rows and not reading.is_final:  # that of scoring passes
+                self._find_reading(seed)
+                return
         check_reading(reading, is_correctable, self.is_from_training, self.importance_correction)
         if self._reading is not None and self._reading.kind != reading.kind:
             logger.warning(

@@ -15,6 +15,7 @@ computation of a batch's loss: the calls of a criterion, the model's outputs, th
 import contextlib
 import copy
 import functools
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
@@ -47,7 +48,7 @@ class Reading:
             have one in the next.
         is_fused: Whether the losses come from the log-probabilities of a fused head, which cannot be scaled.
         num_calls: Criterion calls of a batch ("criterion" only).
-        is_final: Whether other batches have contradicted a faster reading, which is not looked for again.
+        is_final: Whether no faster one is looked for again before the next epochs.
 
     Example:
         >>> Reading("criterion", is_mean=False).is_averaged
@@ -251,8 +252,13 @@ def has_label(labels: Any, num_rows: int) -> torch.Tensor:
 def slice_rows(values: Any, row: int, num_rows: int) -> Any:
     """Returns row `row` of a batch or of model outputs: every tensor with first dimension `num_rows` is sliced.
 
-    Mappings and named tuples keep their type: BatchEncoding, BatchFeature, ModelOutput, dict.
+    Mappings and named tuples keep their type: BatchEncoding, BatchFeature, ModelOutput, dict. An entry of a batch that
+    is a list, such as the boxes of each image, is sliced like a tensor.
     """
+    if type(values) is dict or isinstance(values, UserDict):
+        lists = {name: one for name, one in values.items() if type(one) is list and len(one) == num_rows}
+        values = copy.copy(values)
+        values.update({name: one[row : row + 1] for name, one in lists.items()})
     return recursively_apply(
         lambda tensor: tensor[row : row + 1] if tensor.ndim and len(tensor) == num_rows else tensor, values
     )

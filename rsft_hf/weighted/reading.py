@@ -31,6 +31,8 @@ logger = logging.get_logger(__name__)
 
 NUM_VERIFIED = 64  # rows of other batches by which a reading is verified, once in a run
 
+_NUM_COMPARED = 16  # of them are read alone, too
+
 _NUM_PROBED = 4  # rows in a probe batch
 
 _MAX_PROBED = 64  # rows read until one with a loss is found
@@ -80,6 +82,8 @@ def find_reading(
         ValueError: If none of the probed rows has a label, or none of their losses is finite.
     """
     width = min(_NUM_PROBED, batch_size, len(dataset))
+    if width == 1 < len(dataset):
+        _refuse_contrast(trainer, model, dataset, collate, seed)
     try:
         batch, is_random, expected, scalar, recording = _labelled_probe(trainer, model, dataset, collate, width, seed)
     except _OneRowAtATimeError as error:
@@ -87,20 +91,43 @@ def find_reading(
         single = find_reading(trainer, model, dataset, collate, batch_size=1, seed=seed)
         return dataclasses.replace(single, is_scored_singly=True)
     is_half = trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype != torch.float32
-    others = _some_batches(dataset, collate, num_verified, width, seed)
+    others, alone = _some_batches(dataset, collate, num_verified, width, seed), _alone(collate, seed)
     if not _is_joined(batch, width):
         if reading := _matching_reading(recording, expected, width, is_half):
             reading = dataclasses.replace(reading, is_collator_random=is_random)
-            return _verified(trainer, model, reading, (scalar, recording, width), others, is_half)
+            return _verified(trainer, model, reading, (scalar, recording, width), others, alone, is_half)
         # Sliced from the batch, the rows keep its padding: a match now means that the loss depends on the padding.
-        sliced, _ = _single_losses(trainer, model, [slice_rows(batch, row, width) for row in range(width)])
-        if reading := _matching_reading(recording, sliced, width, is_half):
+        sliced = _sliced_losses(trainer, model, batch, width)
+        if sliced is not None and (reading := _matching_reading(recording, sliced, width, is_half)):
             _warn_of_batches_of_one("The loss of an example depends on the padding of its batch", "Pad all rows alike")
             return dataclasses.replace(reading, is_scored_singly=True, is_collator_random=is_random)
     if _is_constant(expected):
-        _validate_others(trainer, model, others, lambda example: _collate([example], collate, seed))
+        _validate_others(trainer, model, others, alone)
     _warn_of_batches_of_one(_NO_MEAN, "Pass `per_example_loss`")
-    return Reading("single", is_collator_random=is_random)
+    return Reading("single", is_collator_random=is_random, is_final=True)
+
+
+def _refuse_contrast(
+    trainer: Trainer, model: torch.nn.Module, dataset: Sequence[Any], collate: Collate, seed: int
+) -> None:
+    """Raises NotPerExampleError if two rows are compared with each other: of one row the loss says nothing."""
+    try:
+        _labelled_probe(trainer, model, dataset, collate, 2, seed)
+    except _OneRowAtATimeError:
+        return
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+
+
+def _sliced_losses(trainer: Trainer, model: torch.nn.Module, batch: Batch, num_rows: int) -> torch.Tensor | None:
+    """The losses of the rows of a batch with its padding; None for a batch whose rows lie otherwise than one by one."""
+    try:
+        return _single_losses(trainer, model, [slice_rows(batch, row, num_rows) for row in range(num_rows)])[0]
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
+        return None
 
 
 class _OneRowAtATimeError(Exception):
@@ -119,6 +146,8 @@ def _labelled_probe(
         first = attempt * len(dataset) // num_probes
         examples = [dataset[row] for row in _probe_rows(dataset, first, width)]
         batch, is_random = _collated(examples, collate, seed)
+        if is_random and width > 1 and _sliced_losses(trainer, model, batch, width) is None:
+            raise _OneRowAtATimeError("The batches of a random collator cannot be cut into rows", "Collate row by row")
         singles = (
             [slice_rows(batch, row, width) for row in range(width)]
             if is_random
@@ -224,28 +253,50 @@ def _verified(
     reading: Reading,
     probe: tuple[float, Recording, int],
     batches: Iterator[tuple[Batch, list[Any]]],
+    alone: Callable[[Any], Batch],
     is_half: bool,
 ) -> Reading:
-    """The reading, unless the loss of another batch is no mean or sum of its rows' losses, as that of the probe is.
+    """The reading, unless other batches contradict it.
 
-    It counts the criterion calls, of which a model with several heads makes more where a row has labels for all.
+    The losses that it reads of their rows must be those of the rows alone, and the loss of a batch a mean or sum of
+    them, as that of the probe is. It counts the criterion calls, of which a model with several heads makes more where a
+    row has labels for all.
     """
     if reading.kind != "criterion" or reading.is_fused:
         return reading
+    relative, absolute = _tolerances(is_half)
 
     def holds(scalar: float, recording: Recording, num_rows: int) -> bool:
         totals = torch.tensor(_batch_losses(recording, reading, num_rows))
-        relative, absolute = _tolerances(is_half)
         is_unknown = not len(totals) or not math.isfinite(scalar)
         return is_unknown or bool(torch.isclose(totals, torch.tensor(scalar), relative, absolute).any())
 
+    def is_alone(recording: Recording, batch: Batch, examples: list[Any]) -> bool:
+        losses = row_losses(recording, reading, len(examples))
+        if reading.is_collator_random:
+            expected = _sliced_losses(trainer, model, batch, len(examples))
+        else:
+            expected, _ = _single_losses(trainer, model, [alone(example) for example in examples])
+        if expected is None:
+            return True
+        expected = expected.nan_to_num(0.0)
+        if losses is None:
+            return not bool(expected.any())
+        found = losses.losses.double().cpu()
+        # Ten times the tolerance of the probe: what is booked on another row differs by more than rounding does.
+        return torch.allclose(found, expected, rtol=10 * relative, atol=10 * absolute) or not bool(
+            (expected.isfinite() & found.isfinite()).all()
+        )
+
     is_probe_explained, num_calls = holds(*probe), reading.num_calls
     is_explained = True
-    for batch, examples in batches:
+    for number, (batch, examples) in enumerate(batches):
         scalar, recording = compute_loss(trainer, model, batch, len(examples))
-        is_explained &= holds(scalar, recording, len(examples))
+        is_explained &= holds(scalar, recording, len(examples)) or not is_probe_explained
+        if number * len(examples) < _NUM_COMPARED:
+            is_explained &= is_alone(recording, batch, examples)
         num_calls = max(num_calls, len(recording.capture.calls))
-    if is_probe_explained and not is_explained:
+    if not is_explained:
         _warn_of_batches_of_one(_NO_MEAN, "Pass `per_example_loss`")
         return Reading("single", is_collator_random=reading.is_collator_random, is_final=True)
     return dataclasses.replace(reading, num_calls=num_calls)
@@ -331,6 +382,10 @@ def _collated(examples: list[Any], collate: Collate, seed: int) -> tuple[Batch, 
 def _collate(examples: list[Any], collate: Collate, seed: int) -> Batch:
     with forked_rng(seed):
         return collate([dict(row) if isinstance(row, Mapping) else row for row in examples])
+
+
+def _alone(collate: Collate, seed: int) -> Callable[[Any], Batch]:
+    return lambda example: _collate([example], collate, seed)
 
 
 def _same(left: Any, right: Any) -> bool:
