@@ -91,6 +91,8 @@ class RejectionSamplingMixin(_Base):
             validate_dataset(self.train_dataset)
         self._sampler: EpochSampler | None = None
         self._bound_dataset: Any = None
+        self._bound_source: Any = None  # `train_dataset` that it was made of
+        self._is_looping = False
         self._train_loader: DataLoader[Any] | None = None
         self._progress = EpochProgress()
         self._settings: dict[str, Any] = {}
@@ -132,6 +134,7 @@ class RejectionSamplingMixin(_Base):
         else:
             self.log_pending_metrics()
             progress.epoch += 1
+            self._set_optimizer_mode("train")  # of a schedule-free one: the weights that training goes on with
             accepted = self.resampler.resample(progress.epoch)
             progress.indices = order_rows(self, self._bound_dataset, accepted, progress.epoch)
             progress.has_unlogged_metrics = progress.has_unlogged_end = True
@@ -203,6 +206,8 @@ class RejectionSamplingMixin(_Base):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Returns the trainer's own training loader over the accepted rows."""
+        if not self._is_looping and self._bound_source is not self.train_dataset:
+            self._sampler = None  # another training set was given since
         self._epoch_sampler()  # binds the resampler before training, too
         original = self.train_dataset, self.data_collator
         try:
@@ -255,9 +260,14 @@ class RejectionSamplingMixin(_Base):
         if not self.is_in_train and not is_bound:
             self._sampler = None
             self._epoch_sampler()  # binds the resampler
+        self._set_optimizer_mode("eval")  # as Trainer does before it evaluates
         start = time.perf_counter()
         predictions, labels, metrics = self.resampler.predict(dataset, prefix)
         return predictions, labels, metrics | {f"{prefix}_runtime": time.perf_counter() - start}
+
+    def _set_optimizer_mode(self, name: str) -> None:
+        if callable(change := getattr(self.optimizer, name, None)):
+            change()
 
     def _log_apart(self, logs: dict[str, float]) -> None:
         # TRL's `log` adds the means that it keeps for its next line, and would log those of a few steps with ours.
@@ -328,7 +338,11 @@ class RejectionSamplingMixin(_Base):
             directory = Path(resume_from_checkpoint) / STATE_DIRECTORY
             self._progress = load_progress(directory, self._settings, self.args.max_steps)
             self.resampler.load(directory)
-        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
+        self._is_looping = True
+        try:
+            return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
+        finally:
+            self._is_looping = False
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -382,7 +396,7 @@ class RejectionSamplingMixin(_Base):
 
     def _bound_rows(self) -> Any:
         """The rows of the resampler after binding it to this trainer, from which another one may have taken it."""
-        rows = self.resampler.bind(self)
+        rows, self._bound_source = self.resampler.bind(self), self.train_dataset
         vars(self.resampler)["_bound_to"] = self._binding
         return rows
 

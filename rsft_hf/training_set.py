@@ -37,7 +37,7 @@ def validate_dataset(dataset: Any) -> None:
     if isinstance(dataset, dict):
         raise ValueError(
             f"`train_dataset` is a {type(dataset).__name__} with the keys {list(dataset)}, not rows. Pass one split, "
-            'such as dataset["train"].'
+            'such as dataset["train"], or several joined by `datasets.concatenate_datasets`.'
         )
     if not isinstance(dataset, Sized):
         raise ValueError(

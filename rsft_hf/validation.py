@@ -51,20 +51,24 @@ def validate_arguments(args: TrainingArguments, accelerator: Accelerator) -> Non
         )
 
 
+_GENERATING = ("OnlineDPOTrainer", "NashMDTrainer", "XPOTrainer")  # of TRL
+
+
 def validate_trainer_class(trainer_class: type, mixin: type) -> None:
     """Validate that the Trainer class reads the rows it trains on, as it does not if it generates them in its steps.
 
     Raises:
-        ValueError: If a class below the mixin orders its rows for inputs of its own, as TRL's GRPOTrainer does.
+        ValueError: If a class below the mixin orders its rows for inputs of its own, as TRL's GRPOTrainer does, or is
+            known to generate what it trains on.
     """
     below = trainer_class.__mro__[trainer_class.__mro__.index(mixin) + 1 :]
     for owner in below:
         is_own = not owner.__module__.startswith("transformers.")
-        if is_own and {"_get_train_sampler", "_prepare_inputs"} <= vars(owner).keys():
+        has_order = {"_get_train_sampler", "_prepare_inputs"} <= vars(owner).keys()
+        if is_own and (has_order or owner.__name__ in _GENERATING):
             raise ValueError(
-                f"{owner.__qualname__} generates inside its training steps, from rows in an order of its own "
-                "(_get_train_sampler, _prepare_inputs), so no rows are left to choose. Put the mixin over SFTTrainer, "
-                "whose completions CandidateResampler generates and accepts."
+                f"{owner.__qualname__} generates inside its training steps what it trains on, so no rows are left to "
+                "choose. Put the mixin over SFTTrainer, whose completions CandidateResampler generates and accepts."
             )
 
 

@@ -12,7 +12,14 @@ from torch.utils.data import BatchSampler, DataLoader, WeightedRandomSampler
 import generators
 import runs
 from generative_runs import CountingEngine, resampler
-from rsft_hf import LossResampler, Proportional, RejectionSamplingMixin, RejectionSamplingTrainer, Tempered
+from rsft_hf import (
+    LossResampler,
+    Proportional,
+    RejectionSamplingMixin,
+    RejectionSamplingTrainer,
+    Tempered,
+    measure_losses,
+)
 
 
 def trainer(output_dir: Path, resampler: Any = None, **arguments: Any) -> RejectionSamplingTrainer:
@@ -328,3 +335,91 @@ def test_weights_that_no_checkpoint_holds_are_warned_of(tmp_path, caplog, is_fro
     assert not (is_trained and is_frozen)
     message = f"trains {name} and model.decoder.embed_positions.weight, which no checkpoint holds"
     assert (message in caplog.text) != is_frozen
+
+
+class Questions(hf.Trainer):
+    """Arguments in the order of transformers' examples of question answering."""
+
+    def evaluate(self, eval_dataset=None, eval_examples=None, ignore_keys=None, metric_key_prefix: str = "eval"):
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix) | {"examples": eval_examples}
+
+    def predict(self, predict_dataset, predict_examples, ignore_keys=None, metric_key_prefix: str = "test"):
+        return super().predict(predict_dataset, ignore_keys, metric_key_prefix), predict_examples
+
+
+def test_arguments_of_another_evaluate_and_predict_arrive_where_they_belong(tmp_path):
+    class Ours(RejectionSamplingMixin, Questions): ...
+
+    args = runs.arguments(tmp_path, eval_strategy="epoch", num_train_epochs=1)
+    keywords = {"train_dataset": runs.rows(), "eval_dataset": runs.rows(), "data_collator": runs.collate}
+    made = Ours(runs.bert(), args, **keywords)
+    made.train()
+    found = made.evaluate(metric_key_prefix="x")
+    assert found["examples"] is None
+    assert "x_loss" in found
+    assert not any(name.startswith("eval") for name in found)
+    assert made.evaluate(runs.rows(), "examples", None, "y")["examples"] == "examples"
+    output, examples = made.predict(predict_dataset=runs.rows(), predict_examples="examples", metric_key_prefix="z")
+    assert examples == "examples"
+    assert "z_loss" in output.metrics
+
+
+def test_another_training_set_is_read_as_soon_as_it_is_given(tmp_path):
+    made = trainer(tmp_path, LossResampler(Proportional()), num_train_epochs=1, learning_rate=0.0)
+    made.train()
+    flipped = [row | {"labels": 1 - row["labels"]} for row in runs.rows(30)]
+    made.train_dataset = flipped
+    plain = measure_losses(hf.Trainer(made.model, runs.arguments(tmp_path), runs.collate, flipped)).losses
+    assert torch.equal(measure_losses(made).losses, plain)
+    loader = made.get_train_dataloader()
+    assert made.num_examples(loader) == len(loader.dataset) == 30
+    made.train()
+    assert made.resampler.num_rows == 30
+
+
+class Averaging(torch.optim.SGD):
+    """Has two modes, as schedule-free optimizers do: in one of them the weights are others."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.is_training, self.seen = True, []
+
+    def train(self):
+        self._shift(True)
+
+    def eval(self):
+        self._shift(False)
+
+    def _shift(self, is_training: bool):
+        if is_training != self.is_training:
+            for group in self.param_groups:
+                for values in group["params"]:
+                    values.data.add_(0.01 if is_training else -0.01)
+        self.is_training = is_training
+
+
+def test_evaluation_between_the_epochs_changes_no_draw_of_a_schedule_free_run(tmp_path):
+    histories = []
+    for strategy in ("no", "epoch"):
+        args = runs.arguments(tmp_path / strategy, eval_strategy=strategy)
+        made = RejectionSamplingTrainer(
+            runs.bert(dropout=0.0), args, optimizer_cls_and_kwargs=(Averaging, {"lr": 0.05}), train_dataset=runs.rows(),
+            eval_dataset=runs.rows(8), data_collator=runs.collate, resampler=LossResampler(Proportional()),
+        )  # fmt: skip
+        made.train()
+        histories.append(made.resampler.table().to_pandas())
+    assert (histories[0]["count"] == histories[1]["count"]).all()
+    assert (histories[0]["loss"] - histories[1]["loss"]).abs().max() < 1e-5
+
+
+def test_held_out_prompts_are_answered_in_the_mode_that_is_saved(tmp_path):
+    prompts = generators.prompts(4)
+    made = RejectionSamplingTrainer(
+        generators.tiny_model(), generators.arguments(tmp_path, num_train_epochs=1),
+        optimizer_cls_and_kwargs=(Averaging, {"lr": 0.05}), train_dataset=prompts, eval_dataset=prompts,
+        processing_class=generators.tokenizer(), resampler=resampler(),
+    )  # fmt: skip
+    made.train()
+    assert made.optimizer.optimizer.is_training
+    made.evaluate()
+    assert not made.optimizer.optimizer.is_training

@@ -103,6 +103,7 @@ def find_reading(
             return dataclasses.replace(reading, is_scored_singly=True, is_collator_random=is_random)
     if _is_constant(expected):
         _validate_others(trainer, model, others, alone)
+    _validate_repeated(trainer, model, dataset[0], collate, seed)
     _warn_of_batches_of_one(_NO_MEAN, "Pass `per_example_loss`")
     return Reading("single", is_collator_random=is_random, is_final=True)
 
@@ -111,6 +112,7 @@ def _refuse_contrast(
     trainer: Trainer, model: torch.nn.Module, dataset: Sequence[Any], collate: Collate, seed: int
 ) -> None:
     """Raises NotPerExampleError if two rows are compared with each other: of one row the loss says nothing."""
+    _validate_repeated(trainer, model, dataset[0], collate, seed)
     try:
         _labelled_probe(trainer, model, dataset, collate, 2, seed)
     except _OneRowAtATimeError:
@@ -343,6 +345,28 @@ def _validate_others(
         losses, _ = _single_losses(trainer, model, [alone(example) for example in examples])
         if _is_constant(losses) and _has_labels([recording]) and not _is_total(scalar, losses):
             raise NotPerExampleError(_compares(len(examples), scalar, losses))
+
+
+def _validate_repeated(trainer: Trainer, model: torch.nn.Module, example: Any, collate: Collate, seed: int) -> None:
+    """Raises NotPerExampleError if one row beside copies of itself has another loss than alone.
+
+    A mean stays, a sum grows with the number of copies, with a constant term or without; in-batch negatives add its
+    logarithm.
+    """
+    losses = []
+    for num_copies in (1, 2, 4):
+        try:
+            losses.append(compute_loss(trainer, model, _collate([example] * num_copies, collate, seed), num_copies)[0])
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if num_copies == 1 or is_out_of_memory(error):
+                raise
+            return  # rows that cannot stand in one batch
+    one, two, four = losses
+    if abs((four - two) - 2 * (two - one)) > 1e-3 + 3e-2 * max(map(abs, losses)):
+        raise NotPerExampleError(
+            f"The loss compares the examples of a batch with each other: one example has loss {one:.4g}, and beside "
+            f"1 and 3 copies of itself {two:.4g} and {four:.4g}. {_NOT_ALONE}"
+        )
 
 
 def _compares(num_rows: int, scalar: float, alone: torch.Tensor) -> str:

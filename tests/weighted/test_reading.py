@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from torch import nn
 
 import runs
+import zoo
 from rsft_hf import (
     LossResampler,
     Proportional,
@@ -151,3 +153,138 @@ def test_the_own_error_of_a_loss_function_stays(tmp_path: Path) -> None:
 
     with pytest.raises(TypeError, match="no number"):
         runs.trained(RejectionSamplingTrainer, tmp_path, compute_loss_func=broken)
+
+
+class Tagger(nn.Module):
+    """Selects the labelled tokens of the whole batch before the criterion, as examples for NER once did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(50, 16), nn.Linear(16, 5)
+
+    def forward(self, input_ids, labels, **inputs: Any):
+        logits = self.head(self.words(input_ids))
+        is_labelled = labels != -100
+        return F.cross_entropy(logits[is_labelled], labels[is_labelled]), logits
+
+
+def tagged(lengths: list[int]) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(2)
+    ids = [torch.randint(5, 50, (length,), generator=generator).tolist() for length in lengths]
+    return [{"input_ids": row, "labels": [word % 5 for word in row]} for row in ids]
+
+
+def pad_tags(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    values = {"input_ids": 0, "labels": -100}
+    return {
+        name: nn.utils.rnn.pad_sequence([torch.tensor(one[name]) for one in examples], True, value)
+        for name, value in values.items()
+    }
+
+
+@pytest.mark.parametrize("sizes", [(4, 1), (1, 8), (4, 8)], ids=str)
+def test_rows_of_a_batch_that_lie_unevenly_are_not_split_evenly(tmp_path: Path, sizes: tuple[int, int]) -> None:
+    """The probed rows have four tokens, the others two or six: every batch of four could be split evenly."""
+    lengths = [4 if number % 8 == 0 else (2, 6)[number % 2] for number in range(32)]
+    data = tagged(lengths)
+    args = {"per_device_train_batch_size": sizes[0], "per_device_eval_batch_size": sizes[1], "learning_rate": 0.0}
+    trainer = runs.trained(
+        RejectionSamplingTrainer, tmp_path, model=Tagger(), train_dataset=data, data_collator=pad_tags, args=args,
+        resampler=LossResampler(),
+    )  # fmt: skip
+    found = trainer.resampler.table().to_pandas().query("epoch == 2")["loss"]
+    expected = [float(trainer.model(**pad_tags([row]))[0].detach()) for row in data]
+    torch.testing.assert_close(
+        torch.tensor(found.values).double(), torch.tensor(expected).double(), rtol=1e-4, atol=1e-5
+    )
+
+
+class HardNegatives(hf.Trainer):
+    """In-batch negatives, and one of each row's own, so that the loss does not vanish alone."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs: Any):
+        inputs.pop("labels")
+        outputs = model(**inputs)
+        left, right = outputs.logits.unbind(1)
+        scores = torch.cat((torch.outer(left, right), -left[:, None]), 1)
+        loss = -scores.log_softmax(1).diagonal().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class Penalised(hf.Trainer):
+    """The sum over the rows, and a penalty of the weights."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs: Any):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = -outputs.logits.log_softmax(1).gather(1, labels[:, None]).sum() + model.classifier.weight.square().sum()
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_negatives_of_the_batch_are_refused_beside_those_of_the_row(tmp_path: Path) -> None:
+    class Ours(RejectionSamplingMixin, HardNegatives): ...
+
+    with pytest.raises(NotPerExampleError, match="beside 1 and 3 copies of itself"):
+        runs.trained(Ours, tmp_path, resampler=LossResampler())
+
+    class Summed(RejectionSamplingMixin, Penalised): ...
+
+    assert runs.trained(Summed, tmp_path, resampler=LossResampler(Proportional())).state.global_step == 21
+
+
+def test_negatives_of_the_batch_are_found_where_batches_that_are_scored_have_one_row(tmp_path: Path) -> None:
+    data = [row | {"input_ids": [word % zoo.VOCABULARY for word in row["input_ids"]]} for row in runs.rows()]
+    keywords = {"model": zoo.InBatchContrastive(), "train_dataset": data, "resampler": LossResampler(Proportional())}
+    with pytest.raises(NotPerExampleError, match="compares the examples"):
+        runs.trained(RejectionSamplingTrainer, tmp_path, args={"per_device_eval_batch_size": 1}, **keywords)
+
+
+class Boxes(nn.Module):
+    """Reads the labels of each row as a mapping in a list, and another number of patches for each row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(3, 1)
+
+    def forward(self, patches, counts, labels: list[dict[str, torch.Tensor]]):
+        found = [self.head(part).mean() for part in patches.split(counts.tolist())]
+        losses = [(one - label["size"]).square().mean() for one, label in zip(found, labels, strict=True)]
+        return torch.stack(losses).mean(), torch.stack(found)
+
+
+@pytest.mark.parametrize("is_random", [False, True])
+def test_batches_of_lists_and_of_patches_are_read_row_by_row(tmp_path: Path, is_random: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    data = [
+        {"patches": torch.rand(1 + number % 3, 3, generator=generator), "size": float(number)} for number in range(12)
+    ]
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        patches = torch.cat([row["patches"] for row in rows])
+        noise = 1e-6 * torch.rand_like(patches) if is_random else 0.0
+        labels = [{"size": torch.tensor(row["size"])} for row in rows]
+        return {
+            "patches": patches + noise,
+            "counts": torch.tensor([len(row["patches"]) for row in rows]),
+            "labels": labels,
+        }
+
+    trainer = runs.trained(
+        RejectionSamplingTrainer, tmp_path, model=Boxes(), train_dataset=data, data_collator=collate,
+        args={"remove_unused_columns": False, "learning_rate": 0.0}, resampler=LossResampler(),
+    )  # fmt: skip
+    found = trainer.resampler.table().to_pandas().query("epoch == 2")["loss"]
+    expected = [float(trainer.model(**collate([row]))[0].detach()) for row in data]
+    torch.testing.assert_close(
+        torch.tensor(found.values).double(), torch.tensor(expected).double(), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(("name", "value", "match"), [("packing", True, "packed row"), ("lmbda", 0.5, "`lmbda`=0.5")])
+def test_rows_that_are_no_examples_are_refused(tmp_path: Path, name: str, value: Any, match: str) -> None:
+    args = runs.arguments(tmp_path)
+    vars(args)[name] = value
+    with pytest.raises(ValueError, match=match):
+        runs.trained(RejectionSamplingTrainer, tmp_path, args=args, resampler=LossResampler())
