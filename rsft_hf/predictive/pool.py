@@ -62,6 +62,11 @@ class PseudoLabels:
             return units[0]
         if self.kind == "multi_label":
             return [float(unit) for unit in units]
+        if (num_wanted := sum(one != IGNORED for one in blank)) != len(units):
+            raise ValueError(
+                f"Unlabelled row {row} has {num_wanted} tokens to label, and predictions of {len(units)}: the collator "
+                "cuts rows, or a transform changes their length. Cut them to the model's length in the data set."
+            )
         remaining = iter(units)
         return [next(remaining) if one != IGNORED else IGNORED for one in blank]
 
@@ -87,7 +92,9 @@ class SemiLabelledRows(torch.utils.data.Dataset[Any]):
         self._labelled, self._unlabelled, self._doubtful = labelled, unlabelled, doubtful
         self._column, *self._others = columns
         self.trusted = sorted(set(range(len(labelled))) - set(doubtful))
-        self._example: Any = labelled[self.trusted[0]][self._column] if self.trusted else None
+        example = dict(labelled[self.trusted[0]]) if self.trusted else {}
+        self._example: Any = example.get(self._column)
+        self._read = set(example)  # what only unlabelled rows have would not be padded with the others
         self.pseudo = PseudoLabels.none(kind)
 
     @property
@@ -123,8 +130,9 @@ class SemiLabelledRows(torch.utils.data.Dataset[Any]):
             blank = [0.0] * len(self._example)
         else:
             marks = as_list(row.get(self._column))
-            blank = [0] * len(row["input_ids"]) if marks is None else [min(one, 0) for one in marks]
-        return {name: value for name, value in row.items() if name not in self._others} | {self._column: blank}
+            blank = _wanted_tokens(row) if marks is None else [0 if one is None else min(one, 0) for one in marks]
+        kept = {name: value for name, value in row.items() if name in self._read and name not in self._others}
+        return kept | {self._column: blank}
 
     def _stored(self, label: Any) -> Any:
         """A label as the labelled rows hold theirs: a collator stacks both."""
@@ -156,6 +164,18 @@ class SemiLabelledRows(torch.utils.data.Dataset[Any]):
             return None if is_doubted else self.given_row(number).get(column)
 
         return [value(number) for number in numbers]
+
+
+def _wanted_tokens(row: Mapping[str, Any]) -> list[int]:
+    """0 for every token that is attended to, -100 for padding and, where the row marks them, special tokens."""
+    if (ids := as_list(row.get("input_ids"))) is None:
+        raise ValueError(
+            f"An unlabelled row has neither labels nor `input_ids`, but {list(row)}: add a label column with 0 for "
+            "every unit that is to be labelled and -100 for the others."
+        )
+    is_read = as_list(row.get("attention_mask")) or [1] * len(ids)
+    is_special = as_list(row.get("special_tokens_mask")) or [0] * len(ids)
+    return [0 if read and not special else IGNORED for read, special in zip(is_read, is_special, strict=True)]
 
 
 class InputRows(torch.utils.data.Dataset[Any]):

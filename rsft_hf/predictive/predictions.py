@@ -14,8 +14,6 @@ from rsft_hf.weighted.labels import IGNORED
 from rsft_hf.weighted.losses import Collate, logits_of
 from rsft_hf.weighted.measurement import scoring_pass
 
-_DROPOUTS = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d, torch.nn.AlphaDropout)
-
 
 @dataclass(frozen=True)
 class LabelPredictions:
@@ -122,8 +120,13 @@ def _token_mask(batch: Mapping[str, Any], shape: torch.Size, labels: torch.Tenso
 
 @contextlib.contextmanager
 def _dropout_on(model: torch.nn.Module, is_on: bool) -> Iterator[None]:
-    """Turns dropout on in a model that is in evaluation mode, whose caller restores every module's mode."""
-    for module in model.modules():
-        if is_on and isinstance(module, _DROPOUTS):
-            module.train()
+    """Turns dropout on in a model that is in evaluation mode, whose caller restores every module's mode.
+
+    Some models call the function, by their own mode, so that all modules but batch norms are put into training mode.
+    """
+    if is_on:
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._NormBase):
+                module.eval()
     yield

@@ -5,10 +5,14 @@ unlabelled rows -> the model, or the average of its weights -> q(y|x) -> confide
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import Trainer
 from transformers.utils import logging
@@ -22,7 +26,14 @@ from rsft_hf.predictive.ema import EmaTeacher
 from rsft_hf.predictive.pool import InputRows, PseudoLabels, SemiLabelledRows, write_round
 from rsft_hf.predictive.predictions import LabelPredictions, Predictor
 from rsft_hf.predictive.targets import Proposals, Sharpened, Target
-from rsft_hf.predictive.validation import label_column, label_kind, labelled_units, validate_rows
+from rsft_hf.predictive.validation import (
+    class_names,
+    class_order,
+    label_column,
+    label_kind,
+    labelled_units,
+    validate_rows,
+)
 from rsft_hf.rejection import MANY_REPEATS, rejection_sample, sample_parts
 from rsft_hf.resampler import Resampler
 from rsft_hf.training_set import dataset_fingerprint, example_lengths
@@ -56,7 +67,7 @@ class PredictionResampler(Resampler):
         warmup_epochs: Epochs at the start that read labelled rows only, at least 1 unless the model knows the classes.
         ema_decay: Decay of the average of the trained weights that proposes instead of the model, in [0, 1); None
             proposes by the model itself. Tarvainen & Valpola 2017, arXiv:1703.01780 (mean teacher).
-        doubtful_rows: Numbers of labelled rows whose labels are drawn, too, such as those of a `LabelReport`.
+        doubtful_rows: Labelled rows whose labels are drawn, too: numbers, as of a `LabelReport`, or a mask of all rows.
         reference_column: Column of the unlabelled rows with their true labels, for the logged accuracy alone.
         batch_size: Rows per forward pass and process; `per_device_eval_batch_size` by default.
 
@@ -86,11 +97,11 @@ class PredictionResampler(Resampler):
     ) -> None:
         self.unlabelled_dataset = () if unlabelled_dataset is None else unlabelled_dataset
         self.target: Any = Sharpened() if target is None else target
-        self.temperature, self.min_confidence = temperature, min_confidence
+        self.temperature, self.min_confidence = temperature, as_list(min_confidence)
         self.confidence_quantile, self.accepts_tokens = confidence_quantile, accepts_tokens
         self.pseudo_fraction, self.num_draws, self.num_proposals = pseudo_fraction, num_draws, num_proposals
         self.every_n_epochs, self.warmup_epochs, self.ema_decay = every_n_epochs, warmup_epochs, ema_decay
-        self.doubtful_rows = tuple(sorted({int(row) for row in doubtful_rows}))
+        self.doubtful_rows = _row_numbers(doubtful_rows)
         self.reference_column, self.batch_size = reference_column, batch_size
         _check_options(self)
         self._rows: SemiLabelledRows | None = None
@@ -227,7 +238,7 @@ class PredictionResampler(Resampler):
         order = torch.randperm(rows.num_unlabelled, generator=generator)[: self.num_proposals]
         with contextlib.nullcontext() if self.teacher is None else self.teacher.applied():
             predictions, log_p = self._predict(order.sort().values)
-        log_q = (predictions.log_probs / self.temperature).log_softmax(1)
+        log_q = (predictions.log_probs.double() / self.temperature).log_softmax(1)
         decision_of = self._decisions(predictions.rows)
         decisions = decide(log_q, log_p, decision_of, generator)
         # Broadcast: sums may differ in the last bit between machines.
@@ -263,7 +274,9 @@ class PredictionResampler(Resampler):
         ) -> LabelPredictions:
             if model is not None:
                 model.to(trainer.args.device)
-            return predictor(inputs, order, model or trained, self.seed + seed, with_dropout)
+            found = predictor(inputs, order, model or trained, self.seed + seed, with_dropout)
+            places = None if model is None else class_order(trained, model, self.kind)
+            return found if places is None else replace(found, log_probs=found.log_probs[:, places])
 
         def held_out(dataset: Any) -> tuple[torch.Tensor, torch.Tensor]:
             found = predictor(dataset, range(len(dataset)), trained, self.seed)
@@ -319,13 +332,28 @@ class PredictionResampler(Resampler):
         if self.reference_column is None:
             return None
         rows, counts = (each.tolist() for each in unit_rows.unique_consecutive(return_counts=True))
-        found = list[int]()
-        for given, count in zip(self._bound().given_values(rows, self.reference_column), counts, strict=True):
+        found, numbers = list[int](), self._reference_classes()
+        for row, given, count in zip(
+            rows, self._bound().given_values(rows, self.reference_column), counts, strict=True
+        ):
             value = as_list(given)
             units = [value] if self.kind == "class" else [one for one in value or () if one != IGNORED]
+            if wrong := [unit for unit in units if not isinstance(unit, (int, float, NoneType))]:
+                raise ValueError(
+                    f"Row {row} of `unlabelled_dataset` has {wrong[0]!r} in `reference_column`="
+                    f"{self.reference_column!r}. Give the numbers of the classes."
+                )
             is_known = len(units) == count and all(unit is not None and unit >= 0 for unit in units)
-            found += [int(unit) for unit in units] if is_known else [IGNORED] * count
+            found += [numbers.get(int(unit), int(unit)) for unit in units] if is_known else [IGNORED] * count
         return torch.tensor(found)
+
+    def _reference_classes(self) -> dict[int, int]:
+        """The class of each number of the reference column, where the data sets name their classes in other orders."""
+        own = class_names(self.trainer.train_dataset, self._column)
+        others = class_names(self.unlabelled_dataset, self.reference_column)
+        if own is None or others is None or own == others:
+            return {}
+        return {number: own.index(name) for number, name in enumerate(others) if name in own}
 
 
 class _RoundFacts:
@@ -361,11 +389,13 @@ class _RoundFacts:
             taken = known & accepted
             wrong = int((decisions.labels != self._references)[taken].sum())
             metrics["wrong"] = wrong
-            metrics["accuracy"] = 1 - wrong / max(1, int(taken.sum()))
+            if bool(taken.any()):
+                metrics["accuracy"] = 1 - wrong / int(taken.sum())
             for name, some in (("calibration_error", known), ("accepted_calibration_error", taken)):
-                right = (top.indices == self._references)[some]
-                metrics[name] = expected_calibration_error(top.values.exp()[some], right)
-        return metrics
+                if bool(some.any()):
+                    right = (top.indices == self._references)[some]
+                    metrics[name] = expected_calibration_error(top.values.exp()[some], right)
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
     def columns(self, kind: str) -> dict[str, list[Any]]:
         """Returns the columns of the store, one line per row."""
@@ -389,6 +419,16 @@ class _RoundFacts:
         if self._references is not None:
             columns["reference"] = split(self._references)
         return columns
+
+
+def _row_numbers(rows: Any) -> tuple[int, ...]:
+    """Numbers of rows, ascending; of a mask those that it marks."""
+    given = as_list(rows) if isinstance(rows, (torch.Tensor, np.ndarray)) else list(rows)
+    if given and all(isinstance(one, (bool, np.bool_)) for one in given):
+        given = [number for number, is_marked in enumerate(given) if is_marked]
+    if wrong := [one for one in given if isinstance(one, bool) or not isinstance(one, (int, np.integer))]:
+        raise TypeError(f"`doubtful_rows` holds {wrong[0]!r}. Give the numbers of rows, or a mask of all rows.")
+    return tuple(sorted({int(one) for one in given}))
 
 
 def _check_options(resampler: PredictionResampler) -> None:

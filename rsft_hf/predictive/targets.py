@@ -66,7 +66,7 @@ class Sharpened:
     def __call__(self, proposals: Proposals) -> torch.Tensor:
         """Returns the logarithm of the sharpened probabilities."""
         log_p = proposals.log_probs if self.of is None else self.of(proposals)
-        return log_p / self.temperature
+        return log_p.double() / self.temperature
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,16 @@ class Calibrated:
     def __call__(self, proposals: Proposals) -> torch.Tensor:
         """Returns log softmax(logits / T), with T in [1/16, 16] of the smallest mean -log p of the held-out labels."""
         log_probs, labels = proposals.held_out(self.dataset)
+        if not len(labels):
+            raise ValueError(
+                f"None of {len(self.dataset)} held-out rows of Calibrated has a label: they have the columns "
+                f"{list(self.dataset[0])}. Name the labels as those of `train_dataset` are."
+            )
         temperatures = torch.logspace(-4, 4, 129, base=2, dtype=torch.float64).tolist()
         losses = [torch.nn.functional.cross_entropy(log_probs / one, labels).item() for one in temperatures]
         best = temperatures[losses.index(min(losses))]
         logger.info(f"Predictions are calibrated at temperature {best:.2f} on {len(labels)} held-out labels.")
-        return proposals.log_probs / best
+        return proposals.log_probs.double() / best
 
     def __repr__(self) -> str:
         return f"Calibrated({len(self.dataset)} rows)"
@@ -99,7 +104,8 @@ class Teacher:
     """The prediction of another model, or the mean of several. Hinton et al. 2015, arXiv:1503.02531 (distillation).
 
     Args:
-        models: One or several models over the same classes that read the same inputs.
+        models: One or several models over the same classes that read the same inputs. Classes of the same names (of
+            `config.id2label`) in another order are put into that of the trained model.
     """
 
     def __init__(self, *models: torch.nn.Module) -> None:
@@ -143,7 +149,7 @@ class Agreement:
 
     def __call__(self, proposals: Proposals) -> torch.Tensor:
         """Returns the mean of the passes' log probabilities."""
-        total = torch.zeros_like(proposals.log_probs)
+        total = torch.zeros_like(proposals.log_probs, dtype=torch.float64)
         for seed in range(1, self.num_passes + 1):
             total += proposals.predict(seed=seed, with_dropout=True)
         return total / self.num_passes

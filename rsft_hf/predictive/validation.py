@@ -21,8 +21,8 @@ def label_column(trainer: Trainer, row: Mapping[str, Any]) -> str:
     name = stored_column(trainer, row)
     if name is None:
         raise ValueError(
-            f"`train_dataset` has no label column: none of {label_names(trainer)} is in {list(row)}. Rename the column "
-            "or name it in `TrainingArguments.label_names`."
+            f"`train_dataset` has no label column: none of {label_names(trainer)} is in {list(row)}. Rename it to "
+            "`labels`."
         )
     return name
 
@@ -92,6 +92,39 @@ def validate_rows(resampler: Any, trainer: Trainer) -> None:
         )
 
 
+def class_names(dataset: Any, column: str | None) -> list[str] | None:
+    """Returns the names of the classes of a column, None if it is no `ClassLabel` or list of them."""
+    if column is None or not isinstance(dataset, datasets.Dataset) or column not in dataset.features:
+        return None
+    feature = dataset.features[column]
+    element = feature if isinstance(feature, datasets.ClassLabel) else getattr(feature, "feature", None)
+    return element.names if isinstance(element, datasets.ClassLabel) else None
+
+
+def class_order(trained: torch.nn.Module, other: torch.nn.Module, kind: str) -> list[int] | None:
+    """Returns the place of each class of the trained model in another model's; None if they agree or have no names.
+
+    Raises:
+        ValueError: If both name their classes, and not alike.
+    """
+    own, others = _names_of(unwrapped(trained)), _names_of(unwrapped(other))
+    if own is None or others is None or own == others or len(own) != len(others):
+        return None
+    if set(own) != set(others) or kind == "multi_label":
+        raise ValueError(
+            f"The trained model has the classes {own}, and the teacher {others} (`config.id2label`). Take a teacher "
+            "over the same labels" + (", in the same order." if set(own) == set(others) else ".")
+        )
+    return [others.index(name) for name in own]
+
+
+def _names_of(model: torch.nn.Module) -> list[str] | None:
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if not isinstance(names, dict) or any(str(name).startswith("LABEL_") for name in names.values()):
+        return None
+    return [str(names[number]) for number in sorted(names)]
+
+
 def labelled_units(dataset: Any, rows: Sequence[int], column: str, num_classes: int) -> torch.Tensor:
     """Returns the share of each class among the labels of some rows, shape (num_classes,), float64.
 
@@ -101,7 +134,9 @@ def labelled_units(dataset: Any, rows: Sequence[int], column: str, num_classes: 
     counts = torch.zeros(num_classes, dtype=torch.float64)
     for row, given in zip(rows, column_values(dataset, column, rows), strict=True):
         value = as_list(given)
-        units = [int(one) for one in (value if isinstance(value, list) else [value]) if one != IGNORED]
+        if value is None:
+            raise ValueError(f"Row {row} of `train_dataset` has no label. Leave it to `unlabelled_dataset`.")
+        units = [int(one) for one in (value if isinstance(value, list) else [value]) if one not in (None, IGNORED)]
         if wrong := [one for one in units if not 0 <= one < num_classes]:
             raise ValueError(
                 f"Row {row} of `train_dataset` has the label {wrong[0]}, and the model {num_classes} classes."

@@ -58,7 +58,8 @@ def stored_labels(dataset: datasets.Dataset, column: str) -> StoredLabels | None
     is_label = (numbers != IGNORED) & ~np.isnan(numbers)
     rows = np.arange(len(numbers)) if lengths is None else np.repeat(np.arange(len(lengths)), lengths)
     counts = np.bincount(rows[is_label], minlength=len(dataset))
-    return StoredLabels(kind, torch.from_numpy(numbers[is_label].astype(np.int64)), torch.from_numpy(counts))
+    found = numbers[is_label] > 0.5 if kind == "multi_label" else numbers[is_label]  # smoothed targets, as in the loss
+    return StoredLabels(kind, torch.from_numpy(found.astype(np.int64)), torch.from_numpy(counts))
 
 
 def stored_column(trainer: Trainer, columns: Collection[str]) -> str | None:
@@ -97,7 +98,8 @@ def stored_classes(trainer: Trainer, dataset: Any) -> torch.Tensor | None:
     if column is None or not str(getattr(dataset.features[column], "dtype", "")).startswith(("int", "bool")):
         return None
     labels = stored_labels(dataset, column)
-    return labels.classes() if labels is not None and int(labels.values.max()) < _MAX_CLASSES else None
+    is_class = labels is not None and len(labels.values) and int(labels.values.max()) < _MAX_CLASSES
+    return labels.classes() if labels is not None and is_class else None
 
 
 def class_labels(trainer: Trainer, dataset: Any) -> torch.Tensor:
@@ -116,7 +118,7 @@ def class_labels(trainer: Trainer, dataset: Any) -> torch.Tensor:
     if name is None:
         raise ValueError(
             f"ClassBalanced needs a column with the class of each row: none of {label_names(trainer)} is in {columns}. "
-            "Rename the column or name it in `TrainingArguments.label_names`."
+            "Rename it to `labels`."
         )
     values = [dataset[row][name] for row in range(len(dataset))]
     classes = [_as_class(value) for value in values]

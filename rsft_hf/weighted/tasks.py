@@ -20,7 +20,7 @@ class Tasks:
 
     Example:
         >>> tasks = Tasks(["a", "b", "a", "a"])
-        >>> [rows.tolist() for rows in tasks.rows], tasks.counts(8)
+        >>> [rows.tolist() for rows in tasks.rows], tasks.counts(8, torch.Generator())
         ([[0, 2, 3], [1]], [6, 2])
         >>> tasks.balanced(torch.tensor([1.0, 8.0, 2.0, 3.0])).tolist()  # (1, 2, 3) / 6 of 3 / 4, and 1 / 4
         [0.125, 0.25, 0.25, 0.375]
@@ -35,14 +35,23 @@ class Tasks:
         self.names, self.rows = list(places), [torch.tensor(rows) for rows in places.values()]
         self.num_rows = len(names)
 
-    def counts(self, num_draws: int) -> list[int]:
-        """Returns the draws of each task, which sum to `num_draws`: its share, the largest remainders rounded up."""
-        exact = [num_draws * len(rows) / self.num_rows for rows in self.rows]
-        found = [int(one) for one in exact]
-        by_remainder = sorted(range(len(exact)), key=lambda task: found[task] - exact[task])
-        for task in by_remainder[: num_draws - sum(found)]:
-            found[task] += 1
-        return found
+    def counts(self, num_draws: int, generator: torch.Generator) -> list[int]:
+        """Returns the draws of each task in an epoch, which sum to `num_draws`: its share of them.
+
+        Of a share with a fraction, one more as often as the fraction says (systematic sampling): rounded alike in every
+        epoch, a small task might never be read.
+
+        Args:
+            num_draws: Draws of the epoch.
+            generator: CPU generator, advanced where a share has a fraction.
+        """
+        ends = torch.tensor([len(rows) for rows in self.rows]).cumsum(0) * num_draws
+        start = 0.0
+        if bool((ends % self.num_rows).any()):
+            start = float(torch.rand((), dtype=torch.float64, generator=generator))
+        reached = (ends.double() / self.num_rows + start).floor().long()
+        reached[-1] = num_draws  # whatever rounding says
+        return reached.diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()
 
     def labelled(self, losses: torch.Tensor) -> list[torch.Tensor]:
         """Returns the rows of each task that have a loss.
@@ -65,5 +74,5 @@ class Tasks:
 
     def draw(self, weights: torch.Tensor, num_draws: int, generator: torch.Generator) -> torch.Tensor:
         """Returns rows drawn within each task, shuffled, shape (num_draws,), int64."""
-        counts = self.counts(num_draws)
+        counts = self.counts(num_draws, generator)
         return sample_parts([(rows, weights[rows], count) for rows, count in zip(self.rows, counts)], generator)

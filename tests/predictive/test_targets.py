@@ -49,7 +49,7 @@ def test_agreement_is_the_geometric_mean_of_passes_of_other_seeds() -> None:
 
     found = Agreement(2)(proposals(predict))
     assert seeds == [1, 2]
-    assert torch.allclose(found.exp(), (PROBABILITIES * PROBABILITIES.flip(1)).sqrt())
+    assert torch.allclose(found.exp().float(), (PROBABILITIES * PROBABILITIES.flip(1)).sqrt())
 
 
 def test_class_prior_gives_the_labels_their_shares() -> None:

@@ -56,14 +56,23 @@ def test_a_row_without_a_label_is_not_drawn_and_a_task_without_any_is_named() ->
 @pytest.mark.parametrize("num_draws", [1, 7, 26, 100])
 def test_counts_sum_to_the_draws(num_draws: int) -> None:
     tasks = Tasks([number % 3 for number in range(8)])
-    counts = tasks.counts(num_draws)
+    counts = tasks.counts(num_draws, torch.Generator().manual_seed(1))
     assert sum(counts) == num_draws
     assert all(abs(count - num_draws * len(rows) / 8) < 1 for count, rows in zip(counts, tasks.rows, strict=True))
 
 
-def test_the_largest_remainder_is_rounded_up_and_draws_repeat_with_the_seed() -> None:
+def test_a_small_task_is_drawn_as_often_as_its_share_says() -> None:
+    tasks, generator = Tasks(["a"] * 45 + ["b"] * 3 + ["c"] * 2), torch.Generator().manual_seed(0)
+    counts = torch.tensor([tasks.counts(10, generator) for _ in range(4000)]).double()
+    assert counts.mean(0).tolist() == pytest.approx([9.0, 0.6, 0.4], abs=0.03)
+    assert set(counts.sum(1).tolist()) == {10}
+    state = generator.get_state()
+    assert tasks.counts(100, generator) == [90, 6, 4]
+    assert torch.equal(generator.get_state(), state)  # whole shares need no chance
+
+
+def test_draws_repeat_with_the_seed() -> None:
     tasks = Tasks(["a"] * 3 + ["b"] * 5 + ["c"] * 2)
-    assert tasks.counts(7) == [2, 4, 1]  # of 2.1, 3.5 and 1.4
     weights = torch.ones(10, dtype=torch.float64)
     draws = [tasks.draw(weights, 50, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1])
