@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from rsft_hf.distributed import sum_over_processes
 from rsft_hf.isolation import forked_rng, in_evaluation_mode, preserved_trainer_state
+from rsft_hf.weighted.correction import heeds_count, is_corrected
 from rsft_hf.weighted.label_margins import LabelMargins
 from rsft_hf.weighted.labels import labels_per_row
 from rsft_hf.weighted.losses import (
@@ -34,7 +35,7 @@ from rsft_hf.weighted.measurement import (
     trained_model,
     training_loader,
 )
-from rsft_hf.weighted.reading import NUM_VERIFIED, find_reading
+from rsft_hf.weighted.reading import NUM_COMPARED, NUM_PROBED, NUM_VERIFIED, find_reading, some_batches
 
 logger = logging.get_logger(__name__)
 
@@ -63,6 +64,7 @@ class LossSource:
         ledger: The losses and margins, in data-set order.
         label_margins: The margins of the labels in the training steps, if the losses are taken from them.
         predictions: Prediction statistics of the last scoring pass, by name, each of shape (N,).
+        heeds_count: Whether the loss is divided by the `num_items_in_batch` that it is given.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class LossSource:
         self._reading: Reading | None = None
         self._is_measured = self._has_further_calls = False
         self._num_further = 0  # criterion calls of a step beyond those of the probe
+        self.heeds_count = True
 
     def losses_at(self, epoch: int, seed: int, may_measure: bool) -> torch.Tensor:
         """Returns the known loss of every row at the start of an epoch. Collective.
@@ -181,6 +184,7 @@ class LossSource:
             "importance_correction": self.importance_correction,
             "reading": None if self._reading is None else asdict(self._reading),
             "further_calls": [self._num_further, self._has_further_calls],
+            "heeds_count": self.heeds_count,
         }
         tensors = self.ledger.state(self.trainer.accelerator) | self.label_margins.state(self.trainer.accelerator)
         tensors |= {f"prediction_{name}": values for name, values in self.predictions.items()}
@@ -190,6 +194,7 @@ class LossSource:
         """Restores what `state` returned."""
         self._is_measured = numbers["is_measured"]
         self._num_further, self._has_further_calls = numbers.get("further_calls", (0, False))
+        self.heeds_count = numbers.get("heeds_count", True)
         if "losses" in self._adaptable and self.is_from_training and not numbers["is_from_training"]:
             self.is_from_training, self._every_n_epochs = False, 1
         if "importance_correction" in self._adaptable:
@@ -240,11 +245,17 @@ class LossSource:
         # The main process decides: near a tolerance the processes might choose differently, and deadlock.
         (reading,) = broadcast_object_list([reading])
         is_intercepted = reading.kind == "criterion" and not reading.is_fused
+        if is_intercepted and self.importance_correction > 0 and self._reading is None:
+            is_intercepted = self._try_correction(reading, seed)
         is_correctable = is_intercepted or (reading.kind == "outputs" and is_smoothed(self.trainer))
         if not is_correctable and (self.importance_correction > 0 or reading.kind == "single"):
-            source = "a fused head" if reading.is_fused else f"the reading {reading.kind!r}"
+            reason = (
+                "they come from a fused head" if reading.is_fused else f"they come from the reading {reading.kind!r}"
+            )
+            if reading.kind == "criterion" and not reading.is_fused:
+                reason = "they are summed over tokens and divided by a number of their own"
             num_rows = self._reading_batch_size()
-            self._fall_back(f"they come from {source}", is_from_training=reading.kind != "single")
+            self._fall_back(reason, is_from_training=reading.kind != "single")
             if self._reading_batch_size() != num_rows and not reading.is_final:  # that of scoring passes
                 self._find_reading(seed)
                 return
@@ -256,6 +267,18 @@ class LossSource:
             )
         num_calls = 0 if self._reading is None else self._reading.num_calls
         self._reading = replace(reading, num_calls=max(reading.num_calls, num_calls))
+
+    def _try_correction(self, reading: Reading, seed: int) -> bool:
+        """Whether scaled rows give the corrected loss on a few batches; finds out by what it is divided."""
+        model, loader = trained_model(self.trainer), training_loader(self.trainer)
+        width = min(NUM_PROBED, self._reading_batch_size(), len(loader.dataset))
+        with forked_rng(seed), preserved_trainer_state(self.trainer), in_evaluation_mode(model):
+            batches = list(some_batches(loader.dataset, loader.collate_fn, NUM_COMPARED, width, seed))
+            self.heeds_count = heeds_count(self.trainer, model, batches[0][0], len(batches[0][1]))
+            is_right = is_corrected(self.trainer, model, reading, batches, self.heeds_count)
+        # The main process decides, as for the reading.
+        self.heeds_count, is_right = broadcast_object_list([self.heeds_count, is_right])
+        return bool(is_right)
 
     def _heed_further_calls(self) -> None:
         """Gives up training losses and correction if it may, where steps had terms that no probe saw. Collective."""
@@ -309,8 +332,8 @@ def check_reading(reading: Reading, is_correctable: bool, is_from_training: bool
     if importance_correction > 0 and not is_correctable:
         raise ValueError(
             "`importance_correction` scales the losses of torch.nn.functional inside the model or the loss function, "
-            "and this loss is computed another way (an own loss, an added term, a fused head). Set "
-            "importance_correction=0."
+            "and this loss is computed another way (an own loss, an added term, a fused head, or a sum over tokens "
+            "divided by another number than Trainer's `num_items_in_batch`). Set importance_correction=0."
         )
 
 

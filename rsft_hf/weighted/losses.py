@@ -198,11 +198,30 @@ def _given_count(criterion: Callable[..., torch.Tensor], calls: list[CriterionCa
     return call
 
 
-def compute_loss(trainer: Trainer, model: torch.nn.Module, batch: Batch, num_rows: int) -> tuple[float, Recording]:
-    """Returns the trainer's own loss of a collated batch, as a number, and its recording; without gradient."""
+def compute_loss(
+    trainer: Trainer,
+    model: torch.nn.Module,
+    batch: Batch,
+    num_rows: int,
+    *,
+    num_items: float | None = None,
+    **scaling: Any,
+) -> tuple[float, Recording]:
+    """Returns the trainer's own loss of a collated batch, as a number, and its recording; without gradient.
+
+    Args:
+        trainer: Trainer that computes the loss.
+        model: Its model.
+        batch: Collated rows.
+        num_rows: Number of them.
+        num_items: `num_items_in_batch`, as a training step passes it; none by default.
+        **scaling: `row_factors` and `is_count_weighted` of `record_loss`.
+    """
     inputs = trainer._prepare_inputs(copy.copy(batch))  # `compute_loss` may take the labels out of its inputs
-    with torch.no_grad(), trainer.compute_loss_context_manager(), record_loss(trainer, model, num_rows) as recording:
-        loss = trainer.compute_loss(model, inputs)
+    count = {} if num_items is None else {"num_items_in_batch": torch.tensor(num_items, device=trainer.args.device)}
+    recorder = record_loss(trainer, model, num_rows, **scaling)
+    with torch.no_grad(), trainer.compute_loss_context_manager(), recorder as recording:
+        loss = trainer.compute_loss(model, inputs, **count)
     return float(loss), recording
 
 

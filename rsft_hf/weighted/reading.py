@@ -31,9 +31,9 @@ logger = logging.get_logger(__name__)
 
 NUM_VERIFIED = 64  # rows of other batches by which a reading is verified, once in a run
 
-_NUM_COMPARED = 16  # of them are read alone, too
+NUM_COMPARED = 16  # of them are read alone, too
 
-_NUM_PROBED = 4  # rows in a probe batch
+NUM_PROBED = 4  # rows in a probe batch
 
 _MAX_PROBED = 64  # rows read until one with a loss is found
 
@@ -81,7 +81,7 @@ def find_reading(
         NotPerExampleError: If the loss compares the examples of a batch with each other.
         ValueError: If none of the probed rows has a label, or none of their losses is finite.
     """
-    width = min(_NUM_PROBED, batch_size, len(dataset))
+    width = min(NUM_PROBED, batch_size, len(dataset))
     if width == 1 < len(dataset):
         _refuse_contrast(trainer, model, dataset, collate, seed)
     try:
@@ -91,7 +91,7 @@ def find_reading(
         single = find_reading(trainer, model, dataset, collate, batch_size=1, seed=seed)
         return dataclasses.replace(single, is_scored_singly=True)
     is_half = trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype != torch.float32
-    others, alone = _some_batches(dataset, collate, num_verified, width, seed), _alone(collate, seed)
+    others, alone = some_batches(dataset, collate, num_verified, width, seed), _alone(collate, seed)
     if not _is_joined(batch, width):
         if reading := _matching_reading(recording, expected, width, is_half):
             reading = dataclasses.replace(reading, is_collator_random=is_random)
@@ -239,10 +239,10 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-def _some_batches(
+def some_batches(
     dataset: Sequence[Any], collate: Collate, num_rows: int, width: int, seed: int
 ) -> Iterator[tuple[Batch, list[Any]]]:
-    """Batches of rows at random, and their rows."""
+    """Yields batches of rows at random, and their rows."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:num_rows].tolist()
     for start in range(0, len(order), width):
         examples = [dataset[row] for row in order[start : start + width]]
@@ -295,7 +295,7 @@ def _verified(
     for number, (batch, examples) in enumerate(batches):
         scalar, recording = compute_loss(trainer, model, batch, len(examples))
         is_explained &= holds(scalar, recording, len(examples)) or not is_probe_explained
-        if number * len(examples) < _NUM_COMPARED:
+        if number * len(examples) < NUM_COMPARED:
             is_explained &= is_alone(recording, batch, examples)
         num_calls = max(num_calls, len(recording.capture.calls))
     if not is_explained:

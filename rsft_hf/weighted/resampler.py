@@ -269,7 +269,8 @@ class LossResampler(Resampler):
         if factors is None and not self._bound().is_from_training:
             yield
             return
-        with self._bound().observe(model, list(rows), factors, self._is_count_weighted, is_known):
+        is_count_weighted = self._is_count_weighted and self._bound().heeds_count
+        with self._bound().observe(model, list(rows), factors, is_count_weighted, is_known):
             yield
 
     def save(self, directory: Path, is_writer: bool) -> None:
