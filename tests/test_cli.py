@@ -99,6 +99,11 @@ def test_a_run_is_reported_and_its_labels_ranked(tmp_path: Path, capsys: pytest.
     assert table["row"][:] == expected["row"][:]
     assert table["text"][:] == [f"text {row}" for row in expected["row"]]
     assert table["error_probability"][:] == pytest.approx(expected["error_probability"][:])
+    for name, order in (("same", rows), ("shuffled", rows[::-1])):
+        datasets.Dataset.from_list(order).select_columns(["text", "labels"]).to_csv(str(tmp_path / f"{name}.csv"))
+    run(capsys, "suspects", output_dir, tmp_path / "t.csv", "--data", tmp_path / "same.csv")
+    assert main(["suspects", str(output_dir), str(tmp_path / "u.csv"), "--data", str(tmp_path / "shuffled.csv")]) == 2
+    assert "Pass the training set, or one with the same rows in the same order" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,8 @@ def _dataset(path: Path | None) -> Any:
 
     from rsft_hf.generative.row_files import read_rows
 
+    if path.suffix == ".csv":  # whose numbers are to be compared with the labels that were trained on
+        return datasets.Dataset.from_csv(str(path), keep_in_memory=True)
     return datasets.Dataset.from_list(list(read_rows(path)))
 
 

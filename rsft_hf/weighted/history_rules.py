@@ -1,7 +1,8 @@
 """Weightings from the losses and margins of earlier epochs: suspected label errors, and the rows first got wrong.
 
-The statistics `loss_history` and `margin_history` hold one line per measured epoch, shape (epochs, N), the current one
-last; NaN where a row was not read in an epoch. Their lines come from the record that `LossResampler.table()` returns.
+The statistics `loss_history` and, from the end of warm-up on, `margin_history` hold one line per measured epoch, shape
+(epochs, N), the current one last; NaN where a row was not read in an epoch. Their lines come from the record that
+`LossResampler.table()` returns.
 """
 
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ class ErrorSet:
     """w = `upweight` for the rows that the model got wrong at one epoch, 1 for the others.
 
     JTT, Liu et al. 2021, arXiv:2107.09044, within one run: the set is found at the first epoch that is measured after
-    warm-up and kept. A row is wrong if its margin (logit of the label minus the largest other) is negative.
+    warm-up, with losses of training steps in the last epoch of warm-up, and kept. A row is wrong if its margin (logit
+    of the label minus the largest other) is negative.
 
     Attributes:
         upweight: Weight of a wrong row, at least 1.

@@ -340,11 +340,12 @@ class LossResampler(Resampler):
         )
 
     def _histories(self) -> dict[str, torch.Tensor]:
-        """Losses and margins of the measured epochs, this one included, if the rule reads them."""
+        """Losses of the measured epochs, this one included, and margins since warm-up ended, if the rule reads them."""
         if not self.weighting.requires & set(HISTORIES):
             return {}
-        ledger = self._bound().ledger
-        return self.history.measured(ledger.losses, ledger.logit_margins, ledger.is_fresh)
+        ledger, num_before = self._bound().ledger, max(0, self.warmup_epochs - 1) * self._bound().is_from_training
+        measured = self.history.measured(ledger.losses, ledger.logit_margins, ledger.is_fresh)
+        return {name: lines[num_before:] if name == "margin_history" else lines for name, lines in measured.items()}
 
     def _draw(self, weights: torch.Tensor, epoch: int) -> torch.Tensor:
         accelerator = self._bound().trainer.accelerator

@@ -31,7 +31,7 @@ class ExampleStatistics:
         rows: Index of each example in the data set, shape (N,), int64.
         num_rows: Number of rows of the whole data set, those without a loss included.
         loss_history: Losses of the measured epochs, the current one last, shape (epochs, N), NaN if a row was not read.
-        margin_history: Margins of the same epochs, shape (epochs, N).
+        margin_history: Margins of these epochs from the last one of warm-up on, shape (epochs, N).
 
     Example:
         >>> ExampleStatistics(entropies=torch.tensor([0.5, 0.1])).labels is None

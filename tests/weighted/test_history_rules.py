@@ -80,6 +80,16 @@ def test_the_error_set_is_that_of_the_first_measured_epoch(tmp_path, smoothing):
         assert weights_of(resampler, epoch) == pytest.approx((expected / expected.sum()).tolist(), rel=1e-6)
 
 
+@pytest.mark.parametrize("losses", ["forward", "training"])
+def test_the_error_set_is_found_at_the_end_of_warm_up(tmp_path, losses):
+    made = LossResampler(ErrorSet(5.0), losses=losses, warmup_epochs=3)
+    runs.trained(RejectionSamplingTrainer, tmp_path, resampler=made, args={"num_train_epochs": 5})
+    table = made.table().to_pandas().set_index("epoch")
+    margins, weights = table.loc[3, "margin"].to_numpy(), table.loc[4, "weight"].to_numpy()
+    assert 0 < (margins < 0).sum() < len(margins)
+    assert ((weights > 1.5 * weights.min()) == (margins < 0)).all()
+
+
 @pytest.mark.parametrize("rule", [Chain(Tempered(0.0), LeaveOutSuspects(0.25)), ErrorSet()], ids=repr)
 def test_a_resumed_run_draws_by_the_same_history(tmp_path, rule):
     args = {"num_train_epochs": 4, "save_strategy": "epoch", "learning_rate": 1e-2}
