@@ -115,12 +115,7 @@ class Generator:
             )
             for one in sequences
         ]
-        for candidate, one in zip(candidates, sequences, strict=True):
-            if isinstance(candidate.prompt, str):
-                candidate.separator = self.encoder.separator(token_ids[one.prompt], one.token_ids)
-            else:
-                settings = {**self.encoder.chat_template_kwargs, **(candidate.row.get("chat_template_kwargs") or {})}
-                candidate.template_columns = {"chat_template_kwargs": settings}
+        self._note_surroundings(candidates, [token_ids[one.prompt] for one in sequences])
         if self.reference is not None and sampling.with_log_probs:
             self._take_reference(candidates, [token_ids[one.prompt] for one in sequences])
         if sampling.with_log_probs and any(None in (one.log_q, one.log_p) for one in candidates):
@@ -129,6 +124,15 @@ class Generator:
                 "model that log p is wanted of as `reference_model`, or use an engine that gives log q and log p."
             )
         return candidates
+
+    def _note_surroundings(self, candidates: Sequence[Candidate], prompts: Sequence[Sequence[int]]) -> None:
+        """Notes what exports need besides prompt and text."""
+        for candidate, prompt_ids in zip(candidates, prompts, strict=True):
+            if isinstance(candidate.prompt, str):
+                candidate.separator = self.encoder.separator(prompt_ids, candidate.token_ids)
+            else:
+                settings = {**self.encoder.chat_template_kwargs, **(candidate.row.get("chat_template_kwargs") or {})}
+                candidate.template_columns = {"chat_template_kwargs": settings}
 
     def _take_reference(self, candidates: Sequence[Candidate], prompts: Sequence[Sequence[int]]) -> None:
         reference: Callable[[], contextlib.AbstractContextManager[Any]] = self.reference or contextlib.nullcontext

@@ -46,8 +46,7 @@ def score_again(
 ) -> Path:
     """Returns the folder with the candidates of a round, filtered and scored by these functions, not yet judged.
 
-    Collective: the processes of `accelerate launch` share the work. The same call goes on with what is left of one that
-    was killed, and where a function answered for no candidate of a shard.
+    Collective. The same call goes on where it was killed, and where a function answered for no candidate of a shard.
 
     Args:
         directory: Folder of a round.
@@ -73,18 +72,16 @@ def score_again(
     accelerator = launched_processes()
     with FailTogether(accelerator, f"opening {destination}"):
         if accelerator.is_main_process:
-            facts = _scoring_facts(functions, filters, dedup)
-            facts |= {"prompts": dataset_fingerprint(prompts, len(prompts)), "candidates": source.digest()}
-            _create(store, source, {"scored_by": facts})
+            facts = {"prompts": dataset_fingerprint(prompts, len(prompts)), "candidates": source.digest()}
+            _create(store, source, {"scored_by": _scoring_facts(functions, filters, dedup) | facts})
     rows = _PromptRows(PromptSet(prompts, prompt_column))
     with FailTogether(accelerator, "scoring"):
         for path in source.shards()[accelerator.process_index :: accelerator.num_processes]:
-            own = store.directory / path.name
-            if store.stage(own) is None or store.is_unjudged(own):
+            scored = store.directory / path.name
+            if store.stage(scored) is None or store.is_unjudged(scored):
                 candidates = source.read_generated(path, rows.of)
                 filter_candidates(candidates, filters, dedup)
-                scores = score_candidates(candidates, functions)
-                store.write(own, candidates, "scored", scores.metrics)
+                store.write(scored, candidates, "scored", score_candidates(candidates, functions).metrics)
     return store.directory
 
 

@@ -273,35 +273,47 @@ def _verified(
         is_unknown = not len(totals) or not math.isfinite(scalar)
         return is_unknown or bool(torch.isclose(totals, torch.tensor(scalar), relative, absolute).any())
 
-    def is_alone(recording: Recording, batch: Batch, examples: list[Any]) -> bool:
-        losses = row_losses(recording, reading, len(examples))
-        if reading.is_collator_random:
-            expected = _sliced_losses(trainer, model, batch, len(examples))
-        else:
-            expected, _ = _single_losses(trainer, model, [alone(example) for example in examples])
-        if expected is None:
-            return True
-        expected = expected.nan_to_num(0.0)
-        if losses is None:
-            return not bool(expected.any())
-        found = losses.losses.double().cpu()
-        # Ten times the tolerance of the probe: what is booked on another row differs by more than rounding does.
-        return torch.allclose(found, expected, rtol=10 * relative, atol=10 * absolute) or not bool(
-            (expected.isfinite() & found.isfinite()).all()
-        )
-
     is_probe_explained, num_calls = holds(*probe), reading.num_calls
     is_explained = True
     for number, (batch, examples) in enumerate(batches):
         scalar, recording = compute_loss(trainer, model, batch, len(examples))
         is_explained &= holds(scalar, recording, len(examples)) or not is_probe_explained
         if number * len(examples) < NUM_COMPARED:
-            is_explained &= is_alone(recording, batch, examples)
+            singles = None if reading.is_collator_random else [alone(example) for example in examples]
+            is_explained &= _agrees_alone(trainer, model, reading, recording, (batch, singles), len(examples), is_half)
         num_calls = max(num_calls, len(recording.capture.calls))
     if not is_explained:
         _warn_of_batches_of_one(_NO_MEAN, "Pass `per_example_loss`")
         return Reading("single", is_collator_random=reading.is_collator_random, is_final=True)
     return dataclasses.replace(reading, num_calls=num_calls)
+
+
+def _agrees_alone(
+    trainer: Trainer,
+    model: torch.nn.Module,
+    reading: Reading,
+    recording: Recording,
+    inputs: tuple[Batch, list[Batch] | None],
+    num_rows: int,
+    is_half: bool,
+) -> bool:
+    """Whether the losses that are read of a batch are those of its rows alone, or cut out of it."""
+    (batch, singles), losses = inputs, row_losses(recording, reading, num_rows)
+    expected = (
+        _sliced_losses(trainer, model, batch, num_rows)
+        if singles is None
+        else _single_losses(trainer, model, singles)[0]
+    )
+    if expected is None:
+        return True
+    expected = expected.nan_to_num(0.0)
+    if losses is None:
+        return not bool(expected.any())
+    found, (relative, absolute) = losses.losses.double().cpu(), _tolerances(is_half)
+    if not bool((expected.isfinite() & found.isfinite()).all()):
+        return True
+    # Ten times the tolerance of the probe: what is booked on another row differs by more than rounding does.
+    return torch.allclose(found, expected, rtol=10 * relative, atol=10 * absolute)
 
 
 def _batch_losses(recording: Recording, reading: Reading, num_rows: int) -> list[float]:

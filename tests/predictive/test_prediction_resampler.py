@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 
 import runs
+from predictive_runs import POOL, logged, resampler, token_rows, token_trainer, trained
 from rsft_hf import RejectionSamplingTrainer
 from rsft_hf.predictive import (
     Agreement,
@@ -19,16 +20,6 @@ from rsft_hf.predictive import (
     Teacher,
     load_pseudo_labels,
 )
-
-POOL = [{**row, "labels": 1 - row["labels"], "truth": row["labels"]} for row in runs.rows(60)[26:]]
-
-
-def resampler(**options: Any) -> PredictionResampler:
-    return PredictionResampler(**{"unlabelled_dataset": POOL, "reference_column": "truth", **options})
-
-
-def trained(folder: Path, made: PredictionResampler | None = None, **keywords: Any) -> hf.Trainer:
-    return runs.trained(RejectionSamplingTrainer, folder, resampler=made or resampler(), **keywords)
 
 
 class Epochs(hf.TrainerCallback):
@@ -41,10 +32,6 @@ class Epochs(hf.TrainerCallback):
         if state.global_step % state.max_steps * 3 % state.max_steps == 0:
             dataset, sampler = train_dataloader.dataset, train_dataloader.batch_sampler
             self.epochs.append([dataset[row] | {"number": row} for batch in sampler for row in batch])
-
-
-def logged(trainer: hf.Trainer, name: str) -> list[float]:
-    return [line[f"pseudo_labels/{name}"] for line in trainer.state.log_history if f"pseudo_labels/{name}" in line]
 
 
 def test_an_epoch_reads_each_labelled_row_once_and_accepted_labels_in_their_share(tmp_path: Path) -> None:
@@ -272,37 +259,6 @@ def test_doubtful_rows_lose_their_labels(tmp_path: Path, caplog: pytest.LogCaptu
     assert expected in caplog.text
 
 
-def token_rows(num_rows: int, with_labels: bool = True) -> list[dict[str, Any]]:
-    """The class of a token is whether it is even; the first token of a row has no label."""
-    made = []
-    for row in runs.rows(num_rows):
-        ids = row["input_ids"]
-        labels = {"labels": [-100, *(token % 2 for token in ids[1:])]} if with_labels else {}
-        made.append({"input_ids": ids, "attention_mask": [1] * len(ids), **labels})
-    return made
-
-
-def token_trainer(folder: Path, made: PredictionResampler, **options: Any) -> hf.Trainer:
-    tokenizer = hf.PreTrainedTokenizerFast(
-        tokenizer_object=_tokenizer(), pad_token="0", padding_side=options.pop("side", "right")
-    )
-    config = hf.BertConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=2
-    )
-    torch.manual_seed(0)
-    args = runs.arguments(folder, **{"num_train_epochs": 12, "learning_rate": 2e-2, **options})
-    return RejectionSamplingTrainer(
-        hf.BertForTokenClassification(config), args, train_dataset=token_rows(40), resampler=made,
-        data_collator=hf.DataCollatorForTokenClassification(tokenizer), processing_class=tokenizer,
-    )  # fmt: skip
-
-
-def _tokenizer() -> Any:
-    import tokenizers
-
-    return tokenizers.Tokenizer(tokenizers.models.WordLevel({str(number): number for number in range(50)}, "0"))
-
-
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("accepts_tokens", [True, False])
 def test_tokens(tmp_path: Path, accepts_tokens: bool, side: str) -> None:
@@ -339,25 +295,6 @@ def test_tokens_without_marks_are_all_labelled(tmp_path: Path) -> None:
     trainer.train()
     stored = load_pseudo_labels(tmp_path, only_accepted=False)
     assert [len(label) for label in stored["label"]] == [len(row["input_ids"]) for row in token_rows(50)[40:]]
-
-
-def test_padding_of_the_pool_is_no_unit(tmp_path: Path) -> None:
-    pool = token_rows(50, with_labels=False)[40:]
-    padded = [{name: one + [0] * (12 - len(one)) for name, one in row.items()} for row in pool]
-    marked = [row | {"special_tokens_mask": [1] + [0] * 11} for row in padded]
-    for number, (rows, num_special) in enumerate(((padded, 0), (marked, 1))):
-        made = PredictionResampler(rows, warmup_epochs=1, accepts_tokens=True)
-        token_trainer(tmp_path / str(number), made, num_train_epochs=2).train()
-        stored = load_pseudo_labels(tmp_path / str(number), only_accepted=False)
-        assert [len(label) for label in stored["label"]] == [len(row["input_ids"]) - num_special for row in pool]
-
-
-def test_a_collator_that_cuts_tokens_stops_the_run_with_a_reason(tmp_path: Path) -> None:
-    trainer = token_trainer(tmp_path, PredictionResampler(token_rows(50, with_labels=False)[40:], warmup_epochs=0))
-    whole = trainer.data_collator
-    trainer.data_collator = lambda rows: whole([{name: one[:5] for name, one in row.items()} for row in rows])
-    with pytest.raises(ValueError, match=r"Unlabelled row \d+ has \d+ tokens to label, and predictions of 5"):
-        trainer.train()
 
 
 def test_multi_label(tmp_path: Path) -> None:
@@ -437,80 +374,6 @@ def test_nothing_accepted_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     trainer = trained(tmp_path, resampler(min_confidence=1.0))
     assert "Round 0 accepted no label of 34 rows, so its epochs read labelled rows only." in caplog.text
     assert logged(trainer, "drawn") == [0, 0, 0]
-
-
-def test_accuracy_of_nothing_is_not_logged(tmp_path: Path) -> None:
-    trainer = trained(tmp_path, resampler(min_confidence=1.0))
-    assert logged(trainer, "accuracy") == logged(trainer, "accepted_calibration_error") == []
-    assert logged(trainer, "wrong") == [0, 0]
-
-
-def test_a_mask_of_doubtful_rows_names_those_that_it_marks() -> None:
-    mask = torch.tensor([number in (4, 9) for number in range(26)])
-    for given in (mask, mask.numpy(), mask.tolist(), [9, 4, 4], torch.tensor([4, 9])):
-        assert resampler(doubtful_rows=given).doubtful_rows == (4, 9)
-    for given in ([4.7], torch.tensor([0.5]), ["4"], [True, 3]):
-        with pytest.raises(TypeError, match="`doubtful_rows` holds"):
-            resampler(doubtful_rows=given)
-
-
-def named(first: str, second: str) -> hf.PreTrainedModel:
-    model = runs.bert(dropout=0.0, initializer_range=0.5)
-    model.config.id2label, model.config.label2id = {0: first, 1: second}, {first: 0, second: 1}
-    return model
-
-
-def test_classes_of_a_teacher_and_of_references_are_those_of_the_same_names(tmp_path: Path) -> None:
-    teacher = named("no", "yes")
-    with torch.no_grad():
-        head = teacher.classifier
-        head.weight.copy_(head.weight.flip(0)), head.bias.copy_(head.bias.flip(0))
-    keywords = {"args": {"learning_rate": 0.0, "num_train_epochs": 2}}
-    made = resampler(target=Teacher(teacher), warmup_epochs=0)
-    trained(tmp_path / "same", made, model=named("yes", "no"), **keywords)
-    assert logged(made.trainer, "acceptance_rate")[0] == 1.0  # the same model, with its classes the other way round
-    made = resampler(target=Teacher(named("yes", "maybe")), warmup_epochs=0)
-    with pytest.raises(ValueError, match=r"has the classes \['yes', 'no'\], and the teacher \['yes', 'maybe'\]"):
-        trained(tmp_path / "other", made, model=named("yes", "no"), **keywords)
-    rows = datasets.Dataset.from_list(runs.rows()).cast_column("labels", datasets.ClassLabel(names=["even", "odd"]))
-    found = []
-    for names, flips in ((["even", "odd"], 0), (["odd", "even"], 1)):
-        pool = datasets.Dataset.from_list([row | {"truth": abs(flips - row["truth"])} for row in POOL])
-        made = resampler(unlabelled_dataset=pool.cast_column("truth", datasets.ClassLabel(names=names)))
-        found.append(logged(trained(tmp_path / names[0], made, train_dataset=rows), "accuracy"))
-    assert found[0] == found[1]
-
-
-def test_references_of_text_are_refused(tmp_path: Path) -> None:
-    pool = [row | {"truth": "even"} for row in POOL]
-    with pytest.raises(ValueError, match=r"has 'even' in `reference_column`='truth'. Give the numbers"):
-        trained(tmp_path, resampler(unlabelled_dataset=pool))
-
-
-def test_columns_that_only_the_pool_has_reach_no_collator(tmp_path: Path) -> None:
-    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        assert len({frozenset(row) for row in rows}) == 1
-        return runs.collate(rows)
-
-    pool = [row | {"token_type_ids": [0] * len(row["input_ids"])} for row in POOL]
-    trained(tmp_path, resampler(unlabelled_dataset=pool), data_collator=collate)
-
-
-def test_agreement_sees_dropout_that_a_model_calls_as_a_function(tmp_path: Path) -> None:
-    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "dropout": 0.3, "num_labels": 2}
-    torch.manual_seed(0)
-    model = hf.BartForSequenceClassification(
-        hf.BartConfig(vocab_size=50, max_position_embeddings=32, eos_token_id=2, pad_token_id=0, **sizes, **heads)
-    )
-
-    def end(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        ids = [[*row["input_ids"], 2] for row in rows]
-        return [row | {"input_ids": one, "attention_mask": [1] * len(one)} for row, one in zip(rows, ids, strict=True)]
-
-    made = PredictionResampler(end(POOL), Agreement(4), warmup_epochs=0)
-    trainer = trained(tmp_path, made, model=model, train_dataset=end(runs.rows()), args={"num_train_epochs": 1})
-    assert logged(trainer, "acceptance_rate")[0] < 1.0
 
 
 def test_limits_per_class(tmp_path: Path) -> None:
