@@ -286,32 +286,36 @@ def _trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: values for name, values in model.named_parameters() if values.requires_grad}
 
 
-def load_renamed_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Loads a checkpoint whose weights have other names than the model's, which Trainer passes over.
+def load_renamed_weights(model: torch.nn.Module, folder: Path) -> list[str]:
+    """Loads weights of a checkpoint that have other names there than in the model, which Trainer passes over.
 
     transformers saves ViT, Segformer, Mixtral and others by the names of the hub's files, and resumes them without
     renaming (seen in 5.24): such a run would go on from its initial weights.
 
-    Raises:
-        RuntimeError: If the checkpoint does not hold all weights under any name.
+    Returns:
+        Names of weights that the checkpoint may hold under other names, and that could not be loaded.
     """
     files = sorted(folder.glob("model*.safetensors"))
     if not isinstance(model, PreTrainedModel) or not files:
-        return
+        return []
     state, found = model.state_dict(), set[str]()
     for file in files:
         with safe_open(file, "pt") as opened:
             found |= set(opened.keys())
     tied = {state[name].data_ptr() for name in found & state.keys()}
     ignored = model._keys_to_ignore_on_save or ()
-    missing = [name for name in state if name not in found and state[name].data_ptr() not in tied]
-    if not (missing := [name for name in missing if name not in ignored]):
-        return
-    with forked_rng(0):
-        loaded, info = type(model).from_pretrained(
-            folder, config=model.config, dtype=model.dtype, output_loading_info=True
-        )
-    if info["missing_keys"]:
-        raise RuntimeError(f"{folder} lacks {len(info['missing_keys'])} weights, such as {min(info['missing_keys'])}.")
-    model.load_state_dict(loaded.state_dict())
+    missing = [name for name in state.keys() - found if state[name].data_ptr() not in tied and name not in ignored]
+    if not missing or not found - state.keys():
+        return []  # all is there, or the others were never saved
+    try:
+        with forked_rng(0):
+            loaded, info = type(model).from_pretrained(
+                folder, config=model.config, dtype=torch.float32, output_loading_info=True
+            )
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        logger.warning(f"{folder} cannot be loaded by from_pretrained: {error}")
+        return sorted(missing)
+    values = loaded.state_dict()
+    model.load_state_dict({name: values[name] for name in missing if name in values}, strict=False)
     logger.info(f"{len(missing)} weights of {folder} have other names there than in {type(model).__name__}.")
+    return sorted(name for name in missing if name not in values or name in info["missing_keys"])

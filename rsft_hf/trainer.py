@@ -346,15 +346,23 @@ class RejectionSamplingMixin(_Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_renamed_weights(resume_from_checkpoint)
+        if left := self._load_renamed_weights(resume_from_checkpoint):
+            raise RuntimeError(
+                f"{resume_from_checkpoint} lacks {len(left)} weights of the model under any name, such as {left[0]}: "
+                "the run would go on from initial values. Load the weights yourself, and train from the start."
+            )
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._load_renamed_weights(self.state.best_model_checkpoint)
+        if left := self._load_renamed_weights(self.state.best_model_checkpoint):
+            logger.warning(
+                f"The best checkpoint, {self.state.best_model_checkpoint}, lacks {len(left)} weights under any name, "
+                f"such as {left[0]}: they stay those of the last step."
+            )
 
-    def _load_renamed_weights(self, folder: str | Path) -> None:
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            load_renamed_weights(unwrapped(self.model), Path(folder))
+    def _load_renamed_weights(self, folder: str | Path) -> list[str]:
+        is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        return load_renamed_weights(unwrapped(self.model), Path(folder)) if is_whole else []
 
     def _init_training_state(self, max_steps: int, num_update_steps_per_epoch: int, *args: Any, **kwargs: Any) -> Any:
         done = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)

@@ -11,10 +11,11 @@ import pandas
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import runs
 from rsft_hf import Chain, Clipped, Floored, LossResampler, Proportional, RejectionSamplingTrainer
+from rsft_hf.checkpointing import load_renamed_weights
 from rsft_hf.weighted import Entropy
 
 STEPS_PER_EPOCH = 7  # 26 rows in batches of 4
@@ -294,3 +295,45 @@ def test_weights_that_transformers_saves_under_other_names_are_resumed_and_the_b
     lines = {line["step"]: line["eval_loss"] for line in best.state.log_history if "eval_loss" in line}
     assert best.evaluate()["eval_loss"] == pytest.approx(max(lines.values()), rel=1e-5)
     assert best.state.best_global_step == 4 != max(lines)
+
+
+class HeadAlone(RejectionSamplingTrainer):
+    """Saves what is trained, and nothing else."""
+
+    def _save(self, output_dir=None, state_dict=None):
+        Path(output_dir).mkdir(exist_ok=True)
+        kept = {name: values for name, values in self.model.state_dict().items() if name.startswith("classifier")}
+        save_file(kept, Path(output_dir) / "model.safetensors")
+
+
+def test_a_checkpoint_of_some_weights_is_taken_as_it_is(tmp_path: Path) -> None:
+    def frozen() -> hf.PreTrainedModel:
+        model = runs.bert()
+        model.bert.requires_grad_(False)
+        return model
+
+    settings = {"num_train_epochs": 2, "save_strategy": "epoch", "eval_strategy": "epoch"}
+    keywords = {"args": settings | {"load_best_model_at_end": True}, "eval_dataset": runs.rows()}
+    whole = runs.trained(HeadAlone, tmp_path, model=frozen(), **keywords)
+    checkpoint = str(tmp_path / f"checkpoint-{STEPS_PER_EPOCH}")
+    cut = runs.trained(HeadAlone, tmp_path, resume=checkpoint, model=frozen(), **keywords)
+    assert runs.largest_difference(whole, cut) == 0.0
+
+
+def test_weights_under_other_names_keep_their_precision_and_a_head_of_ones_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = hf.ViTForImageClassification(hf.ViTConfig(image_size=4, patch_size=2, **size))
+    model.vit.bfloat16()
+    model.classifier = torch.nn.Sequential(torch.nn.Linear(16, 2))
+    model.save_pretrained(tmp_path)
+    expected = {name: values.clone() for name, values in model.state_dict().items()}
+    with torch.no_grad():
+        for values in model.parameters():
+            values.zero_()
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)  # as Trainer does
+    assert load_renamed_weights(model, tmp_path) == []
+    assert all(torch.equal(values, expected[name]) for name, values in model.state_dict().items())
+    (tmp_path / "other").mkdir()
+    save_file({"other": torch.zeros(1)}, tmp_path / "other" / "model.safetensors")
+    assert load_renamed_weights(model, tmp_path / "other")

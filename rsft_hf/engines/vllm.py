@@ -188,7 +188,7 @@ class VLLMEngine(Engine):
         """
         self.check(model, request.generation_config)
         own = self.llm_kwargs.get("max_model_len"), context_length(model)
-        lengths = [length for length in own if isinstance(length, int)]
+        lengths = [length for length in own if isinstance(length, int) and length > 0]  # -1: vLLM finds its own
         check_request(request, min(lengths, default=None), is_encoder_decoder=False)
         if self._llm is None:
             raise RuntimeError(

@@ -213,11 +213,15 @@ class CandidateStore:
         return candidates
 
     def is_unjudged(self, path: Path) -> bool:
-        """Returns whether some reward function answered for no candidate of a shard: a judge that was out, perhaps."""
-        names = ["reward", *(f"rewards/{name}" for name in self.reward_names)]
-        columns = pq.read_table(path, columns=["verdict", *names]).to_pydict()
+        """Returns whether nobody answered for any candidate of a shard, or no reward that logs `<name>/failures`.
+
+        A judge was out, perhaps; other rewards may have no answer for the rows of a task.
+        """
+        logged = self._logged(path)
+        failing = [f"rewards/{name}" for name in self.reward_names if logged.get(f"{name}/failures")]
+        columns = pq.read_table(path, columns=["verdict", "reward", *failing]).to_pydict()
         kept = [row for row, verdict in enumerate(columns["verdict"]) if verdict != "filtered"]
-        return bool(kept) and any(all(columns[name][row] is None for row in kept) for name in names)
+        return bool(kept) and any(all(columns[name][row] is None for row in kept) for name in ("reward", *failing))
 
     def logged(self) -> list[dict[str, float]]:
         """Returns what reward functions logged of each shard, in the order of the shards."""
@@ -331,7 +335,7 @@ def _role_and_text(prompt: Prompt) -> Prompt:
 
 
 def _from_row(row: Mapping[str, Any], reward_names: Sequence[str]) -> Candidate:
-    kept = {name: row[name] for name in _PLAIN_COLUMNS if name not in (*_NOT_ATTRIBUTES, "num_tokens")}
+    kept = {name: row[name] for name in _PLAIN_COLUMNS if name not in (*_NOT_ATTRIBUTES, "num_tokens", "separator")}
     prompt, columns = template_input(row)
     return Candidate(
         **kept,
@@ -341,6 +345,7 @@ def _from_row(row: Mapping[str, Any], reward_names: Sequence[str]) -> Candidate:
         rewards={name: row.get(f"rewards/{name}") for name in reward_names},
         row=columns,
         template_columns=columns,
+        separator=row.get("separator") or "",
     )
 
 

@@ -18,7 +18,7 @@ from rsft_hf.generative.candidates import round_number, template_input, to_row
 from rsft_hf.generative.prompts import message_text
 
 _BATCH_SIZE = 4096
-_COLUMNS = ["prompt_id", "prompt", "text", "separator", "reward", "is_accepted", "verdict", "template_input"]
+_COLUMNS = ["prompt_id", "prompt", "text", "reward", "is_accepted", "verdict", "template_input"]
 
 
 class NoRowsError(ValueError):
@@ -150,7 +150,8 @@ def _shard_rows(candidates: Any) -> Iterator[list[dict[str, Any]]]:
     if isinstance(candidates, datasets.Dataset):
         if missing := [name for name in _COLUMNS if name not in candidates.column_names]:
             raise ValueError(f"The data set lacks the columns {missing} of load_candidates(...).")
-        columns = candidates.with_format(None).select_columns(_COLUMNS)
+        names = [*_COLUMNS, *({"separator"} & set(candidates.column_names))]
+        columns = candidates.with_format(None).select_columns(names)
         for batch in columns.iter(_BATCH_SIZE):
             yield [{**dict(zip(batch, row, strict=True)), "round": ""} for row in zip(*batch.values(), strict=True)]
         return
@@ -158,14 +159,15 @@ def _shard_rows(candidates: Any) -> Iterator[list[dict[str, Any]]]:
         yield [{"template_input": None, **to_row(one, ()), "round": ""} for one in candidates]
         return
     for path in _shards(candidates):
-        yield [{**row, "round": path.parent.name} for row in pq.read_table(path, columns=_COLUMNS).to_pylist()]
+        names = [*_COLUMNS, *({"separator"} & set(pq.read_schema(path).names))]
+        yield [{**row, "round": path.parent.name} for row in pq.read_table(path, columns=names).to_pylist()]
 
 
 def _parts(*rows: dict[str, Any]) -> tuple[Any, dict[str, Any], list[Any]]:
     """The prompt of some rows, its columns for the chat template, and their answers in the form of the prompt."""
     prompt, columns = template_input(rows[0])
     if isinstance(prompt, str):
-        return prompt, columns, [row["separator"] + row["text"] for row in rows]
+        return prompt, columns, [(row.get("separator") or "") + row["text"] for row in rows]
     settings = dict(columns.pop("chat_template_kwargs", None) or {})
     settings.pop("continue_final_message", None)  # what was begun is part of the answer below
     columns |= {"chat_template_kwargs": settings} if settings else {}

@@ -23,7 +23,7 @@ from rsft_hf.checks import check_integer
 from rsft_hf.engines.random_streams import candidate_seed
 from rsft_hf.generative.candidates import Candidate, CandidateStore
 from rsft_hf.generative.encoding import Encoder
-from rsft_hf.generative.prompts import Prompt
+from rsft_hf.generative.prompts import Prompt, message_text
 from rsft_hf.generative.row_files import read_rows
 
 logger = logging.get_logger(__name__)
@@ -182,6 +182,8 @@ def _ends_with_answer(prompt: Any) -> bool:
 
 def _text_of(found: Mapping[str, Any]) -> str | None:
     text = next((found[name] for name in _TEXT_NAMES if isinstance(found.get(name), str)), None)
+    if text is None and isinstance(found.get("content"), list):
+        return message_text(found["content"])
     nested = next((found[name] for name in ("message", "text") if isinstance(found.get(name), (Mapping, list))), None)
     return _text_of(_as_facts(nested)) if text is None and nested is not None else text
 
@@ -189,7 +191,8 @@ def _text_of(found: Mapping[str, Any]) -> str | None:
 def _answer(found: Mapping[str, Any], score: str | None) -> Answer:
     """An answer from a mapping: of vLLM, of OpenAI, of LMFlow, a message, or a text alone."""
     text, reason = _text_of(found), found.get("finish_reason")
-    if text is None and ("message" in found or reason not in _ENDED):  # of a chat: a refusal, or a call of a tool
+    message = found.get("message")
+    if text is None and isinstance(message, Mapping) and message.get("content") is None:  # a refusal, a call of a tool
         text, reason = "", "no text" if reason in (*_ENDED, *_CUT_OFF) else reason
     if text is None:
         raise ValueError(

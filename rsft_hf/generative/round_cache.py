@@ -225,7 +225,7 @@ def plan_round(store: CandidateStore, facts: Mapping[str, Any], num_shards: int,
 def shard_work(store: CandidateStore, path: Path) -> Literal["generate", "score", "nothing"]:
     """Returns the work that is left of a shard before the round is judged.
 
-    A shard for which no reward function answered is scored again: a judge may have been out of reach.
+    A shard for which no reward function answered, or none of those that failed, is scored again: see `is_unjudged`.
     """
     stage = store.stage(path)
     if stage is None:

@@ -76,7 +76,7 @@ class Predictor:
             forked_rng(seed),
             preserved_trainer_state(self.trainer),
             in_evaluation_mode(model),
-            _dropout_on(model, with_dropout),
+            _training_mode(model, with_dropout),
         ):
             scoring_pass(self.trainer, dataset, self.collate, order, self.batch_size, seed, visit)
         gathered = gather_lists(self.trainer.accelerator, found)
@@ -119,10 +119,10 @@ def _token_mask(batch: Mapping[str, Any], shape: torch.Size, labels: torch.Tenso
 
 
 @contextlib.contextmanager
-def _dropout_on(model: torch.nn.Module, is_on: bool) -> Iterator[None]:
-    """Turns dropout on in a model that is in evaluation mode, whose caller restores every module's mode.
+def _training_mode(model: torch.nn.Module, is_on: bool) -> Iterator[None]:
+    """Puts all modules but batch norms into training mode, as some models call dropout as a function by their own mode.
 
-    Some models call the function, by their own mode, so that all modules but batch norms are put into training mode.
+    The caller restores every module's mode.
     """
     if is_on:
         model.train()

@@ -353,7 +353,7 @@ class PredictionResampler(Resampler):
         others = class_names(self.unlabelled_dataset, self.reference_column)
         if own is None or others is None or own == others:
             return {}
-        return {number: own.index(name) for number, name in enumerate(others) if name in own}
+        return {number: own.index(name) if name in own else IGNORED for number, name in enumerate(others)}
 
 
 class _RoundFacts:

@@ -130,7 +130,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Product of several passes with dropout and other random transforms: high where all agree.
+    """Product of several passes in training mode (dropout, masks), and other random transforms: high where all agree.
 
     p(y|x) = (prod over k of q_k(y|x)) ** (1 / K), normalised; the spread over passes is the model's uncertainty.
     Gal & Ghahramani 2016, arXiv:1506.02142; for pseudo-labels Rizve et al. 2021, arXiv:2101.06329.

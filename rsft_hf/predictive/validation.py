@@ -79,11 +79,16 @@ def validate_rows(resampler: Any, trainer: Trainer) -> None:
     if not len(unlabelled):
         return
     first = unlabelled[0]
-    read = set(inspect.signature(model.forward).parameters) & set(labelled[0]) - set(label_names(trainer))
-    if missing := sorted(read - set(first)):
+    read = set(inspect.signature(model.forward).parameters) - set(label_names(trainer))
+    if missing := sorted(read & set(labelled[0]) - set(first)):
         raise ValueError(
             f"`unlabelled_dataset` lacks the columns {missing}, which the model reads of `train_dataset`. Prepare both "
             "alike."
+        )
+    if extra := sorted(read & set(first) - set(labelled[0])):
+        raise ValueError(
+            f"`unlabelled_dataset` has the columns {extra}, which the model reads and `train_dataset` lacks. Prepare "
+            "both alike."
         )
     if resampler.reference_column is not None and resampler.reference_column not in first:
         raise ValueError(
@@ -107,13 +112,14 @@ def class_order(trained: torch.nn.Module, other: torch.nn.Module, kind: str) -> 
     Raises:
         ValueError: If both name their classes, and not alike.
     """
-    own, others = _names_of(unwrapped(trained)), _names_of(unwrapped(other))
+    own, others = (_names_of(unwrapped(model)) for model in (trained, other))
     if own is None or others is None or own == others or len(own) != len(others):
         return None
     if set(own) != set(others) or kind == "multi_label":
         raise ValueError(
             f"The trained model has the classes {own}, and the teacher {others} (`config.id2label`). Take a teacher "
-            "over the same labels" + (", in the same order." if set(own) == set(others) else ".")
+            "over the same labels" + (", in the same order" if set(own) == set(others) else "") + ", or, if only their "
+            "names differ, set teacher.config.id2label = model.config.id2label."
         )
     return [others.index(name) for name in own]
 
@@ -122,7 +128,7 @@ def _names_of(model: torch.nn.Module) -> list[str] | None:
     names = getattr(getattr(model, "config", None), "id2label", None)
     if not isinstance(names, dict) or any(str(name).startswith("LABEL_") for name in names.values()):
         return None
-    return [str(names[number]) for number in sorted(names)]
+    return [str(names[number]).casefold() for number in sorted(names)]
 
 
 def labelled_units(dataset: Any, rows: Sequence[int], column: str, num_classes: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ weights, needs a denominator that is scaled with them, as that of `torch.nn.func
 Trainer; a count of the loss function's own is not.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,15 +14,22 @@ from transformers import Trainer
 
 from rsft_hf.weighted.criterion import corrected_count
 from rsft_hf.weighted.losses import Batch, Reading, Recording, compute_loss, row_losses
+from rsft_hf.weighted.reading import is_half_precision
 
 _RELATIVE, _ABSOLUTE = 1e-3, 1e-5
 _RELATIVE_HALF = 3e-2
 
 
-def heeds_count(trainer: Trainer, model: torch.nn.Module, batch: Batch, num_rows: int) -> bool:
-    """Returns whether the loss is divided by the `num_items_in_batch` that it is given."""
-    losses = [compute_loss(trainer, model, batch, num_rows, num_items=float(count))[0] for count in (8, 16)]
-    return losses[0] != 0 and abs(2 * losses[1] - losses[0]) <= 1e-2 * abs(losses[0])
+def heeds_count(trainer: Trainer, model: torch.nn.Module, batches: Iterable[tuple[Batch, Any]]) -> bool:
+    """Returns whether the loss is divided by the `num_items_in_batch` given, as the first that is not 0 shows.
+
+    True where all are 0, of rows without labels.
+    """
+    for batch, examples in batches:
+        eight, sixteen = (compute_loss(trainer, model, batch, len(examples), num_items=n)[0] for n in (8.0, 16.0))
+        if eight and math.isfinite(eight):
+            return abs(2 * sixteen - eight) <= 1e-2 * abs(eight)
+    return True
 
 
 def is_corrected(
@@ -36,8 +44,7 @@ def is_corrected(
         batches: Batches, and their rows.
         is_counted: Whether the loss is divided by `num_items_in_batch`.
     """
-    is_half = trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype != torch.float32
-    relative = _RELATIVE_HALF if is_half else _RELATIVE
+    relative = _RELATIVE_HALF if is_half_precision(trainer, model) else _RELATIVE
 
     def is_close(left: float, right: float) -> bool:
         return abs(left - right) <= relative * abs(right) + _ABSOLUTE
@@ -46,7 +53,7 @@ def is_corrected(
         num_rows = len(examples)
         scalar, recording = compute_loss(trainer, model, batch, num_rows)
         rows = row_losses(recording, reading, num_rows)
-        if rows is None or not bool(rows.losses.isfinite().all()):
+        if rows is None or not bool(rows.losses.isfinite().all()) or not bool(rows.is_labelled.any()):
             continue
         factors = torch.linspace(0.5, 1.5, num_rows)
         expected, count = _expected(recording, factors)

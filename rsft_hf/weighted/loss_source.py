@@ -253,7 +253,7 @@ class LossSource:
                 "they come from a fused head" if reading.is_fused else f"they come from the reading {reading.kind!r}"
             )
             if reading.kind == "criterion" and not reading.is_fused:
-                reason = "they are summed over tokens and divided by a number of their own"
+                reason = "rows that are scaled do not give the corrected loss, as where a sum has a count of its own"
             num_rows = self._reading_batch_size()
             self._fall_back(reason, is_from_training=reading.kind != "single")
             if self._reading_batch_size() != num_rows and not reading.is_final:  # that of scoring passes
@@ -265,16 +265,21 @@ class LossSource:
                 f"The losses can no longer be read by {self._reading.kind!r} and are read by {reading.kind!r} from "
                 "now on: a term of the loss appeared that was zero before."
             )
-        num_calls = 0 if self._reading is None else self._reading.num_calls
-        self._reading = replace(reading, num_calls=max(reading.num_calls, num_calls))
+        if self._reading is not None:  # what other batches have shown once stays true
+            reading = replace(
+                reading,
+                num_calls=max(reading.num_calls, self._reading.num_calls),
+                is_scored_singly=reading.is_scored_singly or self._reading.is_scored_singly,
+            )
+        self._reading = reading
 
     def _try_correction(self, reading: Reading, seed: int) -> bool:
         """Whether scaled rows give the corrected loss on a few batches; finds out by what it is divided."""
         model, loader = trained_model(self.trainer), training_loader(self.trainer)
-        width = min(NUM_PROBED, self._reading_batch_size(), len(loader.dataset))
+        width = 1 if reading.is_scored_singly else min(NUM_PROBED, self._reading_batch_size(), len(loader.dataset))
         with forked_rng(seed), preserved_trainer_state(self.trainer), in_evaluation_mode(model):
             batches = list(some_batches(loader.dataset, loader.collate_fn, NUM_COMPARED, width, seed))
-            self.heeds_count = heeds_count(self.trainer, model, batches[0][0], len(batches[0][1]))
+            self.heeds_count = heeds_count(self.trainer, model, batches)
             is_right = is_corrected(self.trainer, model, reading, batches, self.heeds_count)
         # The main process decides, as for the reading.
         self.heeds_count, is_right = broadcast_object_list([self.heeds_count, is_right])

@@ -220,8 +220,12 @@ def compute_loss(
     inputs = trainer._prepare_inputs(copy.copy(batch))  # `compute_loss` may take the labels out of its inputs
     count = {} if num_items is None else {"num_items_in_batch": torch.tensor(num_items, device=trainer.args.device)}
     recorder = record_loss(trainer, model, num_rows, **scaling)
-    with torch.no_grad(), trainer.compute_loss_context_manager(), recorder as recording:
-        loss = trainer.compute_loss(model, inputs, **count)
+    averages, trainer.args.average_tokens_across_devices = trainer.args.average_tokens_across_devices, False
+    try:  # with a count of all processes Trainer multiplies the loss by their number; this count is of one batch
+        with torch.no_grad(), trainer.compute_loss_context_manager(), recorder as recording:
+            loss = trainer.compute_loss(model, inputs, **count)
+    finally:
+        trainer.args.average_tokens_across_devices = averages
     return float(loss), recording
 
 

@@ -7,6 +7,7 @@ of other batches, which must be the mean or the sum of those of their rows.
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +44,12 @@ _NOT_ALONE = (
 )
 
 _NO_MEAN = "The loss of a batch is not that of its rows (a term, weights, or rows joined into one sequence)"
+
+_UNREADABLE = (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError)
+
+_LARGEST_SHOWN = 5.0  # nats; beyond, rounding hides how a loss grows
+
+_PADDED = ("The loss of an example depends on the padding of its batch", "Pad all rows alike")
 
 _NUM_SEEDS = 4  # seeds by which a random collator is detected
 
@@ -90,7 +97,7 @@ def find_reading(
         _warn_of_batches_of_one(*error.args)
         single = find_reading(trainer, model, dataset, collate, batch_size=1, seed=seed)
         return dataclasses.replace(single, is_scored_singly=True)
-    is_half = trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype != torch.float32
+    is_half = is_half_precision(trainer, model)
     others, alone = some_batches(dataset, collate, num_verified, width, seed), _alone(collate, seed)
     if not _is_joined(batch, width):
         if reading := _matching_reading(recording, expected, width, is_half):
@@ -99,11 +106,12 @@ def find_reading(
         # Sliced from the batch, the rows keep its padding: a match now means that the loss depends on the padding.
         sliced = _sliced_losses(trainer, model, batch, width)
         if sliced is not None and (reading := _matching_reading(recording, sliced, width, is_half)):
-            _warn_of_batches_of_one("The loss of an example depends on the padding of its batch", "Pad all rows alike")
+            _warn_of_batches_of_one(*_PADDED)
             return dataclasses.replace(reading, is_scored_singly=True, is_collator_random=is_random)
     if _is_constant(expected):
         _validate_others(trainer, model, others, alone)
-    _validate_repeated(trainer, model, dataset[0], collate, seed)
+    if not is_random:
+        _validate_repeated(trainer, model, dataset, collate, seed)
     _warn_of_batches_of_one(_NO_MEAN, "Pass `per_example_loss`")
     return Reading("single", is_collator_random=is_random, is_final=True)
 
@@ -112,14 +120,13 @@ def _refuse_contrast(
     trainer: Trainer, model: torch.nn.Module, dataset: Sequence[Any], collate: Collate, seed: int
 ) -> None:
     """Raises NotPerExampleError if two rows are compared with each other: of one row the loss says nothing."""
-    _validate_repeated(trainer, model, dataset[0], collate, seed)
+    _validate_repeated(trainer, model, dataset, collate, seed)
     try:
         _labelled_probe(trainer, model, dataset, collate, 2, seed)
-    except _OneRowAtATimeError:
+    except NotPerExampleError:
+        raise
+    except _UNREADABLE:  # two rows together; of one at a time the error comes again
         return
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
 
 
 def _sliced_losses(trainer: Trainer, model: torch.nn.Module, batch: Batch, num_rows: int) -> torch.Tensor | None:
@@ -221,6 +228,11 @@ def _matching_reading(recording: Recording, expected: torch.Tensor, width: int, 
     return None
 
 
+def is_half_precision(trainer: Trainer, model: torch.nn.Module) -> bool:
+    """Returns whether losses are computed in half precision."""
+    return bool(trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype != torch.float32)
+
+
 def _tolerances(is_half: bool) -> tuple[float, float]:
     return (3e-2, 1e-3) if is_half else (1e-4, 1e-5)
 
@@ -266,47 +278,50 @@ def _verified(
     """
     if reading.kind != "criterion" or reading.is_fused:
         return reading
-    relative, absolute = _tolerances(is_half)
-
-    def holds(scalar: float, recording: Recording, num_rows: int) -> bool:
-        totals = torch.tensor(_batch_losses(recording, reading, num_rows))
-        is_unknown = not len(totals) or not math.isfinite(scalar)
-        return is_unknown or bool(torch.isclose(totals, torch.tensor(scalar), relative, absolute).any())
-
-    is_probe_explained, num_calls = holds(*probe), reading.num_calls
-    is_explained = True
+    is_probe_explained, num_calls = _explains(reading, *probe, is_half), reading.num_calls
+    is_explained, is_padded = True, False
     for number, (batch, examples) in enumerate(batches):
-        scalar, recording = compute_loss(trainer, model, batch, len(examples))
-        is_explained &= holds(scalar, recording, len(examples)) or not is_probe_explained
-        if number * len(examples) < NUM_COMPARED:
-            singles = None if reading.is_collator_random else [alone(example) for example in examples]
-            is_explained &= _agrees_alone(trainer, model, reading, recording, (batch, singles), len(examples), is_half)
+        num_rows = len(examples)
+        scalar, recording = compute_loss(trainer, model, batch, num_rows)
         num_calls = max(num_calls, len(recording.capture.calls))
+        is_explained &= _explains(reading, scalar, recording, num_rows, is_half) or not is_probe_explained
+        if number * num_rows < NUM_COMPARED:
+            cut = [slice_rows(batch, row, num_rows) for row in range(num_rows)]
+            agrees = partial(_agrees, trainer, model, reading, recording, is_half)
+            if not agrees(cut if reading.is_collator_random else [alone(example) for example in examples]):
+                is_explained &= not reading.is_collator_random and agrees(cut)
+                is_padded = True
     if not is_explained:
         _warn_of_batches_of_one(_NO_MEAN, "Pass `per_example_loss`")
         return Reading("single", is_collator_random=reading.is_collator_random, is_final=True)
-    return dataclasses.replace(reading, num_calls=num_calls)
+    if is_padded:
+        _warn_of_batches_of_one(*_PADDED)
+    return dataclasses.replace(reading, num_calls=num_calls, is_scored_singly=is_padded)
 
 
-def _agrees_alone(
+def _explains(reading: Reading, scalar: float, recording: Recording, num_rows: int, is_half: bool) -> bool:
+    """Whether the loss of a batch is a mean or sum of the losses that are read of its rows; True if it is unknown."""
+    totals, (relative, absolute) = torch.tensor(_batch_losses(recording, reading, num_rows)), _tolerances(is_half)
+    is_unknown = not len(totals) or not math.isfinite(scalar)
+    return is_unknown or bool(torch.isclose(totals, torch.tensor(scalar), relative, absolute).any())
+
+
+def _agrees(
     trainer: Trainer,
     model: torch.nn.Module,
     reading: Reading,
     recording: Recording,
-    inputs: tuple[Batch, list[Batch] | None],
-    num_rows: int,
     is_half: bool,
+    singles: list[Batch],
 ) -> bool:
-    """Whether the losses that are read of a batch are those of its rows alone, or cut out of it."""
-    (batch, singles), losses = inputs, row_losses(recording, reading, num_rows)
-    expected = (
-        _sliced_losses(trainer, model, batch, num_rows)
-        if singles is None
-        else _single_losses(trainer, model, singles)[0]
-    )
-    if expected is None:
-        return True
-    expected = expected.nan_to_num(0.0)
+    """Whether the losses that are read of a batch are those of its rows in batches of their own."""
+    losses = row_losses(recording, reading, len(singles))
+    try:
+        expected = _single_losses(trainer, model, singles)[0].nan_to_num(0.0)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
+        return True  # rows of a batch that lie otherwise than one by one
     if losses is None:
         return not bool(expected.any())
     found, (relative, absolute) = losses.losses.double().cpu(), _tolerances(is_half)
@@ -359,26 +374,36 @@ def _validate_others(
             raise NotPerExampleError(_compares(len(examples), scalar, losses))
 
 
-def _validate_repeated(trainer: Trainer, model: torch.nn.Module, example: Any, collate: Collate, seed: int) -> None:
-    """Raises NotPerExampleError if one row beside copies of itself has another loss than alone.
+def _validate_repeated(
+    trainer: Trainer, model: torch.nn.Module, dataset: Sequence[Any], collate: Collate, seed: int
+) -> None:
+    """Raises NotPerExampleError if the loss of a row grows with copies of it as in-batch negatives say.
 
-    A mean stays, a sum grows with the number of copies, with a constant term or without; in-batch negatives add its
-    logarithm.
+    -log of the share of one right pair among n + a others is log(n + a) for n copies, so that exp of it grows by 1 with
+    each. Rows with a large loss do not show it, nor losses or collators that are random.
     """
-    losses = []
-    for num_copies in (1, 2, 4):
-        try:
-            losses.append(compute_loss(trainer, model, _collate([example] * num_copies, collate, seed), num_copies)[0])
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if num_copies == 1 or is_out_of_memory(error):
-                raise
-            return  # rows that cannot stand in one batch
-    one, two, four = losses
-    if abs((four - two) - 2 * (two - one)) > 1e-3 + 3e-2 * max(map(abs, losses)):
-        raise NotPerExampleError(
-            f"The loss compares the examples of a batch with each other: one example has loss {one:.4g}, and beside "
-            f"1 and 3 copies of itself {two:.4g} and {four:.4g}. {_NOT_ALONE}"
-        )
+    for row in _probe_rows(dataset, 0, min(NUM_PROBED, len(dataset))):
+        losses = []
+        for num_copies, shift in ((1, 0), (1, 1), (2, 0), (4, 0), (8, 0)):
+            try:
+                batch = _collate([dataset[row]] * num_copies, collate, seed + shift)
+                losses.append(compute_loss(trainer, model, batch, num_copies)[0])
+            except _UNREADABLE:  # a collator of distinct rows, a model of single rows, too little memory
+                if num_copies == 1:
+                    raise
+                return
+        one, other, two, four, eight = losses
+        if one != other:
+            return
+        if not max(losses) < _LARGEST_SHOWN:
+            continue
+        exps = [math.exp(loss) for loss in (one, two, four, eight)]
+        growths = [(after - before) / step for before, after, step in zip(exps, exps[1:], (1, 2, 4), strict=False)]
+        if all(abs(growth - 1) < 0.05 for growth in growths):
+            raise NotPerExampleError(
+                f"The loss compares the examples of a batch with each other: one example has loss {one:.4g}, and "
+                f"beside 1 and 3 copies of itself {two:.4g} and {four:.4g}. {_NOT_ALONE}"
+            )
 
 
 def _compares(num_rows: int, scalar: float, alone: torch.Tensor) -> str:

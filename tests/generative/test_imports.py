@@ -230,6 +230,16 @@ def test_a_refusal_is_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCap
         assert f"1 completions ended by {reason!r} were left out." in caplog.text
 
 
+def test_an_answer_in_parts_is_read_and_one_of_an_unknown_name_refused(tmp_path: Path) -> None:
+    row = response(0, ("", ""))
+    parts = {"role": "assistant", "content": [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}]}
+    row["response"]["body"]["choices"] = [{"index": 0, "message": parts, "finish_reason": "stop"}]
+    folder = import_candidates([row], tmp_path / "in", requests=[request(0, QUESTION)])
+    assert load_candidates(folder)["text"][:] == ["42"]
+    with pytest.raises(ValueError, match="A completion has none of"):
+        import_candidates([{"prompt": "a", "completions": [{"words": "b", "finish_reason": "length"}]}], tmp_path / "b")
+
+
 def test_files_of_spreadsheets_and_long_fields(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(f"\ufeffprompt,completion,score\na,{'x ' * 100_000},\nb,y,0.5\n", encoding="utf-8")
     folder = import_candidates(tmp_path / "a.csv", tmp_path / "csv")

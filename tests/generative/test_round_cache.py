@@ -343,13 +343,21 @@ def test_a_shard_is_unjudged_where_no_candidate_was_answered_for(tmp_path, rewar
 def test_a_judge_that_was_out_beside_another_reward_is_asked_again(tmp_path: Path) -> None:
     is_out = [True]
 
-    def judge(completions, **columns):
+    def judge(completions, log_metric, **columns):
+        seen.append(len(completions))
+        log_metric("judge/failures", len(completions) * is_out[0])
         return [None if is_out[0] else float(len(text)) for text in completions]
 
-    for is_out[0], expected in ((True, {None}), (False, None)):
-        trained(tmp_path, resampler([judge, generators.share_of_wanted]))
+    def another_task(completions, **columns):
+        return [None] * len(completions)
+
+    seen, calls = [], []
+    for is_out[0], expected in ((True, {None}), (False, None), (False, None)):
+        trained(tmp_path, resampler([judge, generators.share_of_wanted, another_task]))
         found = set(load_candidates(tmp_path)["rewards/judge"])
         assert found == expected if expected else None not in found
+        calls.append(len(seen))
+    assert calls == [calls[0], 2 * calls[0], 2 * calls[0]]  # an answer that is rightly missing is not asked for again
 
 
 @pytest.mark.parametrize("column", [None, "prompt", "wanted", "reference"])

@@ -92,7 +92,8 @@ def test_a_killed_call_goes_on_with_the_prompts_that_are_left(tmp_path: Path) ->
 def test_a_judge_that_was_out_is_asked_again(tmp_path: Path) -> None:
     folder, is_out = generated(tmp_path / "generated"), [True]
 
-    def judge(completions: list, **columns) -> list[float | None]:
+    def judge(completions: list, log_metric, **columns) -> list[float | None]:
+        log_metric("judge/failures", len(completions) * is_out[0])
         return [None if is_out[0] else 1.0 for _ in completions]
 
     for is_out[0], expected in ((True, {None}), (False, {1.0})):

@@ -80,13 +80,10 @@ def test_references_of_text_are_refused(tmp_path: Path) -> None:
         trained(tmp_path, resampler(unlabelled_dataset=pool))
 
 
-def test_columns_that_only_the_pool_has_reach_no_collator(tmp_path: Path) -> None:
-    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        assert len({frozenset(row) for row in rows}) == 1
-        return runs.collate(rows)
-
-    pool = [row | {"token_type_ids": [0] * len(row["input_ids"])} for row in POOL]
-    trained(tmp_path, resampler(unlabelled_dataset=pool), data_collator=collate)
+def test_columns_of_the_model_that_only_the_pool_has_are_refused(tmp_path: Path) -> None:
+    pool = [row | {"token_type_ids": [0] * len(row["input_ids"]), "note": "x"} for row in POOL]
+    with pytest.raises(ValueError, match=r"has the columns \['token_type_ids'\], which the model reads"):
+        trained(tmp_path, resampler(unlabelled_dataset=pool))
 
 
 def test_agreement_sees_dropout_that_a_model_calls_as_a_function(tmp_path: Path) -> None:

@@ -117,3 +117,16 @@ def test_a_loss_function_is_tried_as_a_training_step_calls_it(tmp_path, kind: st
     safe = LossResampler()
     trained(tmp_path, Tagger("mean"), safe, compute_loss_func=function)
     assert safe.source.importance_correction == float(is_right)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_without_labels_do_not_cost_the_correction(tmp_path, seed: int) -> None:
+    data = rows()
+    for number in torch.randperm(24, generator=torch.Generator().manual_seed(100 + seed))[:16].tolist():
+        data[number]["labels"] = [-100] * len(data[number]["labels"])
+    resampler = LossResampler(Proportional(), importance_correction=1.0)
+    runs.trained(
+        RejectionSamplingTrainer, tmp_path, model=CountedTagger("sum by count"), train_dataset=data,
+        data_collator=collate, resampler=resampler, args={"seed": seed, "num_train_epochs": 1},
+    )  # fmt: skip
+    assert resampler.source.heeds_count

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from tokenizers import Tokenizer, models
 from torch import nn
 
 import runs
@@ -18,7 +19,7 @@ from rsft_hf import (
     RejectionSamplingTrainer,
     measure_losses,
 )
-from rsft_hf.weighted import NotPerExampleError
+from rsft_hf.weighted import NotPerExampleError, reading
 
 
 def language_model() -> hf.LlamaForCausalLM:
@@ -288,3 +289,97 @@ def test_rows_that_are_no_examples_are_refused(tmp_path: Path, name: str, value:
     vars(args)[name] = value
     with pytest.raises(ValueError, match=match):
         runs.trained(RejectionSamplingTrainer, tmp_path, args=args, resampler=LossResampler())
+
+
+class Noisy(hf.Trainer):
+    """A loss of its own with dropout that is always on."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs: Any):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        logits = F.dropout(outputs.logits, 0.5, training=True)
+        loss = -logits.log_softmax(1).gather(1, labels[:, None]).mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class Norm(hf.Trainer):
+    """The length of the vector of errors, which is no mean of its rows', and compares none of them."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs: Any):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = torch.linalg.norm(outputs.logits[:, 0] - labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+class OneRow(nn.Module):
+    """Takes single rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(50, 2)
+
+    def forward(self, input_ids, attention_mask, labels):
+        assert len(input_ids) == 1
+        return {"loss": -self.words(input_ids).mean(1).log_softmax(1)[0, labels[0]]}
+
+
+@pytest.mark.parametrize("base", [Noisy, Norm])
+def test_random_losses_and_norms_are_no_comparison_of_rows(tmp_path: Path, base: type) -> None:
+    class Ours(RejectionSamplingMixin, base): ...
+
+    for size in (1, 4):
+        args = {"per_device_train_batch_size": size, "per_device_eval_batch_size": size, "num_train_epochs": 1}
+        runs.trained(Ours, tmp_path, args=args, resampler=LossResampler(Proportional()))
+
+
+def test_models_and_collators_that_take_no_copies_are_read_row_by_row(tmp_path: Path, monkeypatch) -> None:
+    args = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "num_train_epochs": 2}
+    runs.trained(RejectionSamplingTrainer, tmp_path, model=OneRow(), args=args, resampler=LossResampler(Proportional()))
+
+    def distinct(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        assert len({tuple(row["input_ids"]) for row in examples}) == len(examples), "duplicate rows"
+        return runs.collate(examples)
+
+    runs.trained(RejectionSamplingTrainer, tmp_path, data_collator=distinct, args=args, resampler=LossResampler())
+
+    def limited(trainer, model, batch, num_rows, **options):
+        if num_rows > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return whole(trainer, model, batch, num_rows, **options)
+
+    whole = reading.compute_loss
+    monkeypatch.setattr(reading, "compute_loss", limited)
+    runs.trained(RejectionSamplingTrainer, tmp_path, args=args, resampler=LossResampler())
+
+
+def test_masks_at_batch_size_1_are_no_comparison_of_rows(tmp_path: Path) -> None:
+    words = Tokenizer(models.WordLevel({str(number): number for number in range(50)}, unk_token="0"))
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", mask_token="1")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = hf.BertForMaskedLM(hf.BertConfig(vocab_size=50, max_position_embeddings=16, **sizes))
+    data = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in runs.rows()]
+    args = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "num_train_epochs": 1}
+    collator = hf.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5)
+    runs.trained(RejectionSamplingTrainer, tmp_path, model=model, train_dataset=data, data_collator=collator, args=args)
+
+
+def test_a_loss_of_padding_is_found_where_the_probed_rows_are_of_one_length(tmp_path: Path, caplog) -> None:
+    class Unmasked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.words = nn.Embedding(50, 2)
+
+        def forward(self, input_ids, attention_mask, labels):
+            logits = self.words(input_ids).mean(1)
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    lengths = [8 if number % 8 == 0 else (3, 6)[number % 2] for number in range(32)]
+    data = [{"input_ids": one["input_ids"], "attention_mask": [1] * len(one["input_ids"]), "labels": number % 2}
+            for number, one in enumerate(tagged(lengths))]  # fmt: skip
+    made = LossResampler(losses="training")
+    runs.trained(RejectionSamplingTrainer, tmp_path, model=Unmasked(), train_dataset=data, resampler=made)
+    assert made.source._reading.is_scored_singly
+    assert "depends on the padding" in caplog.text
