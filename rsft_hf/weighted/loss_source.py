@@ -249,13 +249,8 @@ class LossSource:
             is_intercepted = self._try_correction(reading, seed)
         is_correctable = is_intercepted or (reading.kind == "outputs" and is_smoothed(self.trainer))
         if not is_correctable and (self.importance_correction > 0 or reading.kind == "single"):
-            reason = (
-                "they come from a fused head" if reading.is_fused else f"they come from the reading {reading.kind!r}"
-            )
-            if reading.kind == "criterion" and not reading.is_fused:
-                reason = "rows that are scaled do not give the corrected loss, as where a sum has a count of its own"
             num_rows = self._reading_batch_size()
-            self._fall_back(reason, is_from_training=reading.kind != "single")
+            self._fall_back(_why_not(reading), is_from_training=reading.kind != "single")
             if self._reading_batch_size() != num_rows and not reading.is_final:  # that of scoring passes
                 self._find_reading(seed)
                 return
@@ -320,6 +315,13 @@ class LossSource:
             f"The losses of this model cannot be corrected for the draws ({reason}): they are taken from {source}, "
             "and the rows are drawn without `importance_correction`. Pass a weighting to choose otherwise."
         )
+
+
+def _why_not(reading: Reading) -> str:
+    """Why losses of a reading are not corrected."""
+    if reading.kind == "criterion" and not reading.is_fused:
+        return "rows that are scaled do not give the corrected loss, as where a sum has a count of its own"
+    return "they come from a fused head" if reading.is_fused else f"they come from the reading {reading.kind!r}"
 
 
 def is_smoothed(trainer: Trainer) -> bool:

@@ -110,8 +110,7 @@ def find_reading(
             return dataclasses.replace(reading, is_scored_singly=True, is_collator_random=is_random)
     if _is_constant(expected):
         _validate_others(trainer, model, others, alone)
-    if not is_random:
-        _validate_repeated(trainer, model, dataset, collate, seed)
+    _validate_repeated(trainer, model, dataset, collate, seed)
     _warn_of_batches_of_one(_NO_MEAN, "Pass `per_example_loss`")
     return Reading("single", is_collator_random=is_random, is_final=True)
 
