@@ -19,20 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers as hf
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
 from sklearn.datasets import load_digits
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    EvalPrediction,
-    HfArgumentParser,
-    TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessor,
-    set_seed,
-)
 
 from rsft_hf import ClassBalanced, LossResampler, RejectionSamplingTrainer
 
@@ -72,7 +62,7 @@ def unbalanced_digits(seed: int) -> DatasetDict:
     return DatasetDict(train=splits["train"].select(kept), test=splits["test"])
 
 
-def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+def compute_metrics(prediction: hf.EvalPrediction) -> dict[str, float]:
     """Returns accuracy, balanced accuracy (the mean over classes), and the recall of the worst class."""
     classes, labels = prediction.predictions.argmax(-1), prediction.label_ids
     return {
@@ -83,11 +73,11 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    parser = HfArgumentParser((ScriptArguments, TrainingArguments))
+    parser = hf.HfArgumentParser((ScriptArguments, hf.TrainingArguments))
     parser.set_defaults(num_train_epochs=3, learning_rate=2e-5, per_device_train_batch_size=32, save_total_limit=1)
     parser.set_defaults(logging_strategy="epoch", save_strategy="epoch", remove_unused_columns=False)
     script, args = parser.parse_args_into_dataclasses(argv)
-    set_seed(args.seed)
+    hf.set_seed(args.seed)
 
     # 1. Data set
     splits = {"train": script.train_split, "test": script.validation_split}
@@ -110,13 +100,17 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
     if script.digits:
         size = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
-        model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_labels=10, **size, **labels))
-        processor = ViTImageProcessor(size={"height": 8, "width": 8})
+        model = hf.ViTForImageClassification(hf.ViTConfig(image_size=8, patch_size=2, num_labels=10, **size, **labels))
+        processor = hf.ViTImageProcessor(size={"height": 8, "width": 8})
     else:
-        processor = AutoImageProcessor.from_pretrained(script.model_name_or_path)
-        model = AutoModelForImageClassification.from_pretrained(script.model_name_or_path, **labels)
+        processor = hf.AutoImageProcessor.from_pretrained(script.model_name_or_path)
+        model = hf.AutoModelForImageClassification.from_pretrained(
+            script.model_name_or_path, ignore_mismatched_sizes=True, **labels
+        )
 
     def prepare(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        if deep := [image.mode for image in batch[script.image_column] if image.mode[0] in "IF"]:
+            raise ValueError(f"An image has the mode {deep[0]}, which RGB would cut off. Scale it to 8 bits.")
         images = [image.convert("RGB") for image in batch[script.image_column]]
         return {**processor(images, return_tensors="pt"), "labels": batch[column]}
 

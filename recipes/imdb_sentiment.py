@@ -38,12 +38,8 @@ class ScriptArguments:
     validation_file: str | None = field(default=None, metadata={"help": "Such a file of held-out rows."})
     text_column: str = field(default="text", metadata={"help": "Column of the texts."})
     label_column: str = field(default="label", metadata={"help": "Column of the classes, names or integers."})
-    model_name_or_path: str = field(
-        default="distilbert/distilbert-base-uncased", metadata={"help": "Pretrained encoder."}
-    )
-    config_name: str | None = field(
-        default=None, metadata={"help": "Folder of a configuration and tokenizer, to train from random weights."}
-    )
+    model_name_or_path: str = field(default="distilbert/distilbert-base-uncased", metadata={"help": "Encoder."})
+    config_name: str | None = field(default=None, metadata={"help": "Configuration and tokenizer, for random weights."})
     max_length: int = field(default=256, metadata={"help": "Tokens read of a text."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Number of training rows, chosen at random."})
     alpha: float = field(default=0.5, metadata={"help": "Weight of a row = loss ** alpha; 0 is uniform, 1 the loss."})
@@ -63,6 +59,13 @@ def load_splits(script: ScriptArguments) -> DatasetDict:
             splits[name] = load_dataset(kinds.get(Path(file).suffix, "json"), data_files=file, split="train")
     splits = splits.select_columns([script.text_column, script.label_column])
     splits = splits.rename_columns({script.text_column: "text", script.label_column: "labels"})
+    splits = splits.cast_column("text", Value("string"))
+    splits["train"] = splits["train"].add_column("source_row", list(range(len(splits["train"]))))  # of suspects.csv
+    for name, rows in splits.items():
+        no_label = (None, "", -1) if isinstance(rows.features["labels"], ClassLabel) else (None, "")
+        splits[name] = rows.filter(lambda row, no_label=no_label: row["text"] and row["labels"] not in no_label)
+        if dropped := len(rows) - len(splits[name]):
+            print(f"{dropped} of {len(rows)} rows of {name} have no text or no label, and are left out.")
     if not isinstance(splits["train"].features["labels"], ClassLabel):
         splits = splits.cast_column("labels", Value("string"))
         splits["train"] = splits["train"].class_encode_column("labels")
@@ -75,11 +78,8 @@ def load_splits(script: ScriptArguments) -> DatasetDict:
 
 def compute_metrics(prediction: hf.EvalPrediction) -> dict[str, float]:
     """Returns accuracy and macro F1."""
-    classes = prediction.predictions.argmax(-1)
-    return {
-        "accuracy": float(accuracy_score(prediction.label_ids, classes)),
-        "macro_f1": float(f1_score(prediction.label_ids, classes, average="macro")),
-    }
+    classes, labels = prediction.predictions.argmax(-1), prediction.label_ids
+    return {"accuracy": accuracy_score(labels, classes), "macro_f1": f1_score(labels, classes, average="macro")}
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
@@ -95,26 +95,19 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     if script.max_train_samples is not None and script.max_train_samples < len(splits["train"]):
         splits["train"] = splits["train"].shuffle(args.seed).select(range(script.max_train_samples))
     tokenizer = hf.AutoTokenizer.from_pretrained(script.config_name or script.model_name_or_path)
+    length = min(script.max_length, tokenizer.model_max_length)
     with args.main_process_first(desc="tokenizing"):
-        encoded = splits.map(
-            lambda batch: tokenizer(batch["text"], truncation=True, max_length=script.max_length),
-            batched=True,
-            remove_columns="text",
-        )
+        encoded = splits.map(lambda batch: tokenizer(batch["text"], truncation=True, max_length=length), batched=True)
 
     # 2. Model
-    names = splits["train"].features["labels"].names
-    config = hf.AutoConfig.from_pretrained(
-        script.config_name or script.model_name_or_path,
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        label2id={name: number for number, name in enumerate(names)},
-    )
+    names, path = splits["train"].features["labels"].names, script.config_name or script.model_name_or_path
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    config = hf.AutoConfig.from_pretrained(path, num_labels=len(names), **labels)
 
     def build_trainer(args: hf.TrainingArguments, rows: Dataset, resampler: LossResampler) -> RejectionSamplingTrainer:
         hf.set_seed(args.seed)
-        load, path = hf.AutoModelForSequenceClassification, script.model_name_or_path
-        model = load.from_config(config) if script.config_name else load.from_pretrained(path, config=config)
+        load, options = hf.AutoModelForSequenceClassification, {"config": config, "ignore_mismatched_sizes": True}
+        model = load.from_config(config) if script.config_name else load.from_pretrained(path, **options)
         data = {"train_dataset": rows, "eval_dataset": encoded["test"], "processing_class": tokenizer}
         return RejectionSamplingTrainer(model, args, compute_metrics=compute_metrics, resampler=resampler, **data)
 
@@ -122,7 +115,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     rows, report = encoded["train"], None
     if script.clean_labels:
         observer = LossResampler(losses="training", warmup_epochs=math.ceil(args.num_train_epochs))
-        first_args = dataclasses.replace(args, output_dir=f"{args.output_dir}/observed", save_strategy="no")
+        alone = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
+        first_args = dataclasses.replace(args, output_dir=f"{args.output_dir}/observed", **alone)
         build_trainer(first_args, rows, observer).train()
         report = observer.label_report()
         rows = report.drop(rows)

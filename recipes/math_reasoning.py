@@ -12,6 +12,7 @@ a solution is right if math-verify finds it there. The output folder holds the m
 """
 
 import math
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,16 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers as hf
 from datasets import Dataset, load_dataset
 from math_verify import parse, verify
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    HfArgumentParser,
-    TrainingArguments,
-    set_seed,
-)
 
 from rsft_hf import RejectionSamplingTrainer, export_sft
 from rsft_hf.presets import rft
@@ -39,7 +33,7 @@ class ScriptArguments:
     """Data, model and candidates."""
 
     dataset_name: str = field(default="openai/gsm8k", metadata={"help": "Hub name of a data set."})
-    dataset_config: str | None = field(default="main", metadata={"help": "Configuration of it."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of it; main of gsm8k."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     validation_split: str = field(default="test", metadata={"help": "Held-out split."})
     train_file: str | None = field(default=None, metadata={"help": "JSONL or Parquet file of rows."})
@@ -62,43 +56,58 @@ class ScriptArguments:
 def load_problems(script: ScriptArguments, split: str, file: str | None, num_rows: int, seed: int) -> Dataset:
     """Returns rows with `prompt` (a conversation) and `result` (text)."""
     if file is None:
-        dataset = load_dataset(script.dataset_name, script.dataset_config, split=split)
+        config = "main" if script.dataset_name == "openai/gsm8k" else None
+        dataset = load_dataset(script.dataset_name, script.dataset_config or config, split=split)
     else:
         kind = "parquet" if file.endswith(".parquet") else "json"
         dataset = load_dataset(kind, data_files=file, split="train")
-    dataset = dataset.shuffle(seed).select(range(min(num_rows, len(dataset))))
+    columns = script.question_column, script.answer_column
+    dataset = dataset.filter(lambda row: all(row[name] is not None for name in columns)).shuffle(seed)
+    dataset = dataset.select(range(min(num_rows, len(dataset))))
 
-    def as_prompt(row: dict[str, str]) -> dict[str, Any]:
-        text = f"{script.instruction}\n\n{row[script.question_column]}".strip()
-        result = str(row[script.answer_column]).split("####")[-1].strip()
-        return {"prompt": [{"role": "user", "content": text}], "result": result}
+    def as_prompt(row: dict[str, Any]) -> dict[str, Any]:
+        question, answer = (row[name] for name in columns)
+        turns = question if isinstance(question, list) else [{"role": "user", "content": question}]
+        text = f"{script.instruction}\n\n{turns[-1]['content']}".strip()
+        answer = answer[0] if isinstance(answer, list) else answer
+        result = str(answer).split("####")[-1].strip()
+        return {"prompt": [*turns[:-1], {**turns[-1], "content": text}], "result": result}
 
     return dataset.map(as_prompt, remove_columns=dataset.column_names)
 
 
+def read(text: str, is_result: bool) -> list[Any]:
+    """Returns what math-verify reads of a text; of a result alone, a formula if it is not a number with its unit."""
+    is_bare = is_result and not re.search(r"\$|\\boxed|^-?[\d.,/]+ *\(?[a-z]{2,}", text, re.IGNORECASE)
+    # Without its time limit, which works in the main thread only.
+    return parse(f"${text}$" if is_bare else text, parsing_timeout=None, raise_on_error=False)
+
+
 def is_right(completions: list[Any], result: list[str], **columns: Any) -> list[float]:
     """Returns 1 for a solution with the right result, which stands behind "####", else the last number of it."""
-    texts = [completion[0]["content"].split("####")[-1] for completion in completions]
-    # Without its time limit, which works in the main thread only.
-    settings = {"parsing_timeout": None, "raise_on_error": False}
-    pairs = [(parse(true, **settings), parse(text, **settings)) for text, true in zip(texts, result, strict=True)]
-    return [float(verify(*pair, timeout_seconds=None, raise_on_error=False)) for pair in pairs]
+    rewards = []
+    for completion, true in zip(completions, result, strict=True):
+        *others, text = completion[0]["content"].split("####")
+        pair = read(true, is_result=True), read(text.strip(), is_result=bool(others))
+        is_equal = text.strip() == true or verify(*pair, timeout_seconds=None, raise_on_error=False)
+        rewards.append(float(is_equal))
+    return rewards
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    parser = HfArgumentParser((ScriptArguments, TrainingArguments))
+    parser = hf.HfArgumentParser((ScriptArguments, hf.TrainingArguments))
     parser.set_defaults(num_train_epochs=3, learning_rate=2e-5, per_device_train_batch_size=16)
     parser.set_defaults(logging_strategy="epoch", save_strategy="epoch", save_total_limit=1)
     script, args = parser.parse_args_into_dataclasses(argv)
     if (script.train_file is None) != (script.validation_file is None):
         raise ValueError("`--train_file` and `--validation_file` go together: give both, or none for `--dataset_name`.")
-    set_seed(args.seed)
+    hf.set_seed(args.seed)
 
     # 1. Data set and model
     train = load_problems(script, script.train_split, script.train_file, script.max_train_samples, args.seed)
     test = load_problems(script, script.validation_split, script.validation_file, script.max_eval_samples, seed=0)
-    tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
-    model = AutoModelForCausalLM.from_pretrained(script.model_name_or_path, dtype=torch.float32)
+    tokenizer = hf.AutoTokenizer.from_pretrained(script.model_name_or_path)
+    model = hf.AutoModelForCausalLM.from_pretrained(script.model_name_or_path, dtype=torch.float32)
 
     # 2. Train: one round of candidates; right solutions with other equations are other rows
     sampling = {"do_sample": True, "temperature": script.temperature, "top_k": 0}
@@ -106,7 +115,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         is_right,
         math.ceil(args.num_train_epochs),
         num_candidates=script.num_candidates,
-        generation_config=GenerationConfig(max_new_tokens=script.max_new_tokens, **sampling),
+        generation_config=hf.GenerationConfig(max_new_tokens=script.max_new_tokens, **sampling),
     )
     trainer = RejectionSamplingTrainer(
         model, args, train_dataset=train, processing_class=tokenizer, resampler=resampler

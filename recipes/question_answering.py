@@ -41,9 +41,7 @@ class ScriptArguments:
     model_name_or_path: str = field(
         default="distilbert/distilbert-base-uncased", metadata={"help": "Pretrained encoder with a fast tokenizer."}
     )
-    config_name: str | None = field(
-        default=None, metadata={"help": "Folder of a configuration and tokenizer, to train from random weights."}
-    )
+    config_name: str | None = field(default=None, metadata={"help": "Configuration and tokenizer, for random weights."})
     max_length: int = field(default=384, metadata={"help": "Tokens of a window, question included."})
     doc_stride: int = field(default=128, metadata={"help": "Tokens that two windows share."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Number of questions, chosen at random."})
@@ -55,8 +53,9 @@ def load_splits(script: ScriptArguments) -> DatasetDict:
         names = {"train": script.train_split, "test": script.validation_split}
         splits = DatasetDict(load_dataset(script.dataset_name, script.dataset_config, split=names))
     else:
-        kind = "parquet" if script.train_file.endswith(".parquet") else "json"
-        splits = load_dataset(kind, data_files={"train": script.train_file, "test": script.validation_file})
+        splits = DatasetDict()
+        for name, file in (("train", script.train_file), ("test", script.validation_file)):  # each by its own schema
+            splits[name] = load_dataset("parquet" if file.endswith(".parquet") else "json", data_files=file)["train"]
     columns = {script.question_column: "question", script.context_column: "context", script.answers_column: "answers"}
     return splits.select_columns(list(columns)).rename_columns(columns)
 
@@ -90,14 +89,14 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     splits = load_splits(script)
     if script.max_train_samples is not None and script.max_train_samples < len(splits["train"]):
         splits["train"] = splits["train"].shuffle(args.seed).select(range(script.max_train_samples))
-    may_be_empty = any(not answers["text"] for answers in splits["train"]["answers"])
+    may_be_empty = any(not any(answers["text"]) for answers in splits["train"]["answers"])
     tokenizer = hf.AutoTokenizer.from_pretrained(script.config_name or script.model_name_or_path)
 
     def windows_of(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         encoded = tokenizer(
             [question.strip() for question in batch["question"]], batch["context"], truncation="only_second",
-            max_length=script.max_length, stride=script.doc_stride, return_overflowing_tokens=True,
-            return_offsets_mapping=True, padding="max_length",
+            max_length=min(script.max_length, tokenizer.model_max_length), stride=script.doc_stride,
+            return_overflowing_tokens=True, return_offsets_mapping=True, padding="max_length",
         )  # fmt: skip
         made = []
         for window, question in enumerate(encoded["overflow_to_sample_mapping"]):
@@ -105,7 +104,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             spans = [
                 span if part == 1 else None for span, part in zip(encoded["offset_mapping"][window], parts, strict=True)
             ]
-            if answers["text"]:
+            if any(answers["text"]):  # some data sets have "" where there is none
                 first, last = answers["answer_start"][0], answers["answer_start"][0] + len(answers["text"][0])
                 covered = [token for token, span in enumerate(spans) if span and span[0] < last and span[1] > first]
                 if covered and spans[covered[0]][0] <= first and spans[covered[-1]][1] >= last:

@@ -40,9 +40,7 @@ class ScriptArguments:
     chosen_column: str = field(default="chosen", metadata={"help": "Column of the better answers."})
     rejected_column: str = field(default="rejected", metadata={"help": "Column of the worse answers."})
     model_name_or_path: str = field(default="microsoft/deberta-v3-small", metadata={"help": "Pretrained encoder."})
-    config_name: str | None = field(
-        default=None, metadata={"help": "Folder of a configuration and tokenizer, to train from random weights."}
-    )
+    config_name: str | None = field(default=None, metadata={"help": "Configuration and tokenizer, for random weights."})
     max_length: int = field(default=1024, metadata={"help": "Longer pairs are left out."})
     alpha: float = field(default=0.5, metadata={"help": "Weight of a pair = loss ** alpha; 0 is uniform, 1 the loss."})
     warmup_epochs: int = field(default=1, metadata={"help": "Epochs at the start that read every pair once."})
@@ -80,7 +78,7 @@ def load_pairs(script: ScriptArguments, split: str, file: str | None, tokenizer:
         return texts
 
     pairs = dataset.map(encode, with_indices=True, remove_columns=dataset.column_names)
-    limit = script.max_length  # cut off, both answers might be the same
+    limit = min(script.max_length, tokenizer.model_max_length)  # cut off, both answers might be the same
     kept = pairs.filter(lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= limit)
     print(f"{len(pairs) - len(kept)} of {len(pairs)} pairs are longer than {limit} tokens, and left out.")
     return kept
@@ -134,14 +132,15 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     # 4. Evaluate and save
     after = trainer.evaluate(metric_key_prefix="after")
     trainer.save_model()
-    if trainer.is_world_process_zero():
+    if trainer.is_world_process_zero() and trainer.resampler.measured():  # an epoch after warm-up
         suspects = trainer.resampler.suspects(script.num_suspects)
         texts = pairs.select(suspects["row"]).select_columns(["chosen_text", "rejected_text", "row"])
         texts = texts.add_column("excess_loss", suspects["excess_loss"][:])
         texts.to_csv(str(Path(args.output_dir) / "suspects.csv"))
+    if trainer.is_world_process_zero():
         print(f"\n{'':10}{'before':>8}{'after':>8}")
         print(f"{'accuracy':10}{before['before_accuracy']:8.3f}{after['after_accuracy']:8.3f}")
-        print(f"The model and suspects.csv are in {Path(args.output_dir).resolve()}")
+        print(f"The model, and suspects.csv if an epoch was measured, are in {Path(args.output_dir).resolve()}")
     return {"before": before, "after": after}
 
 

@@ -41,12 +41,8 @@ class ScriptArguments:
     label_column: str = field(default="label", metadata={"help": "Column of the classes, names or integers."})
     num_per_class: int = field(default=20, metadata={"help": "Labels kept of each class without `unlabelled_file`."})
     max_unlabelled: int = field(default=10_000, metadata={"help": "Number of unlabelled rows, chosen at random."})
-    model_name_or_path: str = field(
-        default="distilbert/distilbert-base-uncased", metadata={"help": "Pretrained encoder."}
-    )
-    config_name: str | None = field(
-        default=None, metadata={"help": "Folder of a configuration and tokenizer, to train from random weights."}
-    )
+    model_name_or_path: str = field(default="distilbert/distilbert-base-uncased", metadata={"help": "Encoder."})
+    config_name: str | None = field(default=None, metadata={"help": "Configuration and tokenizer, for random weights."})
     max_length: int = field(default=128, metadata={"help": "Tokens read of a text."})
     warmup_epochs: int = field(default=5, metadata={"help": "Epochs at the start that read labelled rows only."})
     pseudo_fraction: float = field(default=0.5, metadata={"help": "Share of an epoch's rows with drawn labels."})
@@ -67,7 +63,12 @@ def load_splits(script: ScriptArguments, seed: int) -> DatasetDict:
     else:
         splits = DatasetDict(train=load_file(script.train_file), test=load_file(script.validation_file))
     names = {script.text_column: "text", script.label_column: "labels"}
-    splits = splits.select_columns(list(names)).rename_columns(names)
+    splits = splits.select_columns(list(names)).rename_columns(names).cast_column("text", Value("string"))
+    for name, rows in splits.items():
+        no_label = (None, "", -1) if isinstance(rows.features["labels"], ClassLabel) else (None, "")
+        splits[name] = rows.filter(lambda row, no_label=no_label: row["text"] and row["labels"] not in no_label)
+        if dropped := len(rows) - len(splits[name]):
+            print(f"{dropped} of {len(rows)} rows of {name} have no text or no label, and are left out.")
     if not isinstance(splits["train"].features["labels"], ClassLabel):
         splits = splits.cast_column("labels", Value("string"))
         splits["train"] = splits["train"].class_encode_column("labels")
@@ -101,22 +102,22 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     script, args = parser.parse_args_into_dataclasses(argv)
     if (script.train_file is None) != (script.validation_file is None):
         raise ValueError("`--train_file` and `--validation_file` go together: give both, or none for `--dataset_name`.")
+    if args.max_steps < 0 and script.warmup_epochs >= args.num_train_epochs:
+        raise ValueError(f"`--warmup_epochs`={script.warmup_epochs} is no less than {args.num_train_epochs} epochs.")
     hf.set_seed(args.seed)
 
     # 1. Data set and model
     splits = load_splits(script, args.seed)
     tokenizer = hf.AutoTokenizer.from_pretrained(script.config_name or script.model_name_or_path)
-
-    def encode(batch: dict[str, list[str]]) -> Dataset:
-        return tokenizer(batch["text"], truncation=True, max_length=script.max_length)
-
+    length = min(script.max_length, tokenizer.model_max_length)
     with args.main_process_first(desc="tokenizing"):
-        encoded = splits.map(encode, batched=True, remove_columns="text")
+        encoded = splits.map(lambda batch: tokenizer(batch["text"], truncation=True, max_length=length), batched=True)
     names, load = splits["train"].features["labels"].names, hf.AutoModelForSequenceClassification
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
     path = script.config_name or script.model_name_or_path
     config = hf.AutoConfig.from_pretrained(path, num_labels=len(names), **labels)
-    model = load.from_config(config) if script.config_name else load.from_pretrained(path, config=config)
+    options = {"config": config, "ignore_mismatched_sizes": True}  # the head of another task
+    model = load.from_config(config) if script.config_name else load.from_pretrained(path, **options)
 
     # 2. Train: each epoch the surer half of each class is proposed a label, y ~ q, which is accepted with p / (M q)
     resampler = PredictionResampler(

@@ -8,8 +8,8 @@
         --train_file recipes/data/meetings/train.jsonl --validation_file recipes/data/meetings/test.jsonl \\
         --prefix "" --num_train_epochs 3 --learning_rate 1e-3 --max_new_tokens 24 --temperature 1.0
 
-The third line needs no download and no GPU. Rows hold a text and one or several summaries. The output folder holds the
-model and its tokenizer, candidates/ with every candidate, its rewards and verdict, and accepted.jsonl.
+The third line needs no download and no GPU. Rows hold a text and its summary, of several the first. The output folder
+holds the model and its tokenizer, candidates/ with every candidate, its rewards and verdict, and accepted.jsonl.
 """
 
 import re
@@ -19,20 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers as hf
 from datasets import Dataset, load_dataset
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import (
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    EvalPrediction,
-    GenerationConfig,
-    HfArgumentParser,
-    Seq2SeqTrainingArguments,
-    set_seed,
-)
 
 from rsft_hf import CandidateResampler, RejectionSamplingSeq2SeqTrainer, Threshold, TopKPerPrompt, export_sft
 from rsft_hf.acceptance import Sequence
+from rsft_hf.generative import drop_long_prompts
 from rsft_hf.rewards import RougeReward
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -54,7 +47,7 @@ class ScriptArguments:
     model_name_or_path: str = field(default="google/flan-t5-small", metadata={"help": "Encoder-decoder model."})
     max_train_samples: int = field(default=2000, metadata={"help": "Number of texts of a round."})
     max_eval_samples: int = field(default=500, metadata={"help": "Number of held-out rows."})
-    max_prompt_length: int = field(default=512, metadata={"help": "Texts of more tokens are left out of training."})
+    max_prompt_length: int = field(default=512, metadata={"help": "Texts of more tokens are left out."})
     num_candidates: int = field(default=8, metadata={"help": "Candidates per text and round."})
     temperature: float = field(default=0.7, metadata={"help": "Temperature of the candidates."})
     max_new_tokens: int = field(default=96, metadata={"help": "Maximum length of a summary."})
@@ -70,7 +63,13 @@ def load_split(script: ScriptArguments, split: str, file: str | None, num_rows: 
     rows = load_dataset(name, config, data_files=file, split="train" if file else split).shuffle(seed)
     rows = rows.select(range(min(num_rows, len(rows)))).select_columns([script.text_column, script.summary_column])
     rows = rows.rename_columns({script.text_column: "prompt", script.summary_column: "reference"})
-    return rows.map(lambda row: {"prompt": script.prefix + row["prompt"]})
+    rows = rows.filter(lambda row: row["prompt"] and row["reference"])
+
+    def first(row: dict[str, Any]) -> dict[str, str]:
+        one = row["reference"] if isinstance(row["reference"], str) else row["reference"][0]
+        return {"prompt": script.prefix + row["prompt"], "reference": one}
+
+    return rows.map(first)
 
 
 def length_near_reference(completions: list[str], reference: list[str], **columns: Any) -> list[float]:
@@ -88,7 +87,7 @@ def coverage(completions: list[str], prompts: list[str], reference: list[str], *
     return found
 
 
-def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+def compute_metrics(prediction: hf.EvalPrediction) -> dict[str, float]:
     """Returns ROUGE-1, -2 and -L F-measures, in %; predictions and labels are texts."""
     scorer = RougeScorer(ROUGE, use_stemmer=True)
     scores = [scorer.score(true, text) for text, true in zip(prediction.predictions, prediction.label_ids, strict=True)]
@@ -96,19 +95,20 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    parser = HfArgumentParser((ScriptArguments, Seq2SeqTrainingArguments))
+    parser = hf.HfArgumentParser((ScriptArguments, hf.Seq2SeqTrainingArguments))
     parser.set_defaults(num_train_epochs=3, learning_rate=5e-5, per_device_train_batch_size=16)
     parser.set_defaults(logging_strategy="epoch", eval_strategy="epoch", save_strategy="epoch", save_total_limit=1)
     script, args = parser.parse_args_into_dataclasses(argv)
     if (script.train_file is None) != (script.validation_file is None):
         raise ValueError("`--train_file` and `--validation_file` go together: give both, or none for `--dataset_name`.")
-    set_seed(args.seed)
+    hf.set_seed(args.seed)
 
     # 1. Data set and model
     train = load_split(script, script.train_split, script.train_file, script.max_train_samples, args.seed)
     test = load_split(script, script.validation_split, script.validation_file, script.max_eval_samples, seed=0)
-    tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
-    model = AutoModelForSeq2SeqLM.from_pretrained(script.model_name_or_path, dtype=torch.float32)
+    tokenizer = hf.AutoTokenizer.from_pretrained(script.model_name_or_path)
+    model = hf.AutoModelForSeq2SeqLM.from_pretrained(script.model_name_or_path, dtype=torch.float32)
+    test = drop_long_prompts(test, tokenizer, script.max_prompt_length, is_encoder_decoder=True)
 
     # 2. Train: an epoch is a round; of each text the best candidate, and of these the upper part
     sampling = {"temperature": script.temperature, "top_k": 0, "max_new_tokens": script.max_new_tokens}
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         Sequence(TopKPerPrompt(1), Threshold(quantile=script.quantile)),
         reward_weights=[1.0, script.length_weight, script.coverage_weight],
         num_candidates=script.num_candidates,
-        generation_config=GenerationConfig(do_sample=True, **sampling),
+        generation_config=hf.GenerationConfig(do_sample=True, **sampling),
         max_prompt_length=script.max_prompt_length,
         on_long_prompt="drop",
         on_nothing_accepted="skip",

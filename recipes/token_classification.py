@@ -41,9 +41,7 @@ class ScriptArguments:
     model_name_or_path: str = field(
         default="distilbert/distilbert-base-cased", metadata={"help": "Pretrained encoder with a fast tokenizer."}
     )
-    config_name: str | None = field(
-        default=None, metadata={"help": "Folder of a configuration and tokenizer, to train from random weights."}
-    )
+    config_name: str | None = field(default=None, metadata={"help": "Configuration and tokenizer, for random weights."})
     max_length: int = field(default=128, metadata={"help": "Tokens of a row; a longer sentence is several."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Number of training rows, chosen at random."})
     alpha: float | None = field(
@@ -63,12 +61,15 @@ def load_splits(script: ScriptArguments) -> tuple[DatasetDict, list[str]]:
     columns = {script.token_column: "tokens", script.label_column: "tags"}
     splits = splits.select_columns(list(columns)).rename_columns(columns)
     is_named = isinstance(splits["train"].features["tags"].feature, ClassLabel)
-    names = sorted({str(tag) for tags in splits["train"]["tags"] for tag in tags} - {"-100"})
+    names = sorted({str(tag) for tags in splits["train"]["tags"] for tag in tags} - {"-100", "None"})
     names = splits["train"].features["tags"].feature.names if is_named else names
-    numbers = {"-100": -100} | {name: number for number, name in enumerate(names)}
+    numbers = {"-100": -100, "None": -100} | {name: number for number, name in enumerate(names)}
     for split, rows in splits.items():  # by names: those of held-out rows may have another order; an unknown one raises
         known = dict(enumerate(getattr(rows.features["tags"].feature, "names", names if is_named else [])))
-        tags = [[numbers[str(known.get(tag, tag))] for tag in tags] for tags in rows["tags"]]
+        texts = [[str(known.get(tag, tag)) for tag in tags] for tags in rows["tags"]]
+        if other := sorted({text for row in texts for text in row} - set(numbers)):
+            raise ValueError(f"The split {split!r} has the tags {other}, which no training row has.")
+        tags = [[numbers[text] for text in row] for row in texts]
         splits[split] = rows.remove_columns("tags").add_column("tags", tags)
     return splits, names
 
@@ -86,7 +87,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     splits, names = load_splits(script)
     if script.max_train_samples is not None and script.max_train_samples < len(splits["train"]):
         splits["train"] = splits["train"].shuffle(args.seed).select(range(script.max_train_samples))
-    tokenizer = hf.AutoTokenizer.from_pretrained(script.config_name or script.model_name_or_path)
+    # Byte-level tokenizers (RoBERTa) read words without a space before them as parts of the ones before.
+    tokenizer = hf.AutoTokenizer.from_pretrained(script.config_name or script.model_name_or_path, add_prefix_space=True)
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         options = {"truncation": True, "max_length": script.max_length, "return_overflowing_tokens": True}

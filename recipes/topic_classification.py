@@ -15,17 +15,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import transformers as hf
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 from sklearn.metrics import accuracy_score, f1_score, recall_score
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    EvalPrediction,
-    HfArgumentParser,
-    TrainingArguments,
-    set_seed,
-)
 
 from rsft_hf import ClassBalanced, LossResampler, RejectionSamplingTrainer
 
@@ -45,9 +37,7 @@ class ScriptArguments:
     model_name_or_path: str = field(
         default="distilbert/distilbert-base-uncased", metadata={"help": "Pretrained encoder."}
     )
-    config_name: str | None = field(
-        default=None, metadata={"help": "Folder of a configuration and tokenizer, to train from random weights."}
-    )
+    config_name: str | None = field(default=None, metadata={"help": "Configuration and tokenizer, for random weights."})
     max_length: int = field(default=128, metadata={"help": "Tokens read of a text."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Number of training rows, chosen at random."})
     class_balanced: bool = field(default=False, metadata={"help": "Draw each class as often as the others."})
@@ -64,6 +54,12 @@ def load_splits(script: ScriptArguments) -> DatasetDict:
             splits[name] = load_dataset(kinds.get(Path(file).suffix, "json"), data_files=file, split="train")
     splits = splits.select_columns([script.text_column, script.label_column])
     splits = splits.rename_columns({script.text_column: "text", script.label_column: "labels"})
+    splits = splits.cast_column("text", Value("string"))
+    for name, rows in splits.items():
+        no_label = (None, "", -1) if isinstance(rows.features["labels"], ClassLabel) else (None, "")
+        splits[name] = rows.filter(lambda row, no_label=no_label: row["text"] and row["labels"] not in no_label)
+        if dropped := len(rows) - len(splits[name]):
+            print(f"{dropped} of {len(rows)} rows of {name} have no text or no label, and are left out.")
     if not isinstance(splits["train"].features["labels"], ClassLabel):
         splits = splits.cast_column("labels", Value("string"))
         splits["train"] = splits["train"].class_encode_column("labels")
@@ -74,7 +70,7 @@ def load_splits(script: ScriptArguments) -> DatasetDict:
     return splits
 
 
-def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+def compute_metrics(prediction: hf.EvalPrediction) -> dict[str, float]:
     """Returns accuracy, macro F1, and the recall of the worst class."""
     classes, labels = prediction.predictions.argmax(-1), prediction.label_ids
     return {
@@ -85,22 +81,22 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    parser = HfArgumentParser((ScriptArguments, TrainingArguments))
+    parser = hf.HfArgumentParser((ScriptArguments, hf.TrainingArguments))
     parser.set_defaults(num_train_epochs=3, learning_rate=2e-5, per_device_train_batch_size=32)
     parser.set_defaults(logging_strategy="epoch", save_strategy="epoch", save_total_limit=1)
     script, args = parser.parse_args_into_dataclasses(argv)
     if (script.train_file is None) != (script.validation_file is None):
         raise ValueError("`--train_file` and `--validation_file` go together: give both, or none for `--dataset_name`.")
-    set_seed(args.seed)
+    hf.set_seed(args.seed)
 
     # 1. Data set
     splits = load_splits(script)
     if script.max_train_samples is not None and script.max_train_samples < len(splits["train"]):
         splits["train"] = splits["train"].shuffle(args.seed).select(range(script.max_train_samples))
-    tokenizer = AutoTokenizer.from_pretrained(script.config_name or script.model_name_or_path)
+    tokenizer = hf.AutoTokenizer.from_pretrained(script.config_name or script.model_name_or_path)
 
     def encode(batch: dict[str, list[str]]) -> Dataset:
-        return tokenizer(batch["text"], truncation=True, max_length=script.max_length)
+        return tokenizer(batch["text"], truncation=True, max_length=min(script.max_length, tokenizer.model_max_length))
 
     with args.main_process_first(desc="tokenizing"):
         splits = splits.map(encode, batched=True, remove_columns="text")
@@ -108,10 +104,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     # 2. Model
     names = splits["train"].features["labels"].names
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
-    config = AutoConfig.from_pretrained(
+    config = hf.AutoConfig.from_pretrained(
         script.config_name or script.model_name_or_path, num_labels=len(names), **labels
     )
-    load = AutoModelForSequenceClassification
+    load = hf.AutoModelForSequenceClassification
     pretrained = script.model_name_or_path
     model = load.from_config(config) if script.config_name else load.from_pretrained(pretrained, config=config)
 

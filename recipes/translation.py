@@ -10,7 +10,7 @@
 
 The third line translates number words and needs no download and no GPU: about a minute on one CPU core. Files are CSV,
 JSONL or Parquet with one column per language. The output folder holds the model and its tokenizer, where
-`AutoModelForSeq2SeqLM.from_pretrained(folder)` finds them, candidates/ with every candidate, its reward and verdict,
+`hf.AutoModelForSeq2SeqLM.from_pretrained(folder)` finds them, candidates/ with every candidate, its reward and verdict,
 and accepted.jsonl and preferences.jsonl, which TRL's SFTTrainer and DPOTrainer read.
 """
 
@@ -20,17 +20,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import transformers as hf
 from datasets import Dataset, load_dataset
 from sacrebleu.metrics import BLEU, CHRF
-from transformers import (
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    EvalPrediction,
-    GenerationConfig,
-    HfArgumentParser,
-    Seq2SeqTrainingArguments,
-    set_seed,
-)
 
 from rsft_hf import (
     CandidateResampler,
@@ -41,6 +33,7 @@ from rsft_hf import (
     export_sft,
 )
 from rsft_hf.acceptance import Sequence
+from rsft_hf.generative import drop_long_prompts
 from rsft_hf.rewards import ChrfReward
 
 
@@ -61,6 +54,8 @@ class ScriptArguments:
     max_eval_samples: int = field(default=500, metadata={"help": "Number of held-out rows."})
     num_candidates: int = field(default=8, metadata={"help": "Candidates per prompt and round."})
     temperature: float = field(default=0.6, metadata={"help": "Temperature of the candidates."})
+    prefix: str = field(default="", metadata={"help": 'Put before each sentence, such as ">>deu<< ".'})
+    max_prompt_length: int | None = field(default=None, metadata={"help": "Sentences of more tokens are left out."})
     max_new_tokens: int = field(default=128, metadata={"help": "Maximum length of a candidate."})
     quantile: float = field(default=0.5, metadata={"help": "Of the best candidates, the share that is rejected."})
     bleu_tokenize: str = field(default="13a", metadata={"help": "Tokenizer of BLEU: zh, ja-mecab, ko-mecab, char..."})
@@ -73,13 +68,16 @@ def load_split(script: ScriptArguments, split: str, file: str | None, num_rows: 
     dataset = load_dataset(name, config, data_files=file, split="train" if file else split)
     dataset = dataset.flatten().select_columns([script.source_column, script.target_column])
     dataset = dataset.rename_columns({script.source_column: "prompt", script.target_column: "reference"})
-    return dataset.shuffle(seed).select(range(min(num_rows, len(dataset))))
+    dataset = dataset.filter(lambda row: row["prompt"] and row["reference"]).shuffle(seed)
+    dataset = dataset.select(range(min(num_rows, len(dataset))))
+    return dataset.map(lambda row: {"prompt": script.prefix + row["prompt"]}) if script.prefix else dataset
 
 
-def compute_metrics(prediction: EvalPrediction, tokenize: str) -> dict[str, float]:
+def compute_metrics(prediction: hf.EvalPrediction, tokenize: str) -> dict[str, float]:
     """Returns corpus BLEU and chrF, the percentage of exact matches, and BLEU by words of the source: all are texts."""
     texts, references, bleu = prediction.predictions, prediction.label_ids, BLEU(tokenize=tokenize)
-    metrics = {"exact_match": 100 * sum(map(str.__eq__, texts, references)) / len(texts)}
+    is_equal = [text.strip() == true.strip() for text, true in zip(texts, references, strict=True)]
+    metrics = {"exact_match": 100 * sum(is_equal) / len(texts)}
     metrics |= {name: one.corpus_score(texts, [references]).score for name, one in (("bleu", bleu), ("chrf", CHRF()))}
     for low, high in ((1, 10), (11, 20), (21, 10_000)):
         if rows := [row for row, source in enumerate(prediction.inputs) if low <= len(source.split()) <= high]:
@@ -89,25 +87,28 @@ def compute_metrics(prediction: EvalPrediction, tokenize: str) -> dict[str, floa
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    parser = HfArgumentParser((ScriptArguments, Seq2SeqTrainingArguments))
+    parser = hf.HfArgumentParser((ScriptArguments, hf.Seq2SeqTrainingArguments))
     parser.set_defaults(num_train_epochs=3, learning_rate=5e-5, per_device_train_batch_size=32)
     parser.set_defaults(include_for_metrics=["inputs"])  # for BLEU by the length of the source
     parser.set_defaults(logging_strategy="epoch", eval_strategy="epoch", save_strategy="epoch", save_total_limit=1)
     script, args = parser.parse_args_into_dataclasses(argv)
     if (script.train_file is None) != (script.validation_file is None):
         raise ValueError("`--train_file` and `--validation_file` go together: give both, or none for `--dataset_name`.")
-    set_seed(args.seed)
+    hf.set_seed(args.seed)
 
     # 1. Data set: prompts, each with the reference that the reward and the metrics read
     train_dataset = load_split(script, script.train_split, script.train_file, script.max_train_samples, args.seed)
     eval_dataset = load_split(script, script.validation_split, script.validation_file, script.max_eval_samples, seed=0)
 
     # 2. Model, in single precision: half precision loses small updates
-    tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
-    model = AutoModelForSeq2SeqLM.from_pretrained(script.model_name_or_path, dtype=torch.float32)
+    tokenizer = hf.AutoTokenizer.from_pretrained(script.model_name_or_path)
+    model = hf.AutoModelForSeq2SeqLM.from_pretrained(script.model_name_or_path, dtype=torch.float32)
     for name, values in model.named_parameters():
         if name.endswith("embed_positions.weight"):
             values.requires_grad_(False)  # Marian's are fixed, but loaded as trainable, and saved in no checkpoint
+
+    if script.max_prompt_length is not None:
+        eval_dataset = drop_long_prompts(eval_dataset, tokenizer, script.max_prompt_length, is_encoder_decoder=True)
 
     # 3. Train: an epoch is a round; of each prompt the best candidate, and of these the upper part
     sampling = {"temperature": script.temperature, "top_k": 0, "max_new_tokens": script.max_new_tokens}
@@ -115,18 +116,14 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         reward_funcs=[ChrfReward()],
         acceptance=Sequence(TopKPerPrompt(1), Threshold(quantile=script.quantile)),
         num_candidates=script.num_candidates,
-        generation_config=GenerationConfig(do_sample=True, **sampling),
+        generation_config=hf.GenerationConfig(do_sample=True, **sampling),
         on_nothing_accepted="skip",
+        max_prompt_length=script.max_prompt_length,
+        on_long_prompt="drop",
     )
-    trainer = RejectionSamplingSeq2SeqTrainer(
-        model=model,
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        compute_metrics=partial(compute_metrics, tokenize=script.bleu_tokenize),
-        resampler=resampler,
-    )
+    data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": tokenizer}
+    measure = partial(compute_metrics, tokenize=script.bleu_tokenize)
+    trainer = RejectionSamplingSeq2SeqTrainer(model, args, compute_metrics=measure, resampler=resampler, **data)
     before = trainer.evaluate(metric_key_prefix="before")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 

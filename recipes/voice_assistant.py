@@ -54,17 +54,18 @@ def load_commands(script: ScriptArguments, split: str, file: str | None, num_row
     name, config = (kind, None) if file else (script.dataset_name, script.dataset_config)
     rows = load_dataset(name, config, data_files=file, split="train" if file else split).shuffle(seed)
     columns = {name: rows.features[name] for name in (script.token_column, script.tag_column, script.intent_column)}
-    decode = {
-        name: getattr(getattr(one, "feature", one), "int2str", lambda value: value) for name, one in columns.items()
-    }
+    decode = {name: getattr(getattr(one, "feature", one), "int2str", lambda one: one) for name, one in columns.items()}
 
     def as_prompt(row: dict[str, Any]) -> dict[str, Any]:
         *both, intent = (decode[name](row[name]) for name in columns)
         words, tags = (one.split() if isinstance(one, str) else one for one in both)
         slots, name = {}, None
         for word, tag in zip(words, tags, strict=True):
-            is_inside = tag.startswith("I-") and tag[2:] == name
-            name = None if tag == "O" else tag[2:]
+            kind, dash, slot = str(tag).partition("-")
+            if kind.upper() not in tuple("OBIES") or bool(dash) == (kind.upper() == "O"):
+                raise ValueError(f"The tag {tag!r} is none of O, B-slot and I-slot. Name the column by `--tag_column`.")
+            is_inside = kind.upper() in ("I", "E") and slot == name
+            name = slot or None
             if name is not None:
                 slots[name] = slots.get(name, "") + (" " if is_inside else ", " if name in slots else "") + word
         parse = json.dumps({"intent": intent, "slots": slots}, ensure_ascii=False)
@@ -104,6 +105,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     # 1. Data set and model
     num_few, num_rows = script.num_supervised, script.num_supervised + script.max_train_samples
     commands = load_commands(script, script.train_split, script.train_file, num_rows, args.seed)
+    if len(commands) <= num_few:
+        raise ValueError(f"`--num_supervised`={num_few} of {len(commands)} commands leaves none for the rounds.")
     few, others = commands.take(num_few), commands.skip(num_few)
     test = load_commands(script, script.validation_split, script.validation_file, script.max_eval_samples, seed=0)
     path, load = script.config_name or script.model_name_or_path, hf.AutoModelForCausalLM
@@ -118,21 +121,16 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         return {"input_ids": ids, "labels": [-100] * len(start) + ids[len(start) :]}
 
     rows, first = few.map(encode, remove_columns=few.column_names), f"{args.output_dir}/supervised"
-    epochs = script.supervised_epochs
-    first_args = dataclasses.replace(args, output_dir=first, num_train_epochs=epochs, save_strategy="no")
+    alone = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
+    first_args = dataclasses.replace(args, output_dir=first, num_train_epochs=script.supervised_epochs, **alone)
     RejectionSamplingTrainer(model, first_args, hf.DataCollatorForSeq2Seq(tokenizer), rows, None, tokenizer).train()
 
     # 3. Rounds: right parses of the other commands
     resampler = CandidateResampler(
-        is_right,
-        Threshold(minimum=0.5),
-        num_candidates=script.num_candidates,
+        is_right, Threshold(minimum=0.5), num_candidates=script.num_candidates, supervised_dataset=rows,
         generation_config=hf.GenerationConfig(do_sample=True, top_k=0, max_new_tokens=script.max_new_tokens),
-        supervised_dataset=rows,
-        supervised_fraction=0.3,
-        eval_reward_funcs=has_intent,
-        on_nothing_accepted="skip",
-    )
+        supervised_fraction=0.3, eval_reward_funcs=has_intent, on_nothing_accepted="skip",
+    )  # fmt: skip
     trainer = RejectionSamplingTrainer(model, args, None, others, test, tokenizer, resampler=resampler)
     before = trainer.evaluate(metric_key_prefix="before")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
