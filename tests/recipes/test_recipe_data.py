@@ -153,3 +153,96 @@ def test_one_file_alone_is_refused(tmp_path: Path) -> None:
             continue  # a folder instead of files
         with pytest.raises(ValueError, match="`--train_file` and `--validation_file` go together"):
             run(name, tmp_path / "out", train_file="train.csv")
+
+
+RESULTS = [
+    (r"3\sqrt{13}", r"so \boxed{3\sqrt{13}}", 1.0), (r"3\sqrt{13}", "#### 3", 0.0),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"\boxed{\left( 3, \frac{\pi}{2} \right)}", 1.0),
+    (r"10\pi", "#### 10", 0.0), ("2k+2", "#### 2", 0.0), ("6 - 5i", "#### 5", 0.0), ("18", "#### 18.0", 1.0),
+    ("5,000", "it is 5000", 1.0), ("9 (apples)", "#### 9", 1.0), ("yes", "#### yes", 1.0), ("yes", "#### no", 0.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("result", "solution", "reward"), RESULTS)
+def test_results_may_be_formulas_and_words(result: str, solution: str, reward: float) -> None:
+    assert load("math_reasoning").is_right([[{"content": solution}]], [result]) == [reward]
+
+
+def test_problems_may_be_conversations_and_answers_lists_or_absent(tmp_path: Path) -> None:
+    turn = [{"role": "user", "content": "1 + 1"}]
+    path = data_set(tmp_path / "data", train=[{"question": turn, "answer": ["2"]}, {"question": turn, "answer": None}])
+    recipe = load("math_reasoning")
+    (row,) = recipe.load_problems(recipe.ScriptArguments(str(path), instruction="Add."), "train", None, 9, seed=0)
+    assert row == {"prompt": [{"role": "user", "content": "Add.\n\n1 + 1"}], "result": "2"}
+
+
+TAGS = [
+    (["O", "B-genre", "E-genre", "S-artist"], {"genre": "a b", "artist": "c"}),
+    (["o", "b-genre", "i-genre", "O"], {"genre": "a b"}),
+    (["genre", "O", "O", "O"], None),
+    (["O", "B", "O", "O"], None),
+]
+
+
+@pytest.mark.parametrize(("tags", "slots"), TAGS, ids=str)
+def test_slots_are_read_from_tags_of_several_schemes(tmp_path: Path, tags: list[str], slots: dict | None) -> None:
+    path = data_set(tmp_path / "data", train=[{"words": ["x", "a", "b", "c"], "tags": tags, "intent": "play"}])
+    recipe = load("voice_assistant")
+    script = recipe.ScriptArguments(str(path), token_column="words", tag_column="tags")
+    if slots is None:
+        with pytest.raises(ValueError, match="is none of O, B-slot and I-slot"):
+            recipe.load_commands(script, "train", None, 1, seed=0)
+        return
+    (parse,) = recipe.load_commands(script, "train", None, 1, seed=0)["parse"]
+    assert json.loads(parse)["slots"] == slots
+
+
+def test_rows_without_a_text_or_a_label_are_left_out_and_suspects_count_in_the_data_set(tmp_path: Path, capsys) -> None:
+    rows = [{"text": text, "label": label} for text, label in ((None, 0), ("fine", 1), ("", 1), ("awful", 0))]
+    rows = [*rows, {"text": "unknown", "label": -1}, *rows[1::2] * 6]
+    dataset = datasets.Dataset.from_list(rows).cast_column("label", datasets.ClassLabel(names=["bad", "good"]))
+    dataset.to_parquet(str(tmp_path / "train.parquet"))
+    paths = {"train_file": tmp_path / "train.parquet", "validation_file": tmp_path / "train.parquet"}
+    options = {"config_name": DATA / "reviews" / "model", "num_train_epochs": 3, "max_train_samples": 8}
+    run("imdb_sentiment", tmp_path / "out", **options, **paths)
+    assert "3 of 17 rows of train have no text or no label" in capsys.readouterr().out
+    with (tmp_path / "out" / "suspects.csv").open(encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            assert rows[int(line["source_row"])]["text"] == line["text"]
+
+
+def test_a_question_whose_answer_is_an_empty_text_has_none(tmp_path: Path) -> None:
+    answers = [{"text": ["blue"], "answer_start": [11]}, {"text": [""], "answer_start": [-1]}]
+    rows = [{"question": q, "context": "the sky is blue .", "answers": a} for q, a in zip(("sky ?", "sea ?"), answers)]
+    path = data_set(tmp_path / "data", train=rows * 8, validation=rows * 2)
+    result = run("question_answering", tmp_path / "out", config_name=DATA / "facts" / "model", max_length=40,
+                 doc_stride=16, num_train_epochs=30, learning_rate=3e-3, dataset_name=path)  # fmt: skip
+    assert result["after"]["after_exact_match"] >= 50
+
+
+def test_a_reward_model_of_one_epoch_has_no_suspects(tmp_path: Path) -> None:
+    rows = [{"prompt": "is chess hard ?", "chosen": "endgames win matches .", "rejected": "i like soup ."}] * 8
+    path = data_set(tmp_path / "data", train=rows, test=rows)
+    run("reward_model", tmp_path / "out", config_name=DATA / "dialogues" / "reward_model", num_train_epochs=1,
+        dataset_name=path)  # fmt: skip
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert not (tmp_path / "out" / "suspects.csv").exists()
+
+
+def test_self_training_without_an_epoch_to_label_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`--warmup_epochs`=5 is no less than 3"):
+        run("self_training", tmp_path / "out", num_train_epochs=3)
+
+
+def test_tags_that_are_missing_are_ignored_and_unknown_ones_named(tmp_path: Path) -> None:
+    rows = [{"tokens": ["play", "tomorrow"], "tags": ["O", None]}, {"tokens": ["play"], "tags": ["O"]}] * 4
+    recipe = load("token_classification")
+    for name, held_out, match in (("a", rows, None), ("b", [*rows, {"tokens": ["x"], "tags": ["B-y"]}], "B-y")):
+        path = data_set(tmp_path / name, train=rows, test=held_out)
+        script = recipe.ScriptArguments(str(path), label_column="tags")
+        if match:
+            with pytest.raises(ValueError, match=r"The split 'test' has the tags \['B-y'\], which no training row has"):
+                recipe.load_splits(script)
+        else:
+            splits, names = recipe.load_splits(script)
+            assert (names, splits["test"]["tags"][0]) == (["O"], [0, -100])
