@@ -109,9 +109,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         )
 
     def prepare(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        if deep := [image.mode for image in batch[script.image_column] if image.mode[0] in "IF"]:
+        images = batch[script.image_column]
+        if deep := [image.mode for image in images if image.mode[0] in "IF" and image.getextrema()[1] > 255]:
             raise ValueError(f"An image has the mode {deep[0]}, which RGB would cut off. Scale it to 8 bits.")
-        images = [image.convert("RGB") for image in batch[script.image_column]]
+        images = [image.convert("RGB") for image in images]
         return {**processor(images, return_tensors="pt"), "labels": batch[column]}
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

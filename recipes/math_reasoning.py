@@ -62,7 +62,7 @@ def load_problems(script: ScriptArguments, split: str, file: str | None, num_row
         kind = "parquet" if file.endswith(".parquet") else "json"
         dataset = load_dataset(kind, data_files=file, split="train")
     columns = script.question_column, script.answer_column
-    dataset = dataset.filter(lambda row: all(row[name] is not None for name in columns)).shuffle(seed)
+    dataset = dataset.filter(lambda row: all(row[name] not in (None, "", []) for name in columns)).shuffle(seed)
     dataset = dataset.select(range(min(num_rows, len(dataset))))
 
     def as_prompt(row: dict[str, Any]) -> dict[str, Any]:
@@ -77,10 +77,10 @@ def load_problems(script: ScriptArguments, split: str, file: str | None, num_row
 
 
 def read(text: str, is_result: bool) -> list[Any]:
-    """Returns what math-verify reads of a text; of a result alone, a formula if it is not a number with its unit."""
-    is_bare = is_result and not re.search(r"\$|\\boxed|^-?[\d.,/]+ *\(?[a-z]{2,}", text, re.IGNORECASE)
-    # Without its time limit, which works in the main thread only.
-    return parse(f"${text}$" if is_bare else text, parsing_timeout=None, raise_on_error=False)
+    """Returns what math-verify reads of a text; a result alone with LaTeX or letters to reckon with is a formula."""
+    is_formula = re.search(r"\\[a-zA-Z]|[\^_{}]|\d[a-z]\b|\b[a-z]\s*[-+*/=]|[-+*/=]\s*[a-z]\b", text)
+    is_bare = is_result and is_formula and "$" not in text and "\\boxed" not in text
+    return parse(f"${text}$" if is_bare else text, parsing_timeout=None, raise_on_error=False)  # in any thread
 
 
 def is_right(completions: list[Any], result: list[str], **columns: Any) -> list[float]:

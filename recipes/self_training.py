@@ -78,7 +78,8 @@ def load_splits(script: ScriptArguments, seed: int) -> DatasetDict:
         splits["test"] = splits["test"].align_labels_with_mapping({one: k for k, one in enumerate(names)}, "labels")
     if script.unlabelled_file is not None:
         rows = load_file(script.unlabelled_file).select_columns(script.text_column)
-        splits["unlabelled"] = rows.rename_columns({script.text_column: "text"})
+        rows = rows.rename_columns({script.text_column: "text"}).cast_column("text", Value("string"))
+        splits["unlabelled"] = rows.filter(lambda row: row["text"])
     else:
         rows, counts = splits["train"].shuffle(seed), Counter()
         few = [counts.update([label]) or counts[label] <= script.num_per_class for label in rows["labels"]]

@@ -63,13 +63,13 @@ def load_split(script: ScriptArguments, split: str, file: str | None, num_rows: 
     rows = load_dataset(name, config, data_files=file, split="train" if file else split).shuffle(seed)
     rows = rows.select(range(min(num_rows, len(rows)))).select_columns([script.text_column, script.summary_column])
     rows = rows.rename_columns({script.text_column: "prompt", script.summary_column: "reference"})
-    rows = rows.filter(lambda row: row["prompt"] and row["reference"])
 
-    def first(row: dict[str, Any]) -> dict[str, str]:
-        one = row["reference"] if isinstance(row["reference"], str) else row["reference"][0]
-        return {"prompt": script.prefix + row["prompt"], "reference": one}
+    def first(row: dict[str, Any]) -> dict[str, Any]:
+        given = [row["reference"]] if isinstance(row["reference"], str) else row["reference"] or []
+        one = next(filter(None, given), None)
+        return {"prompt": script.prefix + row["prompt"] if row["prompt"] else None, "reference": one}
 
-    return rows.map(first)
+    return rows.map(first).filter(lambda row: row["prompt"] and row["reference"])
 
 
 def length_near_reference(completions: list[str], reference: list[str], **columns: Any) -> list[float]:

@@ -61,12 +61,12 @@ def load_splits(script: ScriptArguments) -> tuple[DatasetDict, list[str]]:
     columns = {script.token_column: "tokens", script.label_column: "tags"}
     splits = splits.select_columns(list(columns)).rename_columns(columns)
     is_named = isinstance(splits["train"].features["tags"].feature, ClassLabel)
-    names = sorted({str(tag) for tags in splits["train"]["tags"] for tag in tags} - {"-100", "None"})
+    names = sorted({str(tag) for tags in splits["train"]["tags"] for tag in tags if tag is not None} - {"-100"})
     names = splits["train"].features["tags"].feature.names if is_named else names
-    numbers = {"-100": -100, "None": -100} | {name: number for number, name in enumerate(names)}
+    numbers = {"-100": -100} | {name: number for number, name in enumerate(names)}
     for split, rows in splits.items():  # by names: those of held-out rows may have another order; an unknown one raises
         known = dict(enumerate(getattr(rows.features["tags"].feature, "names", names if is_named else [])))
-        texts = [[str(known.get(tag, tag)) for tag in tags] for tags in rows["tags"]]
+        texts = [["-100" if tag is None else str(known.get(tag, tag)) for tag in tags] for tags in rows["tags"]]
         if other := sorted({text for row in texts for text in row} - set(numbers)):
             raise ValueError(f"The split {split!r} has the tags {other}, which no training row has.")
         tags = [[numbers[text] for text in row] for row in texts]

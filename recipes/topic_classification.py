@@ -109,7 +109,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     )
     load = hf.AutoModelForSequenceClassification
     pretrained = script.model_name_or_path
-    model = load.from_config(config) if script.config_name else load.from_pretrained(pretrained, config=config)
+    options = {"config": config, "ignore_mismatched_sizes": True}  # the head of another task
+    model = load.from_config(config) if script.config_name else load.from_pretrained(pretrained, **options)
 
     # 3. Train: the safe rule, which learns rare classes no better; or weights of the losses, balanced over the classes
     resampler = LossResampler()

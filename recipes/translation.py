@@ -10,7 +10,7 @@
 
 The third line translates number words and needs no download and no GPU: about a minute on one CPU core. Files are CSV,
 JSONL or Parquet with one column per language. The output folder holds the model and its tokenizer, where
-`hf.AutoModelForSeq2SeqLM.from_pretrained(folder)` finds them, candidates/ with every candidate, its reward and verdict,
+`AutoModelForSeq2SeqLM.from_pretrained(folder)` finds them, candidates/ with every candidate, its reward and verdict,
 and accepted.jsonl and preferences.jsonl, which TRL's SFTTrainer and DPOTrainer read.
 """
 
@@ -73,14 +73,15 @@ def load_split(script: ScriptArguments, split: str, file: str | None, num_rows: 
     return dataset.map(lambda row: {"prompt": script.prefix + row["prompt"]}) if script.prefix else dataset
 
 
-def compute_metrics(prediction: hf.EvalPrediction, tokenize: str) -> dict[str, float]:
+def compute_metrics(prediction: hf.EvalPrediction, tokenize: str, prefix: str = "") -> dict[str, float]:
     """Returns corpus BLEU and chrF, the percentage of exact matches, and BLEU by words of the source: all are texts."""
     texts, references, bleu = prediction.predictions, prediction.label_ids, BLEU(tokenize=tokenize)
     is_equal = [text.strip() == true.strip() for text, true in zip(texts, references, strict=True)]
     metrics = {"exact_match": 100 * sum(is_equal) / len(texts)}
     metrics |= {name: one.corpus_score(texts, [references]).score for name, one in (("bleu", bleu), ("chrf", CHRF()))}
+    lengths = [len(source.removeprefix(prefix).split()) for source in prediction.inputs]
     for low, high in ((1, 10), (11, 20), (21, 10_000)):
-        if rows := [row for row, source in enumerate(prediction.inputs) if low <= len(source.split()) <= high]:
+        if rows := [row for row, length in enumerate(lengths) if low <= length <= high]:
             some, true = ([each[row] for row in rows] for each in (texts, references))
             metrics[f"bleu_from_{low}"] = bleu.corpus_score(some, [true]).score
     return metrics
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         on_long_prompt="drop",
     )
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": tokenizer}
-    measure = partial(compute_metrics, tokenize=script.bleu_tokenize)
+    measure = partial(compute_metrics, tokenize=script.bleu_tokenize, prefix=script.prefix)
     trainer = RejectionSamplingSeq2SeqTrainer(model, args, compute_metrics=measure, resampler=resampler, **data)
     before = trainer.evaluate(metric_key_prefix="before")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

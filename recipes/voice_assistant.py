@@ -62,9 +62,9 @@ def load_commands(script: ScriptArguments, split: str, file: str | None, num_row
         slots, name = {}, None
         for word, tag in zip(words, tags, strict=True):
             kind, dash, slot = str(tag).partition("-")
-            if kind.upper() not in tuple("OBIES") or bool(dash) == (kind.upper() == "O"):
+            if kind.upper() not in tuple("OBIESLU") or bool(dash) == (kind.upper() == "O"):
                 raise ValueError(f"The tag {tag!r} is none of O, B-slot and I-slot. Name the column by `--tag_column`.")
-            is_inside = kind.upper() in ("I", "E") and slot == name
+            is_inside = kind.upper() in ("I", "E", "L") and slot == name
             name = slot or None
             if name is not None:
                 slots[name] = slots.get(name, "") + (" " if is_inside else ", " if name in slots else "") + word

@@ -315,7 +315,7 @@ def load_renamed_weights(model: torch.nn.Module, folder: Path) -> list[str]:
     except (TypeError, ValueError, RuntimeError, OSError) as error:
         logger.warning(f"{folder} cannot be loaded by from_pretrained: {error}")
         return sorted(missing)
-    values = loaded.state_dict()
+    values = {name: one for name, one in loaded.state_dict().items() if name not in info["missing_keys"]}
     model.load_state_dict({name: values[name] for name in missing if name in values}, strict=False)
     logger.info(f"{len(missing)} weights of {folder} have other names there than in {type(model).__name__}.")
-    return sorted(name for name in missing if name not in values or name in info["missing_keys"])
+    return sorted(set(missing) - set(values))

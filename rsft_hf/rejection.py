@@ -282,6 +282,8 @@ def _accept_whole_passes(probabilities: torch.Tensor, num_passes: int, generator
 
 def _sample_inverse_cdf(weights: torch.Tensor, num_draws: int, generator: torch.Generator) -> torch.Tensor:
     """Independent indices in proportion to `weights`, sorted; searching sorted values stays in the CPU cache."""
+    if num_draws == 0:
+        return torch.empty(0, dtype=torch.int64)  # all weights may be 0
     cumulative = weights.cumsum(0)
     # Sums of n + 1 exponential spacings over their total are n sorted uniforms, without the sort.
     points = torch.empty(num_draws + 1, dtype=torch.float64).exponential_(generator=generator).cumsum_(0)

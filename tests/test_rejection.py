@@ -434,3 +434,10 @@ def test_rows_of_a_pass_come_in_random_order():
     assert len(rows) > 15_000
     assert abs(rising - 0.5) < 4 * 0.5 / len(rows) ** 0.5
     assert abs(float(torch.corrcoef(torch.stack([rows.double(), torch.arange(len(rows)).double()]))[0, 1])) < 0.03
+
+
+def test_few_draws_of_few_certain_rows() -> None:
+    """No row has a probability between 0 and one half."""
+    for weights in ([1.0, 1.0, 0.0], [1.0] + [0.0] * 30):
+        rows = rejection_sample(torch.tensor(weights), 1000, torch.Generator().manual_seed(0))
+        assert set(rows.tolist()) == {row for row, weight in enumerate(weights) if weight}

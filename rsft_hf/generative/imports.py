@@ -192,7 +192,8 @@ def _answer(found: Mapping[str, Any], score: str | None) -> Answer:
     """An answer from a mapping: of vLLM, of OpenAI, of LMFlow, a message, or a text alone."""
     text, reason = _text_of(found), found.get("finish_reason")
     message = found.get("message")
-    if text is None and isinstance(message, Mapping) and message.get("content") is None:  # a refusal, a call of a tool
+    is_refusal = isinstance(message, Mapping) and message.get("content") is None  # or a call of a tool
+    if text is None and (is_refusal or reason not in (*_ENDED, *_CUT_OFF)):
         text, reason = "", "no text" if reason in (*_ENDED, *_CUT_OFF) else reason
     if text is None:
         raise ValueError(

@@ -65,7 +65,7 @@ def message_text(content: str | list[dict[str, Any]] | None) -> str:
         '2 + 2'
     """
     if isinstance(content, list):
-        return "".join(part["text"] for part in content)
+        return "".join(part.get("text") or "" for part in content)
     return content or ""
 
 

@@ -92,7 +92,9 @@ class SemiLabelledRows(torch.utils.data.Dataset[Any]):
         self._labelled, self._unlabelled, self._doubtful = labelled, unlabelled, doubtful
         self._column, *self._others = columns
         self.trusted = sorted(set(range(len(labelled))) - set(doubtful))
-        self._example: Any = labelled[self.trusted[0]][self._column] if self.trusted else None
+        example = dict(labelled[self.trusted[0]]) if self.trusted else {}
+        self._example: Any = example.get(self._column)
+        self._read = set(example)  # a collator would look for what only unlabelled rows have in all of them
         self.pseudo = PseudoLabels.none(kind)
 
     @property
@@ -129,7 +131,8 @@ class SemiLabelledRows(torch.utils.data.Dataset[Any]):
         else:
             marks = as_list(row.get(self._column))
             blank = _wanted_tokens(row) if marks is None else [0 if one is None else min(one, 0) for one in marks]
-        return {name: value for name, value in row.items() if name not in self._others} | {self._column: blank}
+        kept = {name: value for name, value in row.items() if name in self._read and name not in self._others}
+        return kept | {self._column: blank}
 
     def _stored(self, label: Any) -> Any:
         """A label as the labelled rows hold theirs: a collator stacks both."""

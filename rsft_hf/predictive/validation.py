@@ -128,7 +128,9 @@ def _names_of(model: torch.nn.Module) -> list[str] | None:
     names = getattr(getattr(model, "config", None), "id2label", None)
     if not isinstance(names, dict) or any(str(name).startswith("LABEL_") for name in names.values()):
         return None
-    return [str(names[number]).casefold() for number in sorted(names)]
+    own = [str(names[number]) for number in sorted(names)]
+    folded = [name.casefold() for name in own]
+    return folded if len(set(folded)) == len(set(own)) else own
 
 
 def labelled_units(dataset: Any, rows: Sequence[int], column: str, num_classes: int) -> torch.Tensor:

@@ -236,6 +236,8 @@ def test_an_answer_in_parts_is_read_and_one_of_an_unknown_name_refused(tmp_path:
     row["response"]["body"]["choices"] = [{"index": 0, "message": parts, "finish_reason": "stop"}]
     folder = import_candidates([row], tmp_path / "in", requests=[request(0, QUESTION)])
     assert load_candidates(folder)["text"][:] == ["42"]
+    rows = [{"prompt": "a", "completions": [{"text": None, "finish_reason": "content_filter"}, {"text": "b"}]}]
+    assert load_candidates(import_candidates(rows, tmp_path / "filtered"))["text"][:] == ["b"]
     with pytest.raises(ValueError, match="A completion has none of"):
         import_candidates([{"prompt": "a", "completions": [{"words": "b", "finish_reason": "length"}]}], tmp_path / "b")
 

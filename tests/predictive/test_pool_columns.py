@@ -81,7 +81,14 @@ def test_references_of_text_are_refused(tmp_path: Path) -> None:
 
 
 def test_columns_of_the_model_that_only_the_pool_has_are_refused(tmp_path: Path) -> None:
-    pool = [row | {"token_type_ids": [0] * len(row["input_ids"]), "note": "x"} for row in POOL]
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        assert len({frozenset(row) for row in rows}) == 1
+        return runs.collate(rows)
+
+    noted = [row | {"note": "x"} for row in POOL]  # no input of the model: left out
+    args = {"remove_unused_columns": False}
+    trained(tmp_path, resampler(unlabelled_dataset=noted), data_collator=collate, args=args)
+    pool = [row | {"token_type_ids": [0] * len(row["input_ids"])} for row in POOL]
     with pytest.raises(ValueError, match=r"has the columns \['token_type_ids'\], which the model reads"):
         trained(tmp_path, resampler(unlabelled_dataset=pool))
 

@@ -204,12 +204,15 @@ def test_rows_of_a_batch_that_lie_unevenly_are_not_split_evenly(tmp_path: Path, 
 class HardNegatives(hf.Trainer):
     """In-batch negatives, and one of each row's own, so that the loss does not vanish alone."""
 
+    scale, penalty, is_hard = 1.0, 0.0, True
+
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs: Any):
         inputs.pop("labels")
         outputs = model(**inputs)
         left, right = outputs.logits.unbind(1)
-        scores = torch.cat((torch.outer(left, right), -left[:, None]), 1)
-        loss = -scores.log_softmax(1).diagonal().mean()
+        scores = torch.outer(left, right)
+        scores = torch.cat((scores, -left[:, None]), 1) if self.is_hard else scores
+        loss = -scores.log_softmax(1).diagonal().mean() * self.scale + self.penalty * model.classifier.weight.norm()
         return (loss, outputs) if return_outputs else loss
 
 
@@ -224,10 +227,12 @@ class Penalised(hf.Trainer):
 
 
 def test_negatives_of_the_batch_are_refused_beside_those_of_the_row(tmp_path: Path) -> None:
-    class Ours(RejectionSamplingMixin, HardNegatives): ...
-
-    with pytest.raises(NotPerExampleError, match="beside 1 and 3 copies of itself"):
-        runs.trained(Ours, tmp_path, resampler=LossResampler())
+    for values in ({}, {"scale": 0.5, "is_hard": False, "penalty": 0.5}):
+        for size in (1, 4):
+            made = type("Ours", (RejectionSamplingMixin, type("Base", (HardNegatives,), values)), {})
+            args = {"per_device_train_batch_size": size, "per_device_eval_batch_size": size}
+            with pytest.raises(NotPerExampleError, match="compares the examples"):
+                runs.trained(made, tmp_path, args=args, resampler=LossResampler())
 
     class Summed(RejectionSamplingMixin, Penalised): ...
 
