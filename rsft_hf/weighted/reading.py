@@ -124,7 +124,7 @@ def _refuse_contrast(
         _labelled_probe(trainer, model, dataset, collate, 2, seed)
     except NotPerExampleError:
         raise
-    except _UNREADABLE:  # two rows together; of one at a time the error comes again
+    except (_OneRowAtATimeError, *_UNREADABLE):  # two rows together; of one at a time the error comes again
         return
 
 
