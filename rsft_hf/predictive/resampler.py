@@ -27,7 +27,6 @@ from rsft_hf.predictive.pool import InputRows, PseudoLabels, SemiLabelledRows, w
 from rsft_hf.predictive.predictions import LabelPredictions, Predictor
 from rsft_hf.predictive.targets import Proposals, Sharpened, Target
 from rsft_hf.predictive.validation import (
-    class_names,
     class_order,
     label_column,
     label_kind,
@@ -37,7 +36,7 @@ from rsft_hf.predictive.validation import (
 from rsft_hf.rejection import MANY_REPEATS, rejection_sample, sample_parts
 from rsft_hf.resampler import Resampler
 from rsft_hf.training_set import dataset_fingerprint, example_lengths
-from rsft_hf.weighted.labels import IGNORED, as_list, label_names
+from rsft_hf.weighted.labels import IGNORED, as_list, class_names, label_names
 from rsft_hf.weighted.measurement import trained_model, training_loader
 
 logger = logging.get_logger(__name__)

@@ -97,15 +97,6 @@ def validate_rows(resampler: Any, trainer: Trainer) -> None:
         )
 
 
-def class_names(dataset: Any, column: str | None) -> list[str] | None:
-    """Returns the names of the classes of a column, None if it is no `ClassLabel` or list of them."""
-    if column is None or not isinstance(dataset, datasets.Dataset) or column not in dataset.features:
-        return None
-    feature = dataset.features[column]
-    element = feature if isinstance(feature, datasets.ClassLabel) else getattr(feature, "feature", None)
-    return element.names if isinstance(element, datasets.ClassLabel) else None
-
-
 def class_order(trained: torch.nn.Module, other: torch.nn.Module, kind: str) -> list[int] | None:
     """Returns the place of each class of the trained model in another model's; None if they agree or have no names.
 

@@ -84,10 +84,17 @@ def describe_labels(trainer: Trainer, dataset: Any) -> dict[str, Any]:
     """Returns `kind` and `column` of the labels, and `class_names` if the column stores them: of a `LabelReport`."""
     if not isinstance(dataset, datasets.Dataset) or not (column := stored_column(trainer, dataset.column_names)):
         return {"kind": "class", "column": LABEL_COLUMNS[0], "class_names": None}
-    labels, feature = stored_labels(dataset, column), dataset.features[column]
-    element = feature if isinstance(feature, datasets.ClassLabel) else getattr(feature, "feature", None)
-    names = element.names if isinstance(element, datasets.ClassLabel) else None
+    labels, names = stored_labels(dataset, column), class_names(dataset, column)
     return {"kind": "class" if labels is None else labels.kind, "column": column, "class_names": names}
+
+
+def class_names(dataset: Any, column: str | None) -> list[str] | None:
+    """Returns the names of the classes of a column, None if it is no `ClassLabel` or list of them."""
+    if column is None or not isinstance(dataset, datasets.Dataset) or column not in dataset.features:
+        return None
+    feature = dataset.features[column]
+    element = feature if isinstance(feature, datasets.ClassLabel) else getattr(feature, "feature", None)
+    return element.names if isinstance(element, datasets.ClassLabel) else None
 
 
 def stored_classes(trainer: Trainer, dataset: Any) -> torch.Tensor | None:

@@ -104,7 +104,7 @@ def find_reading(
             reading = dataclasses.replace(reading, is_collator_random=is_random)
             return _verified(trainer, model, reading, (scalar, recording, width), others, alone, is_half)
         # Sliced from the batch, the rows keep its padding: a match now means that the loss depends on the padding.
-        sliced = _sliced_losses(trainer, model, batch, width)
+        sliced = _losses_alone(trainer, model, _cut(batch, width))
         if sliced is not None and (reading := _matching_reading(recording, sliced, width, is_half)):
             _warn_of_batches_of_one(*_PADDED)
             return dataclasses.replace(reading, is_scored_singly=True, is_collator_random=is_random)
@@ -128,10 +128,15 @@ def _refuse_contrast(
         return
 
 
-def _sliced_losses(trainer: Trainer, model: torch.nn.Module, batch: Batch, num_rows: int) -> torch.Tensor | None:
-    """The losses of the rows of a batch with its padding; None for a batch whose rows lie otherwise than one by one."""
+def _cut(batch: Batch, num_rows: int) -> list[Batch]:
+    """The rows of a batch, with its padding."""
+    return [slice_rows(batch, row, num_rows) for row in range(num_rows)]
+
+
+def _losses_alone(trainer: Trainer, model: torch.nn.Module, singles: list[Batch]) -> torch.Tensor | None:
+    """The losses of batches of one; None if they cannot be read, cut from a batch whose rows do not lie one by one."""
     try:
-        return _single_losses(trainer, model, [slice_rows(batch, row, num_rows) for row in range(num_rows)])[0]
+        return _single_losses(trainer, model, singles)[0]
     except _UNREADABLE as error:
         if is_out_of_memory(error):
             raise
@@ -154,14 +159,14 @@ def _labelled_probe(
         first = attempt * len(dataset) // num_probes
         examples = [dataset[row] for row in _probe_rows(dataset, first, width)]
         batch, is_random = _collated(examples, collate, seed)
-        if is_random and width > 1 and _sliced_losses(trainer, model, batch, width) is None:
-            raise _OneRowAtATimeError("The batches of a random collator cannot be cut into rows", "Collate row by row")
-        singles = (
-            [slice_rows(batch, row, width) for row in range(width)]
-            if is_random
-            else [_collate([example], collate, seed) for example in examples]
-        )
-        expected, recordings = _single_losses(trainer, model, singles)
+        singles = _cut(batch, width) if is_random else [_collate([example], collate, seed) for example in examples]
+        try:
+            expected, recordings = _single_losses(trainer, model, singles)
+        except _UNREADABLE as error:
+            if not is_random or width == 1 or is_out_of_memory(error):
+                raise
+            cause = "The batches of a random collator cannot be cut into rows"
+            raise _OneRowAtATimeError(cause, "Collate row by row") from error
         try:
             scalar, recording = compute_loss(trainer, model, batch, width)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -278,21 +283,20 @@ def _verified(
     if reading.kind != "criterion" or reading.is_fused:
         return reading
     is_probe_explained, num_calls = _explains(reading, *probe, is_half), reading.num_calls
-    is_explained, is_padded = True, False
+    is_explained, is_padded, is_random = True, False, reading.is_collator_random
     for number, (batch, examples) in enumerate(batches):
         num_rows = len(examples)
         scalar, recording = compute_loss(trainer, model, batch, num_rows)
         num_calls = max(num_calls, len(recording.capture.calls))
         is_explained &= _explains(reading, scalar, recording, num_rows, is_half) or not is_probe_explained
         if number * num_rows < NUM_COMPARED:
-            cut = [slice_rows(batch, row, num_rows) for row in range(num_rows)]
             agrees = partial(_agrees, trainer, model, reading, recording, is_half)
-            if not agrees(cut if reading.is_collator_random else [alone(example) for example in examples]):
-                is_explained &= not reading.is_collator_random and agrees(cut)
+            if not agrees(_cut(batch, num_rows) if is_random else [alone(example) for example in examples]):
+                is_explained &= not is_random and agrees(_cut(batch, num_rows))
                 is_padded = True
     if not is_explained:
         _warn_of_batches_of_one(_NO_MEAN, "Pass `per_example_loss`")
-        return Reading("single", is_collator_random=reading.is_collator_random, is_final=True)
+        return Reading("single", is_collator_random=is_random, is_final=True)
     if is_padded:
         _warn_of_batches_of_one(*_PADDED)
     return dataclasses.replace(reading, num_calls=num_calls, is_scored_singly=is_padded)
@@ -314,13 +318,10 @@ def _agrees(
     singles: list[Batch],
 ) -> bool:
     """Whether the losses that are read of a batch are those of its rows in batches of their own."""
-    losses = row_losses(recording, reading, len(singles))
-    try:
-        expected = _single_losses(trainer, model, singles)[0].nan_to_num(0.0)
-    except _UNREADABLE as error:
-        if is_out_of_memory(error):
-            raise
-        return True  # rows of a batch that lie otherwise than one by one
+    losses, expected = row_losses(recording, reading, len(singles)), _losses_alone(trainer, model, singles)
+    if expected is None:
+        return True
+    expected = expected.nan_to_num(0.0)
     if losses is None:
         return not bool(expected.any())
     found, (relative, absolute) = losses.losses.double().cpu(), _tolerances(is_half)

@@ -119,12 +119,11 @@ class LossResampler(Resampler):
     def bind(self, trainer: Trainer) -> Any:
         """Returns the trainer's own training set, after validation. Collective."""
         dataset, args = trainer.train_dataset, trainer.args
-        if getattr(args, "packing", False) or getattr(args, "lmbda", 0):
+        if getattr(args, "packing", False):
+            raise ValueError("A packed row is no example, and its loss no example's. Set packing=False.")
+        if lmbda := getattr(args, "lmbda", 0):  # of TRL's GKDTrainer
             raise ValueError(
-                "A packed row is no example, and its loss no example's. Set packing=False."
-                if getattr(args, "packing", False)
-                else f"`lmbda`={vars(args)['lmbda']} trains on answers that the steps generate, which have no loss "
-                "before. Set lmbda=0."
+                f"`lmbda`={lmbda} trains on answers that the steps generate, which have no loss before. Set lmbda=0."
             )
         self.num_rows, self.seed = len(dataset), run_seed(trainer)
         self._labels: torch.Tensor | None = None

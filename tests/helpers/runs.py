@@ -38,6 +38,15 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {"input_ids": padded("input_ids"), "attention_mask": padded("attention_mask"), "labels": labels}
 
 
+def pad_tokens(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Pads `input_ids` and labels of tokens on the right, with 0 and -100."""
+    values = {"input_ids": 0, "labels": -100}
+    return {
+        name: torch.nn.utils.rnn.pad_sequence([torch.tensor(one[name]) for one in examples], True, value)
+        for name, value in values.items()
+    }
+
+
 def bert(dropout: float = 0.1, initializer_range: float = 0.02) -> hf.BertForSequenceClassification:
     """Returns a two-layer BERT of width 16, equal at every call; a wide range spreads its first losses."""
     with torch.random.fork_rng(devices=[]):

@@ -66,18 +66,10 @@ def rows() -> list[dict[str, list[int]]]:
     return [{"input_ids": row, "labels": [word % 3 for word in row]} for row in ids]
 
 
-def collate(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    values = {"input_ids": 0, "labels": -100}
-    return {
-        name: nn.utils.rnn.pad_sequence([torch.tensor(one[name]) for one in examples], True, value)
-        for name, value in values.items()
-    }
-
-
 def trained(folder: Path, model: nn.Module, resampler: LossResampler, **keywords: Any) -> hf.Trainer:
     return runs.trained(
-        RejectionSamplingTrainer, folder, model=model, train_dataset=rows(), data_collator=collate, resampler=resampler,
-        **keywords,
+        RejectionSamplingTrainer, folder, model=model, train_dataset=rows(), data_collator=runs.pad_tokens,
+        resampler=resampler, **keywords,
     )  # fmt: skip
 
 
@@ -127,6 +119,6 @@ def test_rows_without_labels_do_not_cost_the_correction(tmp_path, seed: int) -> 
     resampler = LossResampler(Proportional(), importance_correction=1.0)
     runs.trained(
         RejectionSamplingTrainer, tmp_path, model=CountedTagger("sum by count"), train_dataset=data,
-        data_collator=collate, resampler=resampler, args={"seed": seed, "num_train_epochs": 1},
+        data_collator=runs.pad_tokens, resampler=resampler, args={"seed": seed, "num_train_epochs": 1},
     )  # fmt: skip
     assert resampler.source.heeds_count

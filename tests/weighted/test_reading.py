@@ -176,14 +176,6 @@ def tagged(lengths: list[int]) -> list[dict[str, list[int]]]:
     return [{"input_ids": row, "labels": [word % 5 for word in row]} for row in ids]
 
 
-def pad_tags(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    values = {"input_ids": 0, "labels": -100}
-    return {
-        name: nn.utils.rnn.pad_sequence([torch.tensor(one[name]) for one in examples], True, value)
-        for name, value in values.items()
-    }
-
-
 @pytest.mark.parametrize("sizes", [(4, 1), (1, 8), (4, 8)], ids=str)
 def test_rows_of_a_batch_that_lie_unevenly_are_not_split_evenly(tmp_path: Path, sizes: tuple[int, int]) -> None:
     """The probed rows have four tokens, the others two or six: every batch of four could be split evenly."""
@@ -191,11 +183,11 @@ def test_rows_of_a_batch_that_lie_unevenly_are_not_split_evenly(tmp_path: Path, 
     data = tagged(lengths)
     args = {"per_device_train_batch_size": sizes[0], "per_device_eval_batch_size": sizes[1], "learning_rate": 0.0}
     trainer = runs.trained(
-        RejectionSamplingTrainer, tmp_path, model=Tagger(), train_dataset=data, data_collator=pad_tags, args=args,
-        resampler=LossResampler(),
+        RejectionSamplingTrainer, tmp_path, model=Tagger(), train_dataset=data, data_collator=runs.pad_tokens,
+        args=args, resampler=LossResampler(),
     )  # fmt: skip
     found = trainer.resampler.table().to_pandas().query("epoch == 2")["loss"]
-    expected = [float(trainer.model(**pad_tags([row]))[0].detach()) for row in data]
+    expected = [float(trainer.model(**runs.pad_tokens([row]))[0].detach()) for row in data]
     torch.testing.assert_close(
         torch.tensor(found.values).double(), torch.tensor(expected).double(), rtol=1e-4, atol=1e-5
     )

@@ -33,7 +33,10 @@ def ask_choices(client: OpenAIClient, body: Mapping[str, Any], prompt: int) -> l
         ValueError: If the server refuses the request (4xx).
         RuntimeError: If there is no reply after all tries, or one that is no completion.
     """
+    reply = None
     for attempt in range(client.max_retries + 1):
+        if attempt:
+            client.pause(attempt - 1)
         try:
             text = client.post("/completions", body, f"prompt {prompt}")
         except RequestRefused as error:
@@ -43,11 +46,8 @@ def ask_choices(client: OpenAIClient, body: Mapping[str, Any], prompt: int) -> l
         try:
             reply = json.loads(text)
             break
-        except (ValueError, RecursionError):  # cut off on its way
-            reply = None
-            if attempt < client.max_retries and text.lstrip().startswith("{"):
-                client.pause(attempt)
-            else:
+        except (ValueError, RecursionError):
+            if not text.lstrip().startswith("{"):  # one that does was cut off on its way
                 break
     choices = reply.get("choices") if isinstance(reply, dict) else None
     if not isinstance(choices, list) or not choices:
