@@ -21,7 +21,8 @@ from rsft_hf.isolation import forked_rng
 from rsft_hf.rejection import MAX_DRAWS, rejection_sample
 from rsft_hf.resampler import Resampler
 from rsft_hf.weighted.history import HISTORIES, EpochHistory
-from rsft_hf.weighted.label_report import LabelReport, row_error_probabilities
+from rsft_hf.weighted.label_errors import row_error_probabilities
+from rsft_hf.weighted.label_report import LabelReport
 from rsft_hf.weighted.labels import class_labels, column_values, describe_labels, stored_classes
 from rsft_hf.weighted.loss_source import LossSource
 from rsft_hf.weighted.losses import PerExampleLoss

@@ -14,55 +14,14 @@ import runs
 from rsft_hf import LossResampler, Proportional, RejectionSamplingTrainer, Tempered
 from rsft_hf.weighted import LabelReport
 from rsft_hf.weighted.criterion import Choices
+from rsft_hf.weighted.label_errors import evidence, learning
 from rsft_hf.weighted.label_margins import LabelMargins
-from rsft_hf.weighted.label_report import error_probabilities, evidence, learning
 
 CPU = Accelerator(cpu=True)
 
 
 def choices(labels: list[int], rivals: list[int], margins: list[float]) -> Choices:
     return Choices(torch.tensor(labels), torch.tensor(rivals), torch.tensor(margins))
-
-
-def drawn_from_the_law(num_labels: int, rates: list[float], slope: float, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Margins, predicted classes and wrong labels of the model that `error_probabilities` assumes."""
-    generator = torch.Generator().manual_seed(seed)
-    uniform = lambda: torch.rand(num_labels, generator=generator, dtype=torch.float64)  # noqa: E731
-    sizes, groups = 0.2 + 2 * uniform(), (uniform() * len(rates)).long()
-    is_wrong = uniform() < torch.tensor(rates, dtype=torch.float64)[groups]
-    is_model_wrong = uniform() < torch.sigmoid(-slope * sizes)
-    return torch.where(is_wrong ^ is_model_wrong, -sizes, sizes), groups, is_wrong
-
-
-@pytest.mark.parametrize("rates", [[0.15, 0.15, 0.15], [0.3, 0.02, 0.1], [0.0, 0.0, 0.0]])
-def test_probabilities_are_calibrated_under_their_law(rates):
-    margins, groups, is_wrong = drawn_from_the_law(30_000, rates, slope=3.0)
-    probabilities = error_probabilities(margins, groups)
-    for group in range(3):  # the estimated number of errors of each class
-        expected = int(is_wrong[groups == group].sum())
-        assert float(probabilities[groups == group].sum()) == pytest.approx(expected, rel=0.1, abs=25)
-    for low in (0.1, 0.3, 0.5, 0.7, 0.9):  # of the labels said to be wrong with p, the share p is
-        bin_ = (probabilities > low - 0.1) & (probabilities <= low + 0.1)
-        if int(bin_.sum()) > 300:
-            assert float(is_wrong[bin_].double().mean()) == pytest.approx(float(probabilities[bin_].mean()), abs=0.06)
-
-
-def test_probabilities_by_hand():
-    """r = 1/10, k = 3: sigmoid(logit r - k m) is r / (r + (1 - r) e^(k m))."""
-    margins, groups, _ = drawn_from_the_law(200_000, [0.1], slope=3.0)
-    found = error_probabilities(torch.cat([margins, torch.tensor([-1.0, 1.0])]), torch.cat([groups, groups[:2]]))[-2:]
-    assert found.tolist() == pytest.approx(
-        [0.1 / (0.1 + 0.9 * math.exp(-3)), 0.1 / (0.1 + 0.9 * math.exp(3))], abs=0.03
-    )
-
-
-def test_a_contradiction_of_a_sure_model_is_an_error_and_agreement_is_none():
-    sizes, is_tenth = torch.linspace(0.2, 3.0, 1000), torch.arange(1000) % 10 == 3
-    assert float(error_probabilities(sizes, torch.zeros(1000, dtype=torch.int64)).sum()) < 1
-    probabilities = error_probabilities(torch.where(is_tenth, -sizes, sizes), torch.arange(1000) % 2)
-    assert probabilities[is_tenth & (sizes > 1)].min() > 0.9
-    assert probabilities[~is_tenth & (sizes > 1)].max() < 0.05
-    assert float(probabilities.sum()) == pytest.approx(100, abs=10)
 
 
 def test_margins_by_hand():
@@ -94,25 +53,23 @@ def margins_of(epochs: list[list[float]], labels: list[int]) -> LabelMargins:
     return margins
 
 
-def test_epochs_before_the_task_is_learnt_are_left_out():
-    """The model agrees with 0.2, 0.7 and 0.8 of ten labels: the first epoch is below four fifths of the best."""
-    epochs = [[1.0] * agreed + [-1.0 - number] * (10 - agreed) for number, agreed in enumerate([2, 7, 8])]
-    margins = margins_of(epochs, [0] * 10)
-    learnt = learning(torch.tensor(epochs), torch.zeros(10))
-    assert learnt.is_used.tolist() == [False, True, True]
-    assert learnt.agreement == pytest.approx(0.8)
-    means, rivals = evidence(margins, learnt.is_used)
-    assert means.tolist() == [1.0] * 7 + [-0.5] + [-2.5] * 2  # (-2 + 1) / 2, (-2 - 3) / 2
-    assert rivals[7:].tolist() == [11, 12, 12]
+def test_evidence_is_the_mean_margin_and_the_rival_at_the_lowest():
+    epochs = [[9.0, 9.0, 9.0], [1.0, -2.0, 3.0], [3.0, -4.0, -1.0], [9.0, 9.0, -9.0]]
+    means, rivals = evidence(margins_of(epochs, [0] * 3), torch.tensor([False, True, True, False]))
+    assert (means.tolist(), rivals.tolist()) == ([2.0, -3.0, 1.0], [11, 12, 12])
 
 
-@pytest.mark.parametrize(("first", "used"), [(0, [0, 1]), (1, [1, 2, 3]), (2, [2, 3, 4, 5]), (6, [6, 7])])
-def test_epochs_that_learn_the_labels_by_heart_are_left_out(first, used):
-    """After twice as many epochs as the task took, even labels that contradicted the model are learnt."""
-    history = torch.ones(8, 10)
-    history[:first, 2:] = -1.0
-    history[first : 2 * first + 2, 8:] = -1.0  # a fifth is wrong
-    assert learning(history, torch.zeros(10)).is_used.nonzero().flatten().tolist() == used
+@pytest.mark.parametrize("num_read", [1, 40])
+def test_an_epoch_that_was_interrupted_does_not_count(num_read):
+    """A fifth of the rows, without those of the class that is never learnt: no better model, and no other report."""
+    sizes = [2.0 + row / 200 for row in range(160)] + [-3.0] * 40
+    sizes[7] = -4.0
+    labels = [0, 1] * 80 + [2] * 40
+    partial = [math.nan] * 200
+    partial[7 : 7 + num_read] = [5.0] * num_read
+    whole, cut = (LabelReport(margins_of(epochs, labels), "class") for epochs in ([sizes] * 2, [*[sizes] * 2, partial]))
+    assert torch.equal(whole.probabilities.nan_to_num(-1), cut.probabilities.nan_to_num(-1))
+    assert whole.agreement == cut.agreement == pytest.approx((79 / 80 + 1 + 0) / 3)
 
 
 def test_a_rare_class_that_is_not_learnt_is_not_judged(caplog):
