@@ -17,7 +17,7 @@ from rsft_hf.distributed import run_seed
 from rsft_hf.isolation import forked_rng
 
 _NUM_FINGERPRINT_ROWS = 16
-LABEL_COLUMNS = ("labels", "label")
+LABEL_COLUMNS = ("labels", "label", "label_ids")
 
 
 def validate_dataset(dataset: Any) -> None:

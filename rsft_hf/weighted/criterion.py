@@ -40,7 +40,8 @@ class Choices:
     Attributes:
         labels: Class of the label, int64; of a binary criterion 0 or 1.
         rivals: Class with the largest logit among the others, int64.
-        margins: Logit of the label minus that of the rival; of a binary criterion the other class has logit 0.
+        margins: Logit of the label minus that of the rival; of a binary criterion the other class has logit 0, and an
+            element of weight 0 has margin NaN: it is no label.
         is_binary: Whether the criterion is binary.
     """
 
@@ -197,7 +198,10 @@ class CriterionCapture(TorchFunctionMode):
         if input.shape == target.shape:
             with torch.no_grad():
                 labels, logits = target.flatten(), input.flatten().float()
-                choices = Choices(labels.gt(0.5).long(), labels.le(0.5).long(), (2 * labels - 1) * logits, True)
+                margins = (2 * labels - 1) * logits
+                if (weight := args[0] if args else kwargs.get("weight")) is not None:
+                    margins = margins.masked_fill(weight.expand_as(input).flatten() == 0, float("nan"))
+                choices = Choices(labels.gt(0.5).long(), labels.le(0.5).long(), margins, True)
             self.calls[-1] = dataclasses.replace(self.calls[-1], choices=choices)
         return loss
 

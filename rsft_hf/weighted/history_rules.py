@@ -35,7 +35,7 @@ def mean_excess_losses(history: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class LeaveOutSuspects:
-    """w = L, but 0 for the fraction of the rows whose loss stayed highest over all epochs while the others fell.
+    """w = L, but 0 for the fraction of the rows read whose loss stayed highest over all epochs while the others fell.
 
     Unlike `DropTop`, which reads the last loss, it reads the whole history: a hard row is learnt eventually, a
     mislabelled one is not. Before two epochs are measured nothing is left out.
@@ -54,7 +54,7 @@ class LeaveOutSuspects:
         check_interval("fraction", self.fraction, "[0, 1)")
 
     def __call__(self, scores: torch.Tensor, statistics: ExampleStatistics | None = None) -> torch.Tensor:
-        """Returns the scores, >= 0, with those of the floor(fraction N) largest mean excess losses at 0.
+        """Returns the scores, >= 0, with the floor(fraction n) largest mean excess losses of n rows read at 0.
 
         Example:
             >>> history = torch.tensor([[1.0, 2.0, 6.0], [0.5, 7.0, 5.0]])
@@ -63,10 +63,10 @@ class LeaveOutSuspects:
         """
         scores = validated_scores(scores, "LeaveOutSuspects", statistics)
         history = read_statistic(statistics, "loss_history", "LeaveOutSuspects")
-        num_left_out = floor_count(self.fraction * len(scores))
-        if len(history) < _MIN_EPOCHS or num_left_out == 0:
+        if len(history) < _MIN_EPOCHS:
             return scores
-        suspects = mean_excess_losses(history).topk(num_left_out).indices
+        excess = mean_excess_losses(history)
+        suspects = excess.topk(floor_count(self.fraction * int(excess.isfinite().sum()))).indices
         return scores.index_fill(0, suspects, 0.0)
 
 

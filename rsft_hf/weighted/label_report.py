@@ -112,16 +112,23 @@ class LabelReport:
             ValueError: If there is no complete checkpoint, or it is not of a `LossResampler`.
         """
         numbers, tensors = load_state(state_directory(directory), "weighted")
-        return cls(LabelMargins.from_state(tensors), **numbers["labels"])
+        margins = LabelMargins.from_state(tensors)
+        margins.problem = numbers["label_problem"]
+        return cls(margins, **numbers["labels"])
 
     def _warn(self, is_unlearnt: torch.Tensor) -> None:
         if not self._is_trusted:
             logger.warning(f"{self._not_learnt()} Do not trust the label report.")
         elif bool(is_unlearnt.any()):
-            classes = self.labels[is_unlearnt].unique().tolist()
+            if self.kind == "multi_label":
+                which = "yes or no at the positions"
+                classes = self.positions[is_unlearnt].unique().tolist()
+            else:
+                which, classes = "the classes", self.labels[is_unlearnt].unique().tolist()
+                classes = classes if self._names is None else [self._names[one] for one in classes]
             logger.warning(
-                f"{int(is_unlearnt.sum())} labels of the classes {classes[:10]} are not judged: the model never agreed "
-                "with half of a class, so it has not learnt it."
+                f"{int(is_unlearnt.sum())} labels of {which} {classes[:10]} are not judged: the model never agreed "
+                "with half of them, so it has not learnt them."
             )
 
     @property
@@ -175,6 +182,8 @@ class LabelReport:
 
     def validate(self, dataset: datasets.Dataset) -> None:
         """Raises unless a data set has the rows of the report: as many, and the same labels where it has labels.
+
+        Rows are known by their labels alone: another order of rows with the same labels in the same order is not seen.
 
         Raises:
             TypeError: If it is no `datasets.Dataset`.
@@ -251,6 +260,11 @@ class LabelReport:
                 labels[row] = list(labels[row])
             labels[row][places[row][int(self.positions[at])]] = value
         names, feature = dataset.column_names, dataset.features[column]
+        dtype = str(getattr(getattr(feature, "feature", feature), "dtype", ""))
+        if dtype == "bool":
+            labels = [bool(one) if self.kind == "class" else [bool(value) for value in one] for one in labels]
+        if dtype.startswith("uint"):
+            feature = None  # unsigned numbers have no -100
         changed = dataset.add_column("changed labels", labels, feature=feature).remove_columns(column)
         return changed.rename_column("changed labels", column).select_columns(names)
 

@@ -22,7 +22,8 @@ class StoredLabels:
     """Labels of all rows, one after the other; None and -100 are no labels.
 
     Attributes:
-        kind: "class" (one per row), "token" (a list of classes per row) or "multi_label" (a list of floats per row).
+        kind: "class" (one per row), "token" (a list of classes per row) or "multi_label" (a list of floats or booleans
+            per row, where less than 0 is no label either).
         values: Shape (L,), int64.
         num_per_row: Number of labels of each row, shape (N,), int64.
 
@@ -43,19 +44,20 @@ class StoredLabels:
 
 
 def stored_labels(dataset: datasets.Dataset, column: str) -> StoredLabels | None:
-    """Returns the labels of a column, None if it holds neither integers nor lists of integers or floats."""
+    """Returns the labels of a column, None if it holds no integers, booleans, or lists of these or of floats."""
     table = dataset.with_format("arrow").select_columns([column])[:]
     values: Any = table.column(column).combine_chunks()
     kind, lengths = "class", None
     if pa.types.is_list(values.type) or pa.types.is_large_list(values.type) or pa.types.is_fixed_size_list(values.type):
         lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False).astype(np.int64)
         values = pc.list_flatten(values)
-        kind = "multi_label" if pa.types.is_floating(values.type) else "token"
-    is_class = pa.types.is_integer(values.type) or (pa.types.is_boolean(values.type) and kind == "class")
-    if not is_class and kind != "multi_label":
+        kind = "token" if pa.types.is_integer(values.type) else "multi_label"
+    if not any(is_one(values.type) for is_one in (pa.types.is_integer, pa.types.is_boolean, pa.types.is_floating)):
+        return None
+    if kind == "class" and pa.types.is_floating(values.type):
         return None
     numbers = pc.fill_null(pc.cast(values, pa.float64(), safe=False), IGNORED).to_numpy(zero_copy_only=False)
-    is_label = (numbers != IGNORED) & ~np.isnan(numbers)
+    is_label = (numbers >= 0) if kind == "multi_label" else (numbers != IGNORED)
     rows = np.arange(len(numbers)) if lengths is None else np.repeat(np.arange(len(lengths)), lengths)
     counts = np.bincount(rows[is_label], minlength=len(dataset))
     found = numbers[is_label] > 0.5 if kind == "multi_label" else numbers[is_label]  # smoothed targets, as in the loss
@@ -102,7 +104,7 @@ def stored_classes(trainer: Trainer, dataset: Any) -> torch.Tensor | None:
     if not isinstance(dataset, datasets.Dataset):
         return None
     column = stored_column(trainer, dataset.column_names)
-    if column is None or not str(getattr(dataset.features[column], "dtype", "")).startswith(("int", "bool")):
+    if column is None or not str(getattr(dataset.features[column], "dtype", "")).startswith(("int", "uint", "bool")):
         return None
     labels = stored_labels(dataset, column)
     is_class = labels is not None and len(labels.values) and int(labels.values.max()) < _MAX_CLASSES

@@ -286,6 +286,7 @@ class LossResampler(Resampler):
             "history_epochs": self.history.epochs,
             "metrics": self._metrics,
             "labels": describe_labels(self._bound().trainer, self._bound().trainer.train_dataset),
+            "label_problem": self._bound().label_margins.problem,
         }
         if is_writer:
             save_state(directory, "weighted", numbers, tensors)

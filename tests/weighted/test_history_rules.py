@@ -32,8 +32,9 @@ def test_suspects_are_left_out_once_two_epochs_are_measured(tmp_path, losses, fi
 
 def test_a_row_left_out_keeps_its_history_and_a_row_never_read_is_no_suspect():
     history = torch.tensor([[9.0, 1.0, float("nan"), 1.0], [float("nan"), 0.5, float("nan"), 0.75]])
-    weights = LeaveOutSuspects(0.5)(torch.ones(4), ExampleStatistics(loss_history=history))
-    assert weights.tolist() == [0, 1, 1, 0]
+    for fraction, expected in ((0.5, [0, 1, 1, 1]), (0.7, [0, 1, 1, 0])):  # of the three that were read
+        weights = LeaveOutSuspects(fraction)(torch.ones(4), ExampleStatistics(loss_history=history))
+        assert weights.tolist() == expected
     with pytest.raises(ValueError, match="LeaveOutSuspects needs the statistic `loss_history`, which was not measured"):
         LeaveOutSuspects()(torch.ones(4))
     with pytest.raises(ValueError, match=r"`fraction`=1\.0 must lie in \[0, 1\)"):

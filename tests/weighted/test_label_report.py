@@ -415,3 +415,37 @@ def test_draws_that_gather_wrong_labels_are_warned_of(tmp_path, caplog):
         found = [record.message for record in caplog.records if "probably wrong" in record.message]
         assert len(found) == (weighting == Proportional())
     assert "wrong labels show up in `label_report()`" in found[0]
+
+
+def test_unknown_labels_of_a_multi_label_row_are_refused(tmp_path):
+    """A place that is masked by a weight of 0 is no label, and then the others are not known by their place."""
+    dataset = datasets.Dataset.from_list(learnable()).map(
+        lambda row, number: {"labels": [float(row["labels"]), -1.0 if number % 3 else 0.0]}, with_indices=True
+    )
+
+    def masked(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        weight = (labels >= 0).float()
+        return torch.nn.functional.binary_cross_entropy_with_logits(outputs.logits[:, :2], labels.clamp(0), weight)
+
+    trainer = observed(tmp_path, dataset, compute_loss_func=masked, args={"save_strategy": "epoch"})
+    for report in (trainer.resampler.label_report, lambda: LabelReport.from_checkpoint(tmp_path)):
+        with pytest.raises(RuntimeError, match=r"rows have 1 to 2 labels of 0 and 1, .* Leave out rows with unknown"):
+            report()
+
+
+@pytest.mark.parametrize("kind", ["class", "multi_label"])
+def test_labels_that_are_booleans(kind):
+    labels = [row % 2 for row in range(100)]
+    report = report_of(kind, [1] * 100, labels, wrong=list(range(0, 100, 10)))
+    values = [bool(label) if kind == "class" else [bool(label)] for label in labels]
+    relabelled = report.relabel(dataset := datasets.Dataset.from_dict({"labels": values}))
+    assert relabelled.features == dataset.features
+    changed = [row for row in range(100) if relabelled["labels"][row] != values[row]]
+    assert changed == list(range(0, 100, 10))
+
+
+def test_tags_that_are_unsigned_can_be_masked():
+    feature = datasets.Features({"labels": datasets.List(datasets.Value("uint8"))})
+    dataset = datasets.Dataset.from_dict({"labels": [[0, 1]] * 50}, features=feature)
+    report = report_of("token", [2] * 50, [0, 1] * 50, wrong=[5])
+    assert report.drop(dataset)["labels"][2] == [0, -100]
