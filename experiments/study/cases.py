@@ -18,7 +18,7 @@ import transformers as hf
 from datasets import Dataset, load_dataset
 
 IGNORED = -100
-NUM_HELD, NUM_TEST = 1500, 3000
+NUM_HELD, NUM_TEST, NUM_FROZEN = 1500, 3000, 4000
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Regime:
         noise: Share of the rows whose label is changed.
         is_class_noise: Whether only the rows of half of the classes are changed, each class to one other.
         minority: Share of the rows that are of the last class; None for the source's own shares.
+        is_frozen: Whether a small network is trained on the mean-pooled features of the frozen encoder.
     """
 
     source: str
@@ -80,6 +81,7 @@ class Regime:
     noise: float = 0.0
     is_class_noise: bool = False
     minority: float | None = None
+    is_frozen: bool = False
 
 
 REGIMES = {
@@ -105,6 +107,19 @@ REGIMES = {
     "tokens_wikiann": Regime("wikiann", 1000, 4, "balanced"),
     "digits": Regime("digits", 800, 15, "balanced", learning_rate=1e-3, minority=0.02),
     "captions": Regime("captions", 2000, 3, learning_rate=1e-3),
+}
+FROZEN = {
+    "few": {"num_rows": 200, "num_epochs": 20},
+    "imbalance": {"num_rows": 1000, "num_epochs": 15, "minority": 0.05, "score": "balanced"},
+    "noise": {"num_rows": 1000, "num_epochs": 15, "noise": 0.15},
+    "class_noise": {"num_rows": 1000, "num_epochs": 15, "noise": 0.15, "is_class_noise": True},
+    "groups": {"num_rows": 1000, "num_epochs": 6, "score": "worst"},
+    "full": {"num_rows": NUM_FROZEN, "num_epochs": 4},
+}
+REGIMES |= {
+    f"{subject}_{source}_frozen": Regime(source, **options, learning_rate=1e-3, is_frozen=True)
+    for subject, options in FROZEN.items()
+    for source in ("snips", "ag_news", "imdb")
 }
 
 
@@ -141,16 +156,18 @@ class Case:
 
     @property
     def kind(self) -> str:
-        return SOURCES[self.regime.source].kind
+        return "features" if self.regime.is_frozen else SOURCES[self.regime.source].kind
 
     def without(self, rows: Any) -> "Case":
         """Returns the case without some of its training rows."""
         kept = np.setdiff1d(np.arange(len(self.train)), np.asarray(rows, dtype=int))
         return replace(self, train=self.train.select(kept), is_flipped=self.is_flipped[kept])
 
-    def build_model(self) -> hf.PreTrainedModel:
+    def build_model(self) -> torch.nn.Module:
         """Returns the model with the seed's initial weights."""
         hf.set_seed(self.seed)
+        if self.kind == "features":
+            return FeatureClassifier(len(self.train["features"][0]), self.num_classes)
         if self.kind == "image":
             sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
             config = hf.ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=self.num_classes, **sizes)
@@ -165,7 +182,7 @@ class Case:
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns a padded batch."""
-        if self.kind == "image":
+        if self.kind in ("image", "features"):
             return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
         width = max(len(row["input_ids"]) for row in rows)
 
@@ -178,6 +195,23 @@ class Case:
         is_class = self.kind == "text"
         batch["labels"] = torch.tensor([row["labels"] for row in rows]) if is_class else padded("labels", IGNORED)
         return batch
+
+
+class FeatureClassifier(torch.nn.Module):
+    """Two layers over features of a frozen encoder."""
+
+    def __init__(self, num_features: int, num_classes: int, num_hidden: int = 256) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.LayerNorm(num_features), torch.nn.Dropout(0.1), torch.nn.Linear(num_features, num_hidden),
+            torch.nn.ReLU(), torch.nn.Dropout(0.1), torch.nn.Linear(num_hidden, num_classes),
+        )  # fmt: skip
+
+    def forward(self, features: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Returns logits and, of rows with labels, the mean cross entropy."""
+        logits = self.layers(features)
+        loss = {} if labels is None else {"loss": torch.nn.functional.cross_entropy(logits, labels)}
+        return loss | {"logits": logits}
 
 
 def predicted(logits: Any, labels: torch.Tensor) -> torch.Tensor:
@@ -290,9 +324,34 @@ class Loader:
         test_rows = self.tokens(name, "test")
         return rows.select(rest), test_rows.select(np.random.default_rng(1).permutation(len(test_rows))[:NUM_TEST])
 
+    @functools.cache  # noqa: B019 - one loader per process
+    def features(self, name: str) -> tuple[Dataset, Dataset]:
+        """Returns some rows to train on and those to evaluate on, with features of the frozen encoder for tokens."""
+        pool, evaluation = self.splits(name)
+        parts = {"train": pool.select(range(min(NUM_FROZEN, len(pool)))), self.split: evaluation}
+        return tuple(self._featured(f"{name}-{part}-features", rows) for part, rows in parts.items())  # type: ignore[return-value]
+
+    def _featured(self, name: str, rows: Dataset) -> Dataset:
+        path = self.cache / f"{name}.parquet"
+        if not path.is_file():
+            encoder, order = hf.AutoModel.from_pretrained(self.model_path).eval(), np.argsort(lengths_of(rows))
+            features: list[Any] = [None] * len(rows)
+            for some in np.array_split(order, len(rows) // 64 + 1):
+                ids = [torch.tensor(rows[int(row)]["input_ids"]) for row in some]
+                padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+                mask = torch.arange(padded.shape[1]) < torch.tensor([len(one) for one in ids]).unsqueeze(1)
+                with torch.no_grad():
+                    states = encoder(padded, attention_mask=mask.long()).last_hidden_state * mask.unsqueeze(-1)
+                for row, mean in zip(some, states.sum(1) / mask.sum(1, keepdim=True), strict=True):
+                    features[row] = mean.tolist()
+            draft = path.with_suffix(f".{os.getpid()}")
+            rows.remove_columns("input_ids").add_column("features", features).to_parquet(draft)
+            draft.replace(path)
+        return Dataset(pq.read_table(path))
+
     def load(self, regime: Regime, seed: int) -> Case:
         """Returns the rows of a regime and seed."""
-        pool, evaluation = self.splits(regime.source)
+        pool, evaluation = self.features(regime.source) if regime.is_frozen else self.splits(regime.source)
         generator = np.random.default_rng(seed)
         kind = SOURCES[regime.source].kind
         if kind in ("text", "image"):
@@ -308,6 +367,10 @@ class Loader:
         groups = np.array(evaluation["group"][:])
         return Case(regime, seed, train.remove_columns("group"), is_flipped, evaluation.remove_columns("group"), groups,
                     num_classes, self.model_path, 0 if kind == "image" else self.tokenizer.pad_token_id)  # fmt: skip
+
+
+def lengths_of(rows: Dataset) -> list[int]:
+    return [len(ids) for ids in rows["input_ids"][:]]
 
 
 TAGS = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")
