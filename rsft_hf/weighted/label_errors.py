@@ -11,9 +11,9 @@ from rsft_hf.weighted.label_margins import LabelMargins
 
 _MIN_GROUP = 10  # labels in a group for a scale of its own
 _MIN_AGREEMENT = 0.5  # share of the labels of a class that a model agrees with after learning it
-_MAX_FORGOTTEN = (
-    0.05  # share of the labels agreed with in one epoch that a model that has learnt contradicts in the next
-)
+_MAX_FORGOTTEN = 0.05  # share of the labels agreed with that a model that has learnt contradicts in the next epoch
+_MIN_OF_NEXT = 0.9  # share of the next epoch's agreement that it has reached
+_MIN_EPOCHS = 2  # that count, where there are as many
 _MIN_READ = 0.25  # of the labels that the fullest epoch read, for an epoch that counts
 
 # Weak normal priors, mean and deviation: log k, so that the model errs on 2 % at its median margin; log-odds of 2 r, so
@@ -84,10 +84,11 @@ class Learning(NamedTuple):
     """What a model has learnt of the labels.
 
     Attributes:
-        is_used: Epochs that count, shape (epochs,), bool: from the first in which the model forgets little, as many as
-            there were before it, or one. It contradicts at most a twentieth of the labels of a class that it agreed
-            with in the epoch before, and its agreement is at least half as far above chance as the best one's. Before,
-            the model had not learnt the task; later, it learns the wrong labels by heart.
+        is_used: Epochs that count, shape (epochs,), bool: from the first after which little changes, as many as there
+            were before it, at least two. In the next epoch the model contradicts at most a twentieth of the labels of a class
+            that it agreed with, and agrees with at most a ninth more; its agreement is at least half as far above
+            chance as the best one's. Before, the model had not learnt the task; later, it learns the wrong labels by
+            heart. The last epoch if there is none.
         is_learnt: Labels of a class that the model agreed with at least half of the time in one of them, shape (L,).
         agreement: Mean over the classes of the share of their labels that the model agreed with, in the best of them.
         is_trusted: Whether that is well above chance: half, and 5 of 8 for two classes.
@@ -113,24 +114,23 @@ def learning(history: torch.Tensor, classes: torch.Tensor, num_choices: int | No
         [True, True, True, False]
     """
     _, classes = classes.unique(return_inverse=True)
-    is_read, agrees = history.isfinite(), history > 0
+    num_read = history.isfinite().sum(1)
+    # An epoch that was interrupted after a few steps says little, and may lack a class.
+    whole = (num_read >= _MIN_READ * num_read.max()).nonzero().flatten()
+    is_read, agrees = history[whole].isfinite(), history[whole] > 0
     rates = _class_shares(agrees, is_read, classes)
     agreements = rates.nanmean(1).nan_to_num(0.0)
-    agreed = torch.cat([torch.zeros_like(agrees[:1]), agrees[:-1]])  # in the epoch before
-    forgotten = _class_shares(~agrees, is_read & agreed, classes).nanmean(1).nan_to_num(1.0)
+    forgotten = _class_shares(~agrees[1:], is_read[1:] & agrees[:-1], classes).nanmean(1).nan_to_num(1.0)
     num_choices = num_choices or int(rates.isfinite().any(0).sum())
     chance = 1 / num_choices if num_choices > 1 else 0.0
-    # An epoch that was interrupted after a few steps says little, and may lack a class.
-    is_whole = is_read.sum(1) >= _MIN_READ * is_read.sum(1).max()
-    is_near_best = is_whole & (agreements - chance >= (agreements[is_whole].max() - chance) / 2)
-    forgotten[~is_near_best] = float("inf")
-    has_learnt = forgotten <= _MAX_FORGOTTEN
-    start = int(has_learnt.int().argmax() if has_learnt.any() else forgotten.argmin())
+    is_steady = (forgotten <= _MAX_FORGOTTEN) & (agreements[:-1] >= _MIN_OF_NEXT * agreements[1:])
+    is_steady &= agreements[:-1] - chance >= (agreements.max() - chance) / 2
+    start = int(torch.cat([is_steady, torch.tensor([True])]).int().argmax())
+    used = slice(start, start + max(_MIN_EPOCHS, start))
     is_used = torch.zeros(len(history), dtype=torch.bool)
-    is_used[start : start + max(1, start)] = True
-    is_used &= is_whole
-    is_learnt = rates[is_used].nan_to_num(0.0).amax(0) >= _MIN_AGREEMENT
-    agreement = float(agreements[is_used].max())
+    is_used[whole[used]] = True
+    is_learnt = rates[used].nan_to_num(0.0).amax(0) >= _MIN_AGREEMENT
+    agreement = float(agreements[used].max())
     is_trusted = agreement >= max(_MIN_AGREEMENT, chance + (1 - chance) / 4)
     return Learning(is_used, is_learnt[classes], agreement, is_trusted)
 
@@ -141,10 +141,10 @@ def _class_shares(has: torch.Tensor, among: torch.Tensor, classes: torch.Tensor)
     NaN for a class without such labels.
     """
     num_classes = int(classes.max()) + 1
-    counted, found = (
-        torch.stack([torch.bincount(classes[one], minlength=num_classes) for one in chosen])
-        for chosen in (among, has & among)
-    )
+    counted, found = torch.zeros(2, len(has), num_classes)
+    for epoch, (chosen, own) in enumerate(zip(among, has, strict=True)):
+        counted[epoch] = torch.bincount(classes[chosen], minlength=num_classes)
+        found[epoch] = torch.bincount(classes[chosen & own], minlength=num_classes)
     return found / counted
 
 

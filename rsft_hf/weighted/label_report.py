@@ -24,8 +24,8 @@ logger = logging.get_logger(__name__)
 class LabelReport:
     """Label errors that a training run found: their probability, their number, and the labels the model prefers.
 
-    Margins count from the epoch in which the model has learnt the task, as it forgets few labels, for as many epochs as
-    that took: later, it learns wrong labels by heart. The estimate is low where it cannot learn the task, or learns
+    Margins count from the epoch in which the model has learnt the task, as little changes in the next one, for as many
+    epochs as that took: later, it learns wrong labels by heart. The estimate is low where it cannot learn the task, or learns
     labels by heart at once: observe a plain run with the learning rate that generalises best.
 
     Args:
@@ -230,9 +230,9 @@ class LabelReport:
 
     def _not_learnt(self) -> str:
         return (
-            f"The model agrees with {self.agreement:.0%} of the labels of a class, in its best epoch, on average: it "
-            "has not learnt the task, so it cannot tell which labels are wrong. Train for more epochs, or at another "
-            "learning rate."
+            f"The model agrees with {self.agreement:.0%} of the labels of a class, on average, in the best epoch that "
+            "counts: it has not learnt the task, so it cannot tell which labels are wrong. Train for more epochs, or "
+            "at another learning rate."
         )
 
     def _is_wrong(self, threshold: float) -> torch.Tensor:

@@ -116,7 +116,7 @@ def test_labels_that_are_no_classes_are_refused(values, message, make):
 
 
 def test_a_missing_label_column_is_named():
-    message = r"none of \['start', 'labels', 'label'\] is in \['text'\]"
+    message = r"none of \['start', 'labels', 'label', 'label_ids'\] is in \['text'\]"
     for dataset in (datasets.Dataset.from_dict({"text": ["a"]}), [{"text": "a"}]):
         with pytest.raises(ValueError, match=message):
             class_labels(SimpleNamespace(label_names=["start"]), dataset)
