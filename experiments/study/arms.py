@@ -196,7 +196,7 @@ def suspects_left_out(share: float | None) -> Callable[[Run], hf.Trainer]:
     return arm
 
 
-def cleaned(method: str, threshold: float = 0.5) -> Callable[[Run], hf.Trainer]:
+def cleaned(method: str, threshold: float) -> Callable[[Run], hf.Trainer]:
     """Observes a plain run, drops or relabels what its label report says is wrong, retrains."""
 
     def arm(run: Run) -> hf.Trainer:
@@ -294,9 +294,9 @@ ARMS: dict[str, Callable[[Run], hf.Trainer]] = {
     "observed": observed,
     "suspects_out": suspects_left_out(None),
     "suspects_out_10": suspects_left_out(0.1),
-    "report_dropped": cleaned("drop"),
-    "report_dropped_30": cleaned("drop", threshold=0.3),
-    "report_relabelled": cleaned("relabel"),
+    "report_dropped": cleaned("drop", threshold=0.3),
+    "report_dropped_50": cleaned("drop", threshold=0.5),
+    "report_relabelled": cleaned("relabel", threshold=0.5),
     "cleanlab_out": cleanlab_left_out,
     "oracle_out": oracle,
     # less compute
@@ -319,7 +319,7 @@ EVERYWHERE = (
     "corrected_gentle", "control", "variance", "progress",
 )  # fmt: skip
 NOISE = ("leave_out_10", "soft_leave_out_10", "drop_top", "margin", "observed", "suspects_out", "suspects_out_10",
-         "report_dropped", "report_dropped_30", "report_relabelled", "cleanlab_out", "oracle_out")  # fmt: skip
+         "report_dropped", "report_dropped_50", "report_relabelled", "cleanlab_out", "oracle_out")  # fmt: skip
 IMBALANCE = ("class_balanced", "class_balanced_capped", "class_weighted_loss", "logit_adjustment", "focal_loss",
              "weighted_sampler")  # fmt: skip
 COMPUTE = tuple(name for name in ARMS if name.endswith(("_60", "_40")))

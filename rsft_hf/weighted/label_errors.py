@@ -85,8 +85,8 @@ class Learning(NamedTuple):
 
     Attributes:
         is_used: Epochs that count, shape (epochs,), bool: from the first after which little changes, as many as there
-            were before it, at least two. In the next epoch the model contradicts at most a twentieth of the labels of a class
-            that it agreed with, and agrees with at most a ninth more; its agreement is at least half as far above
+            were before it, at least two. In the next epoch the model contradicts at most a twentieth of the labels of a
+            class that it agreed with, and agrees with at most a ninth more; its agreement is at least half as far above
             chance as the best one's. Before, the model had not learnt the task; later, it learns the wrong labels by
             heart. The last epoch if there is none.
         is_learnt: Labels of a class that the model agreed with at least half of the time in one of them, shape (L,).

@@ -25,8 +25,8 @@ class LabelReport:
     """Label errors that a training run found: their probability, their number, and the labels the model prefers.
 
     Margins count from the epoch in which the model has learnt the task, as little changes in the next one, for as many
-    epochs as that took: later, it learns wrong labels by heart. The estimate is low where it cannot learn the task, or learns
-    labels by heart at once: observe a plain run with the learning rate that generalises best.
+    epochs as that took: later, it learns wrong labels by heart. The estimate is low where it cannot learn the task, or
+    learns labels by heart at once: observe a plain run with the learning rate that generalises best.
 
     Args:
         margins: Margins of all labels over the run.
@@ -195,14 +195,15 @@ class LabelReport:
         if stored is not None:
             self._compare(dataset, column, stored)
 
-    def drop(self, dataset: datasets.Dataset, threshold: float = 0.5) -> datasets.Dataset:
+    def drop(self, dataset: datasets.Dataset, threshold: float = 0.3) -> datasets.Dataset:
         """Returns the data set without the labels that are wrong with a probability above `threshold`.
 
         Rows with such a label are left out; of token labels only the label itself, which becomes -100.
 
         Args:
             dataset: The training set, or another data set of the same rows and labels.
-            threshold: In [0, 1].
+            threshold: In [0, 1]; by default below a half, as a wrong label that stays costs more than a right one that
+                goes.
 
         Raises:
             RuntimeError: If the model has not learnt the task: its `agreement` is not well above chance.
