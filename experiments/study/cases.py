@@ -365,8 +365,9 @@ class Loader:
             noisy, is_flipped = flipped(labels[rows], regime, num_classes, generator)
             train = train.remove_columns("labels").add_column("labels", noisy.tolist())
         groups = np.array(evaluation["group"][:])
-        return Case(regime, seed, train.remove_columns("group"), is_flipped, evaluation.remove_columns("group"), groups,
-                    num_classes, self.model_path, 0 if kind == "image" else self.tokenizer.pad_token_id)  # fmt: skip
+        pad = self.tokenizer.pad_token_id if "input_ids" in train.column_names else 0
+        train, evaluation = train.remove_columns("group"), evaluation.remove_columns("group")
+        return Case(regime, seed, train, is_flipped, evaluation, groups, num_classes, self.model_path, pad)
 
 
 def lengths_of(rows: Dataset) -> list[int]:

@@ -6,7 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
+from datasets import Dataset
 
+import runs
 from experiments import weighted_study
 from experiments.study import cases
 from experiments.study.arms import ARMS, SUBJECTS, Run, arms_of, reweighted_loss
@@ -60,6 +63,31 @@ def test_arms_start_alike_and_take_the_same_steps(loader, arm):
     assert line["score"] == line["balanced"]
     starts = [Run(loader.load(REGIMES["digits"], 1)).case.build_model().state_dict() for _ in range(2)]
     assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())
+
+
+def test_features_of_the_frozen_encoder_are_the_means_of_each_row_alone(tmp_path, monkeypatch):
+    lengths = [2 + row % 5 for row in range(2100)]
+    ids = [[3 + (row + place) % 20 for place in range(length)] for row, length in enumerate(lengths)]
+    rows = {"input_ids": ids, "labels": [row % 4 for row in range(2100)], "group": [0] * 2100}
+    (tmp_path / "tokens").mkdir()
+    Dataset.from_dict(rows).to_parquet(tmp_path / "tokens" / "imdb-train.parquet")
+    runs.bert().base_model.save_pretrained(tmp_path / "encoder")
+    monkeypatch.setattr(cases, "NUM_HELD", 100)
+    monkeypatch.setattr(cases, "NUM_FROZEN", 150)
+    monkeypatch.setitem(REGIMES, "few_imdb_frozen", replace(REGIMES["few_imdb_frozen"], num_rows=64, num_epochs=3))
+    loader = Loader(tmp_path / "tokens", str(tmp_path / "encoder"), "held")
+    encoder = transformers.AutoModel.from_pretrained(tmp_path / "encoder").eval()
+    pool, held = loader.splits("imdb")
+    for tokens, features in zip((pool, held), loader.features("imdb"), strict=True):
+        assert len(features) == min(len(tokens), 150)
+        for row in (0, 7, len(features) - 1):
+            with torch.no_grad():
+                alone = encoder(torch.tensor([tokens["input_ids"][row]])).last_hidden_state[0].mean(0)
+            assert features["features"][row] == pytest.approx(alone.tolist(), abs=1e-5)
+            assert features["labels"][row] == tokens["labels"][row]
+    line = weighted_study.one_run(loader, "few_imdb_frozen", "report_dropped", seed=1)
+    assert "error" not in line
+    assert line["steps"] == 6
 
 
 @pytest.mark.slow
