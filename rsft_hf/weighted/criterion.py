@@ -40,8 +40,8 @@ class Choices:
     Attributes:
         labels: Class of the label, int64; of a binary criterion 0 or 1.
         rivals: Class with the largest logit among the others, int64.
-        margins: Logit of the label minus that of the rival; of a binary criterion the other class has logit 0, and an
-            element of weight 0 has margin NaN: it is no label.
+        margins: Logit of the label minus that of the rival; of a binary criterion the other class has logit 0, and the
+            margin of an element of weight 0 is NaN: its label is not read.
         is_binary: Whether the criterion is binary.
     """
 

@@ -13,6 +13,7 @@ _MIN_GROUP = 10  # labels in a group for a scale of its own
 _MIN_AGREEMENT = 0.5  # share of the labels of a class that a model agrees with after learning it
 _MAX_FORGOTTEN = 0.05  # share of the labels agreed with that a model that has learnt contradicts in the next epoch
 _MIN_OF_NEXT = 0.9  # share of the next epoch's agreement that it has reached
+_MIN_OF_BEST = 0.8  # share of the best epoch's agreement, where labels are forgotten to the end
 _MIN_EPOCHS = 2  # that count, where there are as many
 _MIN_READ = 0.25  # of the labels that the fullest epoch read, for an epoch that counts
 
@@ -88,7 +89,7 @@ class Learning(NamedTuple):
             were before it, at least two. In the next epoch the model contradicts at most a twentieth of the labels of a
             class that it agreed with, and agrees with at most a ninth more; its agreement is at least half as far above
             chance as the best one's. Before, the model had not learnt the task; later, it learns the wrong labels by
-            heart. The last epoch if there is none.
+            heart. If there is none, from the first whose agreement is four fifths of the best one's.
         is_learnt: Labels of a class that the model agreed with at least half of the time in one of them, shape (L,).
         agreement: Mean over the classes of the share of their labels that the model agreed with, in the best of them.
         is_trusted: Whether that is well above chance: half, and 5 of 8 for two classes.
@@ -117,7 +118,8 @@ def learning(history: torch.Tensor, classes: torch.Tensor, num_choices: int | No
     num_read = history.isfinite().sum(1)
     # An epoch that was interrupted after a few steps says little, and may lack a class.
     whole = (num_read >= _MIN_READ * num_read.max()).nonzero().flatten()
-    is_read, agrees = history[whole].isfinite(), history[whole] > 0
+    history = history if len(whole) == len(history) else history[whole]
+    is_read, agrees = history.isfinite(), history > 0
     rates = _class_shares(agrees, is_read, classes)
     agreements = rates.nanmean(1).nan_to_num(0.0)
     forgotten = _class_shares(~agrees[1:], is_read[1:] & agrees[:-1], classes).nanmean(1).nan_to_num(1.0)
@@ -125,9 +127,11 @@ def learning(history: torch.Tensor, classes: torch.Tensor, num_choices: int | No
     chance = 1 / num_choices if num_choices > 1 else 0.0
     is_steady = (forgotten <= _MAX_FORGOTTEN) & (agreements[:-1] >= _MIN_OF_NEXT * agreements[1:])
     is_steady &= agreements[:-1] - chance >= (agreements.max() - chance) / 2
-    start = int(torch.cat([is_steady, torch.tensor([True])]).int().argmax())
+    if not bool(is_steady.any()):
+        is_steady = agreements >= _MIN_OF_BEST * agreements.max()
+    start = int(is_steady.int().argmax())
     used = slice(start, start + max(_MIN_EPOCHS, start))
-    is_used = torch.zeros(len(history), dtype=torch.bool)
+    is_used = torch.zeros(len(num_read), dtype=torch.bool)
     is_used[whole[used]] = True
     is_learnt = rates[used].nan_to_num(0.0).amax(0) >= _MIN_AGREEMENT
     agreement = float(agreements[used].max())

@@ -186,12 +186,6 @@ class LabelMargins:
             self._first_labels = self.num_per_row.cumsum(0) - self.num_per_row
             if (num_labels := int(self.num_per_row.sum())) > MAX_LABELS:
                 self.problem, num_labels = f"{num_labels} labels are more than {MAX_LABELS}", 0
-            counts = self.num_per_row[self.num_per_row > 0]
-            if self.is_binary and bool((counts != counts[:1]).any()):
-                self.problem = (
-                    f"rows have {int(counts.min())} to {int(counts.max())} labels of 0 and 1, and which they are is "
-                    "known by their place alone. Leave out rows with unknown labels"
-                )
             self._own, self.labels = MarginSums.empty(num_labels), torch.full((num_labels,), -1)
         return self._own
 

@@ -77,8 +77,9 @@ class LabelReport:
                 "No label has been read yet, or the loss does not compare classes (2 to 1,024). Call `label_report()` "
                 'after an epoch of LossResampler(losses="training").'
             )
-        # Stored as integers, the 0 and 1 of a multi-label task look like the classes of tokens.
-        self.kind = "multi_label" if kind == "token" and margins.is_binary else kind
+        # Stored as integers, the 0 and 1 of a multi-label task look like the classes of tokens, and as booleans these
+        # look like those.
+        self.kind = kind if kind == "class" else "multi_label" if margins.is_binary else "token"
         self._column, self._names = column, class_names
         self._num_per_row, self.labels = margins.num_per_row, margins.labels
         self.rows = torch.arange(len(self._num_per_row)).repeat_interleave(self._num_per_row)
@@ -113,7 +114,7 @@ class LabelReport:
         """
         numbers, tensors = load_state(state_directory(directory), "weighted")
         margins = LabelMargins.from_state(tensors)
-        margins.problem = numbers["label_problem"]
+        margins.problem = numbers.get("label_problem")
         return cls(margins, **numbers["labels"])
 
     def _warn(self, is_unlearnt: torch.Tensor) -> None:
@@ -125,7 +126,8 @@ class LabelReport:
                 classes = self.positions[is_unlearnt].unique().tolist()
             else:
                 which, classes = "the classes", self.labels[is_unlearnt].unique().tolist()
-                classes = classes if self._names is None else [self._names[one] for one in classes]
+                names = list(self._names or [])
+                classes = [names[one] if one < len(names) else one for one in classes]
             logger.warning(
                 f"{int(is_unlearnt.sum())} labels of {which} {classes[:10]} are not judged: the model never agreed "
                 "with half of them, so it has not learnt them."
@@ -247,10 +249,18 @@ class LabelReport:
     ) -> datasets.Dataset:
         """The data set with other values for the changed labels, all of shape (L,)."""
         column, codes = self._check_labels(dataset)
+        feature = dataset.features[column]
+        dtype = str(getattr(getattr(feature, "feature", feature), "dtype", ""))
+        if dtype.startswith(("uint", "bool")) and bool((values[is_changed] < 0).any()):
+            feature = datasets.List(datasets.Value("int64"))  # the others have no -100
+            dataset = dataset.cast_column(column, feature)
+        elif dtype == "bool":
+            values = values.bool()
         labels = list(dataset.with_format(None)[column])
         places: dict[int, list[int]] = {}
         for at in is_changed.nonzero().flatten().tolist():
-            row, value = int(self.rows[at]), int(values[at])
+            row = int(self.rows[at])
+            value: Any = values[at].item()
             if self.kind == "class":
                 labels[row] = codes[value] if codes is not None and value < len(codes) else value
                 continue
@@ -260,12 +270,7 @@ class LabelReport:
                 ]
                 labels[row] = list(labels[row])
             labels[row][places[row][int(self.positions[at])]] = value
-        names, feature = dataset.column_names, dataset.features[column]
-        dtype = str(getattr(getattr(feature, "feature", feature), "dtype", ""))
-        if dtype == "bool":
-            labels = [bool(one) if self.kind == "class" else [bool(value) for value in one] for one in labels]
-        if dtype.startswith("uint"):
-            feature = None  # unsigned numbers have no -100
+        names = dataset.column_names
         changed = dataset.add_column("changed labels", labels, feature=feature).remove_columns(column)
         return changed.rename_column("changed labels", column).select_columns(names)
 
@@ -329,7 +334,7 @@ class LabelReport:
 
     def _compare(self, dataset: datasets.Dataset, column: str | None, stored: StoredLabels | None) -> None:
         """Raises ValueError unless a column holds the labels of the report."""
-        kinds = {self.kind, "token"} if self.kind == "multi_label" else {self.kind}
+        kinds = {"class"} if self.kind == "class" else {"token", "multi_label"}
         if column is None or stored is None or stored.kind not in kinds:
             raise ValueError(
                 f"`dataset` has no column {self._column!r} with labels as they were trained on ({self.kind}): its "

@@ -23,7 +23,7 @@ class StoredLabels:
 
     Attributes:
         kind: "class" (one per row), "token" (a list of classes per row) or "multi_label" (a list of floats or booleans
-            per row, where less than 0 is no label either).
+            per row; beside 0 and 1 a negative number is no label either).
         values: Shape (L,), int64.
         num_per_row: Number of labels of each row, shape (N,), int64.
 
@@ -57,7 +57,9 @@ def stored_labels(dataset: datasets.Dataset, column: str) -> StoredLabels | None
     if kind == "class" and pa.types.is_floating(values.type):
         return None
     numbers = pc.fill_null(pc.cast(values, pa.float64(), safe=False), IGNORED).to_numpy(zero_copy_only=False)
-    is_label = (numbers >= 0) if kind == "multi_label" else (numbers != IGNORED)
+    is_label = (numbers != IGNORED) & ~np.isnan(numbers)
+    if kind == "multi_label" and bool((numbers == 0).any()):
+        is_label &= numbers >= 0  # without a 0, -1 and 1 are no and yes
     rows = np.arange(len(numbers)) if lengths is None else np.repeat(np.arange(len(lengths)), lengths)
     counts = np.bincount(rows[is_label], minlength=len(dataset))
     found = numbers[is_label] > 0.5 if kind == "multi_label" else numbers[is_label]  # smoothed targets, as in the loss

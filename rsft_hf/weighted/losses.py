@@ -115,8 +115,7 @@ class Recording:
     def label_choices(self) -> tuple[Choices, torch.Tensor] | None:
         """The labels against the model's other choices, and which elements have a label; None if unknown."""
         if len(self.calls) == 1 and (choices := self.calls[0].choices) is not None:
-            is_labelled = self.calls[0].normalisers > 0
-            return choices, is_labelled & ~choices.margins.isnan() if choices.is_binary else is_labelled
+            return choices, self.calls[0].normalisers > 0
         logits, labels = logits_of(self.outputs), self.labels
         if self.calls or logits is None or not isinstance(labels, torch.Tensor):
             return None

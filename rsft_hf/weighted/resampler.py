@@ -311,6 +311,7 @@ class LossResampler(Resampler):
         self._row_factors = tensors.get("row_factors")
         source = self._bound()
         source.load(numbers, tensors)
+        source.label_margins.problem = numbers.get("label_problem")
         self.history.load(numbers["history_epochs"], tensors)
         # Of a finished run no epoch follows that would record the last one.
         if source.is_from_training and source.ledger.num_reads(source.trainer.accelerator) >= self.draws_per_epoch():

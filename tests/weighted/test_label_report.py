@@ -1,6 +1,7 @@
 """Label reports: error probabilities, margins of the training steps, tables, dropping and relabelling."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rsft_hf.weighted import LabelReport
 from rsft_hf.weighted.criterion import Choices
 from rsft_hf.weighted.label_errors import evidence, learning
 from rsft_hf.weighted.label_margins import LabelMargins
+from rsft_hf.weighted.labels import stored_labels
 
 CPU = Accelerator(cpu=True)
 
@@ -152,7 +154,9 @@ def test_margins_that_are_not_those_of_the_labels_are_refused(rows, num_elements
         LabelReport(margins, "class")
 
 
-def report_of(kind: str, num_per_row: list[int], labels: list[int], wrong: list[int]) -> LabelReport:
+def report_of(
+    kind: str, num_per_row: list[int], labels: list[int], wrong: list[int], is_binary: bool | None = None
+) -> LabelReport:
     """A report of sure margins, negative at the given places with the class one above as the rival."""
     margins = LabelMargins(lambda: torch.tensor(num_per_row))
     first = 0
@@ -160,7 +164,9 @@ def report_of(kind: str, num_per_row: list[int], labels: list[int], wrong: list[
         own = labels[first : first + count]
         sizes = [-3.0 if place in wrong else 3.0 + place / 100 for place in range(first, first + count)]
         rivals = [1 - label if kind == "multi_label" else label + 1 for label in own]
-        margins.record([row], choices(own, rivals, sizes), torch.ones(count, dtype=torch.bool))
+        binary = kind == "multi_label" if is_binary is None else is_binary
+        compared = replace(choices(own, rivals, sizes), is_binary=binary)
+        margins.record([row], compared, torch.ones(count, dtype=torch.bool))
         first += count
     margins.end_epoch(CPU)
     return LabelReport(margins, kind)
@@ -418,7 +424,7 @@ def test_draws_that_gather_wrong_labels_are_warned_of(tmp_path, caplog):
 
 
 def test_unknown_labels_of_a_multi_label_row_are_refused(tmp_path):
-    """A place that is masked by a weight of 0 is no label, and then the others are not known by their place."""
+    """A place that is masked, by a weight of 0, say, is no label: neither judged nor overwritten."""
     dataset = datasets.Dataset.from_list(learnable()).map(
         lambda row, number: {"labels": [float(row["labels"]), -1.0 if number % 3 else 0.0]}, with_indices=True
     )
@@ -429,8 +435,15 @@ def test_unknown_labels_of_a_multi_label_row_are_refused(tmp_path):
 
     trainer = observed(tmp_path, dataset, compute_loss_func=masked, args={"save_strategy": "epoch"})
     for report in (trainer.resampler.label_report, lambda: LabelReport.from_checkpoint(tmp_path)):
-        with pytest.raises(RuntimeError, match=r"rows have 1 to 2 labels of 0 and 1, .* Leave out rows with unknown"):
+        with pytest.raises(RuntimeError, match=r"row \d+ has 1 labels in the data set and 2 in its batch"):
             report()
+    resumed = LossResampler(losses="training", warmup_epochs=3)
+    checkpoint = sorted(tmp_path.glob("checkpoint-*"))[0]
+    runs.trained(RejectionSamplingTrainer, tmp_path, train_dataset=dataset, model=runs.bert(dropout=0.0),
+                 args={"num_train_epochs": 3, "per_device_train_batch_size": 8, "learning_rate": 1e-2},
+                 resampler=resumed, compute_loss_func=masked, resume=str(checkpoint))  # fmt: skip
+    with pytest.raises(RuntimeError, match="has 1 labels in the data set"):
+        resumed.label_report()
 
 
 @pytest.mark.parametrize("kind", ["class", "multi_label"])
@@ -444,8 +457,18 @@ def test_labels_that_are_booleans(kind):
     assert changed == list(range(0, 100, 10))
 
 
-def test_tags_that_are_unsigned_can_be_masked():
-    feature = datasets.Features({"labels": datasets.List(datasets.Value("uint8"))})
+def test_missing_booleans_stay_missing():
+    report = report_of("class", [1, 0] * 50, [row % 2 for row in range(50)], wrong=[6])
+    values = [None if row % 2 else bool(row // 2 % 2) for row in range(100)]
+    relabelled = report.relabel(datasets.Dataset.from_dict({"labels": values}))["labels"][:]
+    assert [row for row in range(100) if relabelled[row] is not values[row]] == [12]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "bool"])
+def test_tags_of_a_type_without_negative_numbers_can_be_masked(dtype):
+    feature = datasets.Features({"labels": datasets.List(datasets.Value(dtype))})
     dataset = datasets.Dataset.from_dict({"labels": [[0, 1]] * 50}, features=feature)
-    report = report_of("token", [2] * 50, [0, 1] * 50, wrong=[5])
+    stored = stored_labels(dataset, "labels")  # which cannot tell tags that are booleans from several labels
+    report = report_of(stored.kind, [2] * 50, [0, 1] * 50, wrong=[5], is_binary=False)
     assert report.drop(dataset)["labels"][2] == [0, -100]
+    assert report.relabel(dataset, threshold=1.0).features == dataset.features
