@@ -41,7 +41,7 @@ class Choices:
         labels: Class of the label, int64; of a binary criterion 0 or 1.
         rivals: Class with the largest logit among the others, int64.
         margins: Logit of the label minus that of the rival; of a binary criterion the other class has logit 0, and the
-            margin of an element of weight 0 is NaN: its label is not read.
+            margin of an element of weight 0 among several of a row is NaN: its label is not read.
         is_binary: Whether the criterion is binary.
     """
 
@@ -199,7 +199,8 @@ class CriterionCapture(TorchFunctionMode):
             with torch.no_grad():
                 labels, logits = target.flatten(), input.flatten().float()
                 margins = (2 * labels - 1) * logits
-                if (weight := args[0] if args else kwargs.get("weight")) is not None:
+                weight = args[0] if args else kwargs.get("weight")
+                if weight is not None and input.ndim > 1 and input.shape[-1] > 1:
                     margins = margins.masked_fill(weight.expand_as(input).flatten() == 0, float("nan"))
                 choices = Choices(labels.gt(0.5).long(), labels.le(0.5).long(), margins, True)
             self.calls[-1] = dataclasses.replace(self.calls[-1], choices=choices)

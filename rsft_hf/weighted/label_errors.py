@@ -15,7 +15,7 @@ _MAX_FORGOTTEN = 0.05  # share of the labels agreed with that a model that has l
 _MIN_OF_NEXT = 0.9  # share of the next epoch's agreement that it has reached
 _MIN_OF_BEST = 0.8  # share of the best epoch's agreement, where labels are forgotten to the end
 _MIN_EPOCHS = 2  # that count, where there are as many
-_MIN_READ = 0.25  # of the labels that the fullest epoch read, for an epoch that counts
+_MIN_READ = 0.25  # of the labels that the fullest epoch read, for a last epoch that counts
 
 # Weak normal priors, mean and deviation: log k, so that the model errs on 2 % at its median margin; log-odds of 2 r, so
 # that r is 4 % (0.2 to 31 at two deviations); and those of a class against all, a factor of 4 at two deviations.
@@ -115,10 +115,9 @@ def learning(history: torch.Tensor, classes: torch.Tensor, num_choices: int | No
         [True, True, True, False]
     """
     _, classes = classes.unique(return_inverse=True)
-    num_read = history.isfinite().sum(1)
-    # An epoch that was interrupted after a few steps says little, and may lack a class.
-    whole = (num_read >= _MIN_READ * num_read.max()).nonzero().flatten()
-    history = history if len(whole) == len(history) else history[whole]
+    num_epochs, num_read = len(history), history.isfinite().sum(1)
+    if num_read[-1] < _MIN_READ * num_read.max():
+        history = history[:-1]  # interrupted after a few steps, it says little, and may lack a class
     is_read, agrees = history.isfinite(), history > 0
     rates = _class_shares(agrees, is_read, classes)
     agreements = rates.nanmean(1).nan_to_num(0.0)
@@ -131,8 +130,8 @@ def learning(history: torch.Tensor, classes: torch.Tensor, num_choices: int | No
         is_steady = agreements >= _MIN_OF_BEST * agreements.max()
     start = int(is_steady.int().argmax())
     used = slice(start, start + max(_MIN_EPOCHS, start))
-    is_used = torch.zeros(len(num_read), dtype=torch.bool)
-    is_used[whole[used]] = True
+    is_used = torch.zeros(num_epochs, dtype=torch.bool)
+    is_used[: len(history)][used] = True
     is_learnt = rates[used].nan_to_num(0.0).amax(0) >= _MIN_AGREEMENT
     agreement = float(agreements[used].max())
     is_trusted = agreement >= max(_MIN_AGREEMENT, chance + (1 - chance) / 4)

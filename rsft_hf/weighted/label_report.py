@@ -248,28 +248,25 @@ class LabelReport:
         self, dataset: datasets.Dataset, is_changed: torch.Tensor, values: torch.Tensor
     ) -> datasets.Dataset:
         """The data set with other values for the changed labels, all of shape (L,)."""
-        column, codes = self._check_labels(dataset)
+        column, codes, stored = self._check_labels(dataset)
         feature = dataset.features[column]
         dtype = str(getattr(getattr(feature, "feature", feature), "dtype", ""))
         if dtype.startswith(("uint", "bool")) and bool((values[is_changed] < 0).any()):
             feature = datasets.List(datasets.Value("int64"))  # the others have no -100
             dataset = dataset.cast_column(column, feature)
-        elif dtype == "bool":
+        elif dtype == "bool" and not bool((values[is_changed] > 1).any()):
             values = values.bool()
+        elif stored.no:
+            values = values.masked_fill(values == 0, stored.no)
         labels = list(dataset.with_format(None)[column])
-        places: dict[int, list[int]] = {}
         for at in is_changed.nonzero().flatten().tolist():
             row = int(self.rows[at])
             value: Any = values[at].item()
             if self.kind == "class":
                 labels[row] = codes[value] if codes is not None and value < len(codes) else value
                 continue
-            if row not in places:
-                places[row] = [
-                    place for place, label in enumerate(labels[row]) if label is not None and label != IGNORED
-                ]
-                labels[row] = list(labels[row])
-            labels[row][places[row][int(self.positions[at])]] = value
+            labels[row] = list(labels[row])
+            labels[row][int(stored.places[at])] = value
         names = dataset.column_names
         changed = dataset.add_column("changed labels", labels, feature=feature).remove_columns(column)
         return changed.rename_column("changed labels", column).select_columns(names)
@@ -289,7 +286,7 @@ class LabelReport:
             return stored, None
         numbers = {code: number for number, code in enumerate(codes)}
         values = torch.tensor([numbers[code] for code in dataset.with_format(None)[column]])
-        return StoredLabels("class", values, torch.ones_like(values)), codes
+        return StoredLabels("class", values, torch.ones_like(values), torch.zeros_like(values)), codes
 
     def _codes(self, dataset: datasets.Dataset, column: str, stored: StoredLabels | None) -> list[Any] | None:
         """What a column holds for each class, where it names them otherwise than by their number; else None."""
@@ -324,16 +321,15 @@ class LabelReport:
                 "set, or one with the same rows in the same order."
             )
 
-    def _check_labels(self, dataset: datasets.Dataset) -> tuple[str, list[Any] | None]:
-        """The label column and what it holds for each class, after comparing its labels with the report's."""
+    def _check_labels(self, dataset: datasets.Dataset) -> tuple[str, list[Any] | None, StoredLabels]:
+        """The label column, what it holds for each class, and its labels, after comparing them with the report's."""
         self._check_length(dataset)
         column = self._label_column(dataset)
         stored, codes = self._read(dataset, column)
-        self._compare(dataset, column, stored)
-        return str(column), codes
+        return str(column), codes, self._compare(dataset, column, stored)
 
-    def _compare(self, dataset: datasets.Dataset, column: str | None, stored: StoredLabels | None) -> None:
-        """Raises ValueError unless a column holds the labels of the report."""
+    def _compare(self, dataset: datasets.Dataset, column: str | None, stored: StoredLabels | None) -> StoredLabels:
+        """The labels of a column; raises ValueError unless they are those of the report."""
         kinds = {"class"} if self.kind == "class" else {"token", "multi_label"}
         if column is None or stored is None or stored.kind not in kinds:
             raise ValueError(
@@ -353,3 +349,4 @@ class LabelReport:
                 f"Row {int(self.rows[at])} of `dataset` has the label {int(stored.values[at])} and was trained on with "
                 f"{int(self.labels[at])}. Pass the training set, or one with the same rows in the same order."
             )
+        return stored

@@ -26,17 +26,23 @@ class StoredLabels:
             per row; beside 0 and 1 a negative number is no label either).
         values: Shape (L,), int64.
         num_per_row: Number of labels of each row, shape (N,), int64.
+        places: Place of each label in its row, shape (L,), int64.
+        no: What stands for no in a multi-label column: 0, or -1 beside 1.
 
     Example:
         >>> rows = datasets.Dataset.from_dict({"labels": [[3, -100, 1], [2]]})
         >>> labels = stored_labels(rows, "labels")
         >>> labels.kind, labels.values.tolist(), labels.num_per_row.tolist()
         ('token', [3, 1, 2], [2, 1])
+        >>> labels.places.tolist()
+        [0, 2, 0]
     """
 
     kind: str
     values: torch.Tensor
     num_per_row: torch.Tensor
+    places: torch.Tensor
+    no: int = 0
 
     def classes(self) -> torch.Tensor:
         """Returns the class of each row, shape (N,), -100 for none; of the kind "class" only."""
@@ -58,12 +64,17 @@ def stored_labels(dataset: datasets.Dataset, column: str) -> StoredLabels | None
         return None
     numbers = pc.fill_null(pc.cast(values, pa.float64(), safe=False), IGNORED).to_numpy(zero_copy_only=False)
     is_label = (numbers != IGNORED) & ~np.isnan(numbers)
+    no = 0
     if kind == "multi_label" and bool((numbers == 0).any()):
-        is_label &= numbers >= 0  # without a 0, -1 and 1 are no and yes
-    rows = np.arange(len(numbers)) if lengths is None else np.repeat(np.arange(len(lengths)), lengths)
-    counts = np.bincount(rows[is_label], minlength=len(dataset))
+        is_label &= numbers >= 0
+    elif kind == "multi_label" and bool((numbers == -1).any()):
+        no = -1
+    lengths = np.ones(len(numbers), dtype=np.int64) if lengths is None else lengths
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    places = torch.from_numpy((np.arange(len(numbers)) - (np.cumsum(lengths) - lengths)[rows])[is_label])
+    counts = torch.from_numpy(np.bincount(rows[is_label], minlength=len(dataset)))
     found = numbers[is_label] > 0.5 if kind == "multi_label" else numbers[is_label]  # smoothed targets, as in the loss
-    return StoredLabels(kind, torch.from_numpy(found.astype(np.int64)), torch.from_numpy(counts))
+    return StoredLabels(kind, torch.from_numpy(found.astype(np.int64)), counts, places, no)
 
 
 def stored_column(trainer: Trainer, columns: Collection[str]) -> str | None:

@@ -464,6 +464,27 @@ def test_missing_booleans_stay_missing():
     assert [row for row in range(100) if relabelled[row] is not values[row]] == [12]
 
 
+@pytest.mark.parametrize("missing", [None, math.nan, -1.0, -100.0])
+def test_a_label_is_changed_at_its_own_place(missing):
+    """Place 0 of each row has no label, so that the report's first label of a row is its second value."""
+    values = [[missing, float(row % 2)] if row else [0.0, 0.0] for row in range(50)]
+    labels = [0, 0, *[row % 2 for row in range(1, 50)]]
+    report = report_of("multi_label", [2] + [1] * 49, labels, wrong=[8], is_binary=False)
+    dataset = datasets.Dataset.from_dict({"labels": values})
+    for changed, value in ((report.relabel(dataset), 0.0), (report.drop(dataset), -100.0)):
+        assert [row for row in range(50) if changed["labels"][row][1] != values[row][1]] == [7]
+        assert changed["labels"][7][1] == value
+        assert str(changed["labels"][7][0]) == str(missing)
+
+
+def test_no_is_written_as_the_column_has_it():
+    dataset = datasets.Dataset.from_dict({"labels": [[-1.0, 1.0]] * 50})
+    report = report_of("multi_label", [2] * 50, [0, 1] * 50, wrong=[5])
+    relabelled = report.relabel(dataset)
+    assert relabelled["labels"][2] == [-1.0, -1.0]
+    report.validate(dataset)
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "bool"])
 def test_tags_of_a_type_without_negative_numbers_can_be_masked(dtype):
     feature = datasets.Features({"labels": datasets.List(datasets.Value(dtype))})
