@@ -206,7 +206,7 @@ def cleaned(method: str, threshold: float) -> Callable[[Run], hf.Trainer]:
         rows = np.flatnonzero(report.probabilities > threshold)
         is_judged = report.probabilities.isfinite()  # classes that the model has not learnt are not
         judged = report.probabilities[is_judged]
-        gaps = np.bincount((10 * judged).int().numpy(), (judged.numpy() - run.case.is_flipped[is_judged.numpy()]))
+        gaps = np.bincount((10 * judged).int().numpy(), judged.numpy() - run.case.is_flipped[is_judged.numpy()])
         run.found["report_ece"] = float(np.abs(gaps).sum() / run.num_rows)
         run.found["estimated_errors"], run.found["true_errors"] = report.num_errors, int(run.case.is_flipped.sum())
         if method == "drop":

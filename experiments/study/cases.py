@@ -7,6 +7,7 @@ Parquet files. Rows to choose by are held out of the source's training rows; the
 import functools
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import pyarrow.parquet as pq
 import torch
 import transformers as hf
 from datasets import Dataset, load_dataset
+
+from rsft_hf.training_set import example_lengths
 
 IGNORED = -100
 NUM_HELD, NUM_TEST, NUM_FROZEN = 1500, 3000, 4000
@@ -261,11 +264,14 @@ class Loader:
     @functools.cache  # noqa: B019 - one loader per process
     def tokens(self, name: str, split: str) -> Dataset:
         """Returns a split of a source with `input_ids`, `labels` and `group`."""
-        path = self.cache / f"{name}-{split}.parquet"
+        return self._cached(f"{name}-{split}", lambda: digits() if name == "digits" else self._tokenized(name, split))
+
+    def _cached(self, name: str, make: Callable[[], Dataset]) -> Dataset:
+        path = self.cache / f"{name}.parquet"
         if not path.is_file():
             self.cache.mkdir(parents=True, exist_ok=True)
             draft = path.with_suffix(f".{os.getpid()}")
-            (digits() if name == "digits" else self._tokenized(name, split)).to_parquet(draft)
+            make().to_parquet(draft)
             draft.replace(path)
         return Dataset(pq.read_table(path))
 
@@ -328,26 +334,23 @@ class Loader:
     def features(self, name: str) -> tuple[Dataset, Dataset]:
         """Returns some rows to train on and those to evaluate on, with features of the frozen encoder for tokens."""
         pool, evaluation = self.splits(name)
-        parts = {"train": pool.select(range(min(NUM_FROZEN, len(pool)))), self.split: evaluation}
-        return tuple(self._featured(f"{name}-{part}-features", rows) for part, rows in parts.items())  # type: ignore[return-value]
+        some = pool.select(range(min(NUM_FROZEN, len(pool))))
+        train = self._cached(f"{name}-train-features", lambda: self._featured(some))
+        return train, self._cached(f"{name}-{self.split}-features", lambda: self._featured(evaluation))
 
-    def _featured(self, name: str, rows: Dataset) -> Dataset:
-        path = self.cache / f"{name}.parquet"
-        if not path.is_file():
-            encoder, order = hf.AutoModel.from_pretrained(self.model_path).eval(), np.argsort(lengths_of(rows))
-            features: list[Any] = [None] * len(rows)
-            for some in np.array_split(order, len(rows) // 64 + 1):
-                ids = [torch.tensor(rows[int(row)]["input_ids"]) for row in some]
-                padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-                mask = torch.arange(padded.shape[1]) < torch.tensor([len(one) for one in ids]).unsqueeze(1)
-                with torch.no_grad():
-                    states = encoder(padded, attention_mask=mask.long()).last_hidden_state * mask.unsqueeze(-1)
-                for row, mean in zip(some, states.sum(1) / mask.sum(1, keepdim=True), strict=True):
-                    features[row] = mean.tolist()
-            draft = path.with_suffix(f".{os.getpid()}")
-            rows.remove_columns("input_ids").add_column("features", features).to_parquet(draft)
-            draft.replace(path)
-        return Dataset(pq.read_table(path))
+    def _featured(self, rows: Dataset) -> Dataset:
+        encoder = hf.AutoModel.from_pretrained(self.model_path).eval()
+        order = np.argsort(example_lengths(rows, "length"))
+        features: list[Any] = [None] * len(rows)
+        for some in np.array_split(order, len(rows) // 64 + 1):
+            ids = [torch.tensor(rows[int(row)]["input_ids"]) for row in some]
+            padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+            mask = torch.arange(padded.shape[1]) < torch.tensor([len(one) for one in ids]).unsqueeze(1)
+            with torch.no_grad():
+                states = encoder(padded, attention_mask=mask.long()).last_hidden_state * mask.unsqueeze(-1)
+            for row, mean in zip(some, states.sum(1) / mask.sum(1, keepdim=True), strict=True):
+                features[row] = mean.tolist()
+        return rows.remove_columns("input_ids").add_column("features", features)
 
     def load(self, regime: Regime, seed: int) -> Case:
         """Returns the rows of a regime and seed."""
@@ -368,10 +371,6 @@ class Loader:
         pad = self.tokenizer.pad_token_id if "input_ids" in train.column_names else 0
         train, evaluation = train.remove_columns("group"), evaluation.remove_columns("group")
         return Case(regime, seed, train, is_flipped, evaluation, groups, num_classes, self.model_path, pad)
-
-
-def lengths_of(rows: Dataset) -> list[int]:
-    return [len(ids) for ids in rows["input_ids"][:]]
 
 
 TAGS = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")

@@ -58,9 +58,8 @@ def stored_labels(dataset: datasets.Dataset, column: str) -> StoredLabels | None
         lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False).astype(np.int64)
         values = pc.list_flatten(values)
         kind = "token" if pa.types.is_integer(values.type) else "multi_label"
-    if not any(is_one(values.type) for is_one in (pa.types.is_integer, pa.types.is_boolean, pa.types.is_floating)):
-        return None
-    if kind == "class" and pa.types.is_floating(values.type):
+    is_class = pa.types.is_integer(values.type) or pa.types.is_boolean(values.type)
+    if not is_class and (kind == "class" or not pa.types.is_floating(values.type)):
         return None
     numbers = pc.fill_null(pc.cast(values, pa.float64(), safe=False), IGNORED).to_numpy(zero_copy_only=False)
     is_label = (numbers != IGNORED) & ~np.isnan(numbers)

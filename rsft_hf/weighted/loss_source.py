@@ -178,6 +178,8 @@ class LossSource:
 
     def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Returns the numbers and tensors that `load` needs. Collective."""
+        tensors = self.ledger.state(self.trainer.accelerator) | self.label_margins.state(self.trainer.accelerator)
+        tensors |= {f"prediction_{name}": values for name, values in self.predictions.items()}
         numbers = {
             "is_measured": self._is_measured,
             "is_from_training": self.is_from_training,
@@ -185,9 +187,8 @@ class LossSource:
             "reading": None if self._reading is None else asdict(self._reading),
             "further_calls": [self._num_further, self._has_further_calls],
             "heeds_count": self.heeds_count,
+            "label_problem": self.label_margins.problem,  # known on all processes once the margins are gathered
         }
-        tensors = self.ledger.state(self.trainer.accelerator) | self.label_margins.state(self.trainer.accelerator)
-        tensors |= {f"prediction_{name}": values for name, values in self.predictions.items()}
         return numbers, tensors
 
     def load(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -205,6 +206,7 @@ class LossSource:
         }
         self.ledger.load(tensors, self.trainer.accelerator.is_main_process)
         self.label_margins.load(tensors, self.trainer.accelerator.is_main_process)
+        self.label_margins.problem = numbers.get("label_problem")
 
     def _is_due(self, epoch: int) -> bool:
         if self._every_n_epochs is None:

@@ -286,7 +286,6 @@ class LossResampler(Resampler):
             "history_epochs": self.history.epochs,
             "metrics": self._metrics,
             "labels": describe_labels(self._bound().trainer, self._bound().trainer.train_dataset),
-            "label_problem": self._bound().label_margins.problem,
         }
         if is_writer:
             save_state(directory, "weighted", numbers, tensors)
@@ -311,7 +310,6 @@ class LossResampler(Resampler):
         self._row_factors = tensors.get("row_factors")
         source = self._bound()
         source.load(numbers, tensors)
-        source.label_margins.problem = numbers.get("label_problem")
         self.history.load(numbers["history_epochs"], tensors)
         # Of a finished run no epoch follows that would record the last one.
         if source.is_from_training and source.ledger.num_reads(source.trainer.accelerator) >= self.draws_per_epoch():

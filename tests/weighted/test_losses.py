@@ -1,5 +1,6 @@
 """Per-example losses against a slow oracle (a batch of one through plain Trainer) for every model of the zoo."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -378,3 +379,14 @@ def test_a_row_whose_label_was_hidden_once_is_drawn_again(tmp_path):
     assert bool(resampler.source.ledger.is_unlabelled.any())  # some label was hidden
     for epoch in range(4):
         assert min(weights_of_epoch(resampler, epoch)) > 0
+
+
+def test_a_label_that_weighs_nothing_beside_others_has_no_margin():
+    """The second of two questions has weight 0: it is not trained on. The only one of a row keeps its margin."""
+    logits, labels = torch.tensor([[2.0, 3.0], [-1.0, 4.0]]), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    with CriterionCapture(num_rows=2) as capture:
+        F.binary_cross_entropy_with_logits(logits, labels, torch.tensor([1.0, 0.0]))
+        F.binary_cross_entropy_with_logits(logits[:, :1], labels[:, :1], weight=torch.tensor([[0.0], [1.0]]))
+    several, single = (call.choices.margins.tolist() for call in capture.calls)
+    assert several == pytest.approx([2.0, math.nan, -1.0, math.nan], nan_ok=True)
+    assert single == [2.0, -1.0]
